@@ -1,0 +1,67 @@
+"""Every key, with the values that all other configs start from: a 124M TokenFormer as in the paper's ladder.
+
+Trains on: the interpreter's standard library, the embedded data set. Name another in `data`.
+This file is the list of keys; it is no recipe of its own and promises no number.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 1000  # the run ends at this step, counted from the model's birth
+    config.batch_size = 32  # sequences a step, over all devices
+    config.accumulation = 1  # the batch is worked through in this many parts
+    config.log_every = 10  # steps; loss, speed and learning rate
+    config.eval_every = 100  # steps; 0 evaluates at the end only
+    config.eval_batches = 0  # batches of the validation split an evaluation reads; 0 reads all
+    config.checkpoint_every = 200  # steps; 0 saves at the end only (and when told to stop)
+    config.checkpoints_kept = 2
+    config.profile_at = 0  # step whose next 5 steps are written as a profile to WORKDIR/tensorboard; 0: none
+
+    config.model = model = ConfigDict()
+    model.projection = "pattention"  # or "linear": a plain Transformer in the same block
+    model.normalizer = "l2_norm_gelu"  # or "gelu_l2_norm", "softmax"
+    model.vocab_size = 8192  # rows of the embedding; at least the tokenizer's size
+    model.context_length = 1024
+    model.num_layers = 12
+    model.num_heads = 12
+    model.embed_dim = 768
+    model.qkv_tokens = 576  # parameter tokens of the query, of the key and of the value projection, each
+    model.out_tokens = 576  # parameter tokens of the attention's output projection
+    model.ffn_tokens = 2304  # parameter tokens of the feed-forward; the hidden width of a "linear" one
+    model.rotary_fraction = 0.25  # part of each head's dims that rotary turns
+    model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are always float32
+    model.remat = "none"  # or "dots" (keep the contractions' results), "full" (keep the layers' inputs)
+
+    config.data = data = ConfigDict()
+    data.dataset = "python_source"  # or "text_files", or any tfds text set: "lm1b", "c4/en", "wiki40b/en"
+    data.path = ""  # text_files: a folder or a glob of .txt and .jsonl; tfds sets: their data_dir
+    data.text_key = "text"  # the feature, or .jsonl key, that holds the text
+    data.train_split = "train"
+    data.validation_split = "validation"
+    data.tokenizer = ""  # a tokenizer.json; empty trains a byte-level BPE of model.vocab_size on the train split
+    data.mask_documents = False  # True: attention stays within a document (the authors' does not)
+    data.cache_dir = "~/.cache/tokenformer_jax"  # prepared data sets, tokenizers and tokens
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.peak_learning_rate = 6e-4
+    optimizer.final_learning_rate = 6e-5  # cosine from the peak to here at the last step
+    optimizer.warmup_steps = 10  # linear from 0
+    optimizer.beta1 = 0.9
+    optimizer.beta2 = 0.95
+    optimizer.epsilon = 1e-8
+    optimizer.weight_decay = 0.1  # on the embedding and all projections, not on the final norm
+    optimizer.clip_norm = 1.0  # of the whole gradient
+
+    config.grow = grow = ConfigDict()
+    grow.values = "initializer"  # of new value tokens; "zeros" gives tokens that never learn
+    grow.tau_ramp = 0.25  # part of the steps after growth over which tau goes to sqrt(tokens); 0 keeps it for good
+    grow.restart_schedule = True  # the learning rate warms up and decays anew over the steps after growth
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = 1  # devices that hold other examples and the same parameters
+    mesh.fsdp = 1  # devices that hold other examples and share the storage of every parameter
+    mesh.tensor = 1  # devices that share parameter tokens, heads and vocabulary
+    return config

@@ -1,0 +1,76 @@
+"""Small configs and the golden models, shared by the tests."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from configs import base
+from tokenformer_jax.config import Config, read_config
+
+DATA = pathlib.Path(__file__).parent / "data"
+
+TINY = {
+    "model.vocab_size": 300,
+    "model.context_length": 16,
+    "model.num_layers": 2,
+    "model.num_heads": 4,
+    "model.embed_dim": 32,
+    "model.qkv_tokens": 24,
+    "model.out_tokens": 40,
+    "model.ffn_tokens": 96,
+    "steps": 8,
+    "batch_size": 8,
+    "optimizer.warmup_steps": 2,
+    "optimizer.peak_learning_rate": 1e-2,
+}
+
+
+def tiny_config(**overrides: Any) -> Config:
+    """A 2-layer model on 8 x 16 tokens; keys are written with __ for the dot: model__num_layers=3."""
+    tree = base.get_config()
+    for key, value in (TINY | {k.replace("__", "."): v for k, v in overrides.items()}).items():
+        tree.update_from_flattened_dict({key: value})
+    return read_config(tree.to_dict())
+
+
+def tiny_linear_config(**overrides: Any) -> Config:
+    linear = {"model__projection": "linear", "model__qkv_tokens": 0, "model__out_tokens": 0}
+    return tiny_config(**linear | overrides)
+
+
+def golden_model(name: str) -> tuple[Config, Any, Any, dict[str, np.ndarray]]:
+    """Config, parameters and expected gradients (both as our tree) and the raw arrays of a golden file."""
+    raw = dict(np.load(DATA / name, allow_pickle=False))
+    size = {key.removeprefix("cfg/"): value for key, value in raw.items() if key.startswith("cfg/")}
+    cfg = tiny_config(
+        model__vocab_size=int(size["padded_vocab_size"]),
+        model__context_length=int(size["seq_length"]),
+        model__num_layers=int(size["num_layers"]),
+        model__num_heads=int(size["num_attention_heads"]),
+        model__embed_dim=int(size["hidden_size"]),
+        model__qkv_tokens=int(size["qkv_slot_num"]),
+        model__out_tokens=int(size["proj_slot_num"]),
+        model__ffn_tokens=int(size["ffn_slot_num"]),
+        model__rotary_fraction=float(size["rotary_pct"]),
+    )
+    return cfg, official_tree(raw, "sd/"), official_tree(raw, "grad/"), raw
+
+
+def official_tree(raw: dict[str, np.ndarray], prefix: str) -> Any:
+    """The authors' names -> our parameter tree."""
+    layers = 1 + max(int(key.split(".")[1]) for key in raw if key.startswith(f"{prefix}sequential.")) - 2 - 2
+
+    def stacked(theirs: str) -> dict[str, np.ndarray]:
+        return {
+            f"{ours}s": np.stack([raw[f"{prefix}sequential.{i + 2}.{theirs}.{ours}_param_tokens"] for i in range(layers)])
+            for ours in ("key", "value")
+        }
+
+    names = {"query": "attention.query", "key": "attention.key", "value": "attention.value", "out": "attention.proj"}
+    return {
+        "embed": raw[f"{prefix}sequential.0.word_embeddings.weight"],
+        "blocks": {ours: stacked(theirs) for ours, theirs in (names | {"ffn": "mlp"}).items()},
+        "norm_scale": raw[f"{prefix}sequential.{layers + 3}.norm.weight"],
+        "norm_bias": raw[f"{prefix}sequential.{layers + 3}.norm.bias"],
+    }

@@ -1,0 +1,50 @@
+"""Laws of the Pattention layer, and the authors' numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import DATA
+from tokenformer_jax.pattention import NORMALIZERS, pattention
+
+
+@pytest.mark.parametrize("normalizer", sorted(NORMALIZERS))
+def test_output_and_gradients_match_the_authors(normalizer):
+    raw = np.load(DATA / f"pattention_{normalizer}.npz", allow_pickle=False)
+    arguments = raw["inputs"], raw["key_param_tokens"], raw["value_param_tokens"]
+    tau = np.sqrt(raw["key_param_tokens"].shape[0])
+    output, gradients = jax.vjp(lambda x, k, v: pattention(x, k, v, tau, normalizer), *map(jnp.asarray, arguments))
+    np.testing.assert_allclose(output, raw["output"], atol=1e-5)
+    for ours, name in zip(gradients(raw["cotangent"]), ("inputs", "key_param_tokens", "value_param_tokens"), strict=True):
+        np.testing.assert_allclose(ours, raw[f"grad_{name}"], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("normalizer", ["l2_norm_gelu", "gelu_l2_norm"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_zero_input_gives_zeros_and_finite_gradients(normalizer, dtype):
+    keys, values = jnp.ones((6, 4)), jnp.ones((6, 5))
+    f = lambda x, k, v: pattention(x.astype(dtype), k, v, 2.0, normalizer).astype(jnp.float32).sum()  # noqa: E731
+    output, gradients = jax.value_and_grad(f, argnums=(0, 1, 2))(jnp.zeros((3, 4)), keys, values)
+    assert output == 0
+    assert all(bool(jnp.isfinite(g).all()) for g in gradients)
+
+
+@pytest.mark.parametrize("normalizer", ["l2_norm_gelu", "gelu_l2_norm"])
+def test_zero_keys_appended_change_nothing_while_tau_is_kept(normalizer):
+    x, keys, values, new = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(jax.random.split(jax.random.key(0), 4), [(7, 16), (24, 16), (24, 8), (30, 8)], strict=True)
+    )
+    before = pattention(x, keys, values, 24**0.5, normalizer)
+    grown_keys, grown_values = jnp.concatenate([keys, jnp.zeros((30, 16))]), jnp.concatenate([values, new])
+    np.testing.assert_allclose(pattention(x, grown_keys, grown_values, 24**0.5, normalizer), before, rtol=5e-6, atol=5e-6)
+    moved = pattention(x, grown_keys, grown_values, 54**0.5, normalizer)
+    assert jnp.abs(moved - before).max() > 1e-2  # tau read from the shape would change the function
+
+
+def test_l2_norm_gelu_ignores_the_scale_of_its_input():
+    x, keys, values = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(7, 16), (24, 16), (24, 8)]))
+    np.testing.assert_allclose(
+        pattention(1e-3 * x, keys, values, 5.0), pattention(1e3 * x, keys, values, 5.0), rtol=2e-4, atol=2e-5
+    )

@@ -1,0 +1,324 @@
+"""The configuration: frozen dataclasses made from an ml_collections file, checked before anything runs.
+
+`configs/base.py` explains every key; this file says their types and what values would do.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import pathlib
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+
+class UserError(Exception):
+    """A mistake that its user can mend. Commands print its one line and exit with code 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    projection: str
+    normalizer: str
+    vocab_size: int
+    context_length: int
+    num_layers: int
+    num_heads: int
+    embed_dim: int
+    qkv_tokens: int
+    out_tokens: int
+    ffn_tokens: int
+    rotary_fraction: float
+    dtype: str
+    remat: str
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Parameter tokens of each projection in a block; empty for a plain Transformer."""
+        if self.projection == "linear":
+            return {}
+        qkv = dict.fromkeys(("query", "key", "value"), self.qkv_tokens)
+        return qkv | {"out": self.out_tokens, "ffn": self.ffn_tokens}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    dataset: str
+    path: str
+    text_key: str
+    train_split: str
+    validation_split: str
+    tokenizer: str
+    mask_documents: bool
+    cache_dir: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    peak_learning_rate: float
+    final_learning_rate: float
+    warmup_steps: int
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    clip_norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowConfig:
+    values: str
+    tau_ramp: float
+    restart_schedule: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    grow: GrowConfig
+    mesh: MeshConfig
+    seed: int
+    steps: int
+    batch_size: int
+    accumulation: int
+    log_every: int
+    eval_every: int
+    eval_batches: int
+    checkpoint_every: int
+    checkpoints_kept: int
+    profile_at: int
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def read_config(tree: Mapping[str, Any], source: str = "config") -> Config:
+    """Builds and validates a `Config` from nested mappings (a ConfigDict, or parsed JSON).
+
+    Raises:
+      UserError: names the first key that is unknown, missing, of another type or out of range.
+    """
+    cfg = _read_dataclass(Config, tree, source)
+    validate(cfg)
+    return cfg
+
+
+def load_config(path: pathlib.Path) -> Config:
+    """Reads the `config.json` of a workdir. Raises UserError when it is missing or not a config."""
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; is {path.parent} the --workdir of a training run?") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable JSON config ({error})") from None
+    return read_config(tree, str(path))
+
+
+def _read_dataclass(cls: type, tree: Any, where: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{where}: expected a group of keys, got {tree!r}")
+    types = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in types:
+            raise UserError(f"{where}: unknown key {key!r}{_suggest(key, types)}")
+    values = {}
+    for key, kind in types.items():
+        if key not in tree:
+            raise UserError(f"{where}: key {key!r} is missing; configs/base.py lists them all")
+        value, name = tree[key], f"{where}.{key}"
+        if dataclasses.is_dataclass(kind):
+            values[key] = _read_dataclass(kind, value, name)
+        elif kind is float and type(value) is int:
+            values[key] = float(value)
+        elif type(value) is kind:
+            values[key] = value
+        else:
+            raise UserError(f"{name} = {value!r}: must be of type {kind.__name__}, not {type(value).__name__}")
+    return cls(**values)
+
+
+def _suggest(key: str, known: Any) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _require(ok: bool, key: str, value: Any, need: str) -> None:
+    if not ok:
+        raise UserError(f"{key} = {value!r}: {need}")
+
+
+def _divisors(n: int, near: int) -> str:
+    """The divisors of n around `near`, in words."""
+    divisors = sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - near))
+    return " or ".join(map(str, sorted(divisors[:2])))
+
+
+CHOICES = {
+    "model.projection": ("pattention", "linear"),
+    "model.normalizer": ("l2_norm_gelu", "gelu_l2_norm", "softmax"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "grow.values": ("initializer", "zeros"),
+}
+POSITIVE = (
+    "model.vocab_size model.context_length model.num_layers model.num_heads model.embed_dim model.ffn_tokens "
+    "optimizer.peak_learning_rate optimizer.epsilon optimizer.clip_norm mesh.data mesh.fsdp mesh.tensor "
+    "steps batch_size accumulation log_every checkpoints_kept"
+).split()
+NOT_NEGATIVE = (
+    "optimizer.final_learning_rate optimizer.warmup_steps optimizer.weight_decay seed eval_every eval_batches "
+    "checkpoint_every profile_at model.qkv_tokens model.out_tokens"
+).split()
+FRACTIONS = "model.rotary_fraction optimizer.beta1 optimizer.beta2 grow.tau_ramp".split()
+
+
+def validate(cfg: Config) -> None:
+    """Checks every value; raises a UserError that names the key, its value and what would do."""
+
+    def get(key: str) -> Any:
+        value: Any = cfg
+        for part in key.split("."):
+            value = getattr(value, part)
+        return value
+
+    for key, choices in CHOICES.items():
+        _require(get(key) in choices, key, get(key), f"must be one of {', '.join(choices)}")
+    for key in POSITIVE:
+        _require(0 < get(key) < float("inf"), key, get(key), "must be above 0")
+    for key in NOT_NEGATIVE:
+        _require(0 <= get(key) < float("inf"), key, get(key), "must be 0 or above")
+    for key in FRACTIONS:
+        _require(0 <= get(key) <= 1, key, get(key), "must lie between 0 and 1")
+    for key in ("optimizer.beta1", "optimizer.beta2"):
+        _require(get(key) < 1, key, get(key), "must be below 1")
+    model, mesh = cfg.model, cfg.mesh
+    _require(
+        model.embed_dim % model.num_heads == 0,
+        "model.num_heads",
+        model.num_heads,
+        f"must divide model.embed_dim = {model.embed_dim}; {_divisors(model.embed_dim, model.num_heads)} would do",
+    )
+    rotary_dims = int(model.rotary_fraction * model.head_dim)
+    _require(
+        rotary_dims % 2 == 0,
+        "model.rotary_fraction",
+        model.rotary_fraction,
+        f"rotates {rotary_dims} of {model.head_dim} dims a head; it must be an even number",
+    )
+    for name in ("qkv_tokens", "out_tokens"):
+        count = getattr(model, name)
+        if model.projection == "linear":
+            _require(count == 0, f"model.{name}", count, "a linear projection has no parameter tokens; set it to 0")
+        else:
+            _require(count > 0, f"model.{name}", count, "must be above 0")
+    for key in ("model.qkv_tokens", "model.out_tokens", "model.ffn_tokens", "model.vocab_size", "model.num_heads"):
+        _require_divisible(key, get(key), "mesh.tensor", mesh.tensor)
+    _require_divisible("model.embed_dim", model.embed_dim, "mesh.fsdp", mesh.fsdp)
+    _require_divisible("batch_size", cfg.batch_size, "accumulation", cfg.accumulation)
+    rows = cfg.batch_size // cfg.accumulation
+    _require_divisible("batch_size / accumulation", rows, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
+    _require(
+        cfg.optimizer.warmup_steps < cfg.steps,
+        "optimizer.warmup_steps",
+        cfg.optimizer.warmup_steps,
+        f"must be below steps = {cfg.steps}",
+    )
+
+
+def _require_divisible(key: str, value: int, divisor_key: str, divisor: int) -> None:
+    down = value // divisor * divisor
+    near = f"{down} or {down + divisor}" if down else f"{divisor}"
+    _require(value % divisor == 0, key, value, f"must divide by {divisor_key} = {divisor}; {near} would do")
+
+
+def config_flag() -> Callable[[], Config]:
+    """Defines `--config=FILE[:variant]` with `--config.key=value` overrides; returns its reader."""
+    holder = config_flags.DEFINE_config_file("config", None, "the config file, as FILE or FILE:variant", lock_config=True)
+
+    def read() -> Config:
+        with _config_errors():
+            tree = holder.value
+            if tree is None:
+                raise UserError("--config is missing; --config=configs/quickstart.py:small would do")
+            if not isinstance(tree, ConfigDict):
+                len(tree)  # a file that failed to load stands in for itself and raises its own error here
+            return read_config(tree.to_dict())
+
+    return read
+
+
+@contextlib.contextmanager
+def _config_errors() -> Iterator[None]:
+    """Turns what a wrong `--config…` flag raises into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    except Exception as error:
+        given = [arg.split("=")[0].lstrip("-") for arg in sys.argv[1:] if arg.lstrip("-").startswith("config.")]
+        known = _key_names(Config)
+        for name in (arg.removeprefix("config.") for arg in given):
+            if name not in known:
+                raise UserError(f"--config.{name}: unknown key{_suggest(name, known)}") from None
+        file = next((arg for arg in sys.argv[1:] if arg.lstrip("-").startswith("config=")), "--config")
+        raise UserError(f"{file}: cannot be used ({type(error).__name__}: {error})") from None
+
+
+def _key_names(cls: type, prefix: str = "") -> list[str]:
+    names = []
+    for key, kind in typing.get_type_hints(cls).items():
+        names += _key_names(kind, f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else [prefix + key]
+    return names
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command's `main` under absl: a UserError becomes one line on stderr and exit code 2."""
+
+    def parse(argv: list[str]) -> list[str]:
+        with _config_errors():
+            extra = flags.FLAGS(argv)
+            if len(extra) > 1:
+                raise UserError(f"{extra[1]}: not a flag; flags are written --name=value")
+            return extra
+
+    def guarded(_: list[str]) -> None:
+        main()
+
+    try:
+        app.run(guarded, flags_parser=parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def workdir_flag(name: str = "workdir", help_text: str = "the run's directory") -> Callable[[], pathlib.Path]:
+    """Defines a required flag that holds a directory; returns its reader."""
+    holder = flags.DEFINE_string(name, None, help_text)
+
+    def read() -> pathlib.Path:
+        if not holder.value:
+            raise UserError(f"--{name} is missing: {help_text}")
+        return pathlib.Path(os.path.expanduser(holder.value))
+
+    return read

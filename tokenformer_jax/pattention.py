@@ -1,0 +1,86 @@
+"""Token-Parameter attention (TokenFormer, arXiv 2410.23168, section 3.2): attention over learnable tokens."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tokenformer_jax.sharding import constrain
+
+Normalizer = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact (erf) gelu; JAX's default is the tanh approximation."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def l2_normalize(x_BLN: jax.Array) -> jax.Array:
+    """x / ‖x‖₂ over the last axis; rows of zeros stay zeros, with a gradient of zero."""
+    squares = jnp.sum(jnp.square(x_BLN), axis=-1, keepdims=True)
+    nonzero = squares > 0
+    return x_BLN * jnp.where(nonzero, jax.lax.rsqrt(jnp.where(nonzero, squares, 1.0)), 0.0)
+
+
+# Each maps float32 scores S [..., N] and τ to the weights of the N value tokens.
+NORMALIZERS: dict[str, Normalizer] = {
+    "l2_norm_gelu": lambda scores, tau: gelu(tau * l2_normalize(scores)),  # equation 5
+    "gelu_l2_norm": lambda scores, tau: tau * l2_normalize(gelu(scores)),
+    "softmax": lambda scores, tau: tau**2 * jax.nn.softmax(scores),  # τ² = N at birth
+}
+
+
+def pattention(
+    x_BLD: jax.Array, keys_ND: jax.Array, values_NE: jax.Array, tau: jax.Array | float, normalizer: str = "l2_norm_gelu"
+) -> jax.Array:
+    """Attends from inputs to N parameter tokens: Θ(x Kᵀ; τ) V, equations 4 and 5.
+
+    Args:
+      x_BLD: inputs [..., D]; their dtype is that of the two contractions.
+      keys_ND: key parameter tokens [N, D].
+      values_NE: value parameter tokens [N, E].
+      tau: the scale τ, a scalar: √N when the layer is born. It is given, never read from the
+        shape, since appending tokens must not change what the layer computes.
+      normalizer: a key of NORMALIZERS.
+
+    Returns:
+      Outputs [..., E] in the inputs' dtype.
+    """
+    keys_ND, values_NE = keys_ND.astype(x_BLD.dtype), values_NE.astype(x_BLD.dtype)
+    scores_BLN = jnp.einsum("...d,nd->...n", x_BLD, keys_ND)
+    weights_BLN = NORMALIZERS[normalizer](scores_BLN.astype(jnp.float32), jnp.float32(tau))
+    return jnp.einsum("...n,ne->...e", weights_BLN.astype(x_BLD.dtype), values_NE)
+
+
+class Pattention(nnx.Module):
+    """A projection D -> E whose weights are N key and N value parameter tokens (float32)."""
+
+    def __init__(
+        self,
+        num_tokens: int,
+        in_dim: int,
+        out_dim: int,
+        *,
+        value_scale: float,
+        normalizer: str,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        """Draws keys from N(0, 0.02²) and values from N(0, value_scale²), as the authors do."""
+        self.normalizer, self.dtype = normalizer, dtype
+        self.keys = parameter(rngs, (num_tokens, in_dim), 0.02, ("tokens", "embed"))
+        self.values = parameter(rngs, (num_tokens, out_dim), value_scale, ("tokens", "embed"))
+
+    @jax.named_scope("pattention")
+    def __call__(self, x_BLD: jax.Array, tau: jax.Array | float) -> jax.Array:
+        # Cast first, so that what fsdp gathers just before use is in the computation's dtype.
+        keys_ND = constrain(self.keys[...].astype(self.dtype), "tokens", None)
+        values_NE = constrain(self.values[...].astype(self.dtype), "tokens", None)
+        return pattention(x_BLD, keys_ND, values_NE, tau, self.normalizer)
+
+
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, axes: tuple[str, ...]) -> nnx.Param:
+    """A float32 parameter from N(0, scale²) that knows its logical axes."""
+    value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, axes=axes)

@@ -1,0 +1,67 @@
+"""Where arrays live: the mesh, one table from logical axes to mesh axes, and what follows from it."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tokenformer_jax.config import MeshConfig, UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Parameter tokens are the long axis and the one that grows (design: they are what is sharded);
+# embed_dim is split over fsdp for storage only and gathered just before use.
+RULES: dict[str, str | tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "tokens": "tensor",
+    "heads": "tensor",
+    "vocab": "tensor",
+    "embed": "fsdp",
+}
+
+Axes = tuple[str | None, ...]
+
+
+def make_mesh(cfg: MeshConfig) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices. Raises UserError when their number differs."""
+    shape = (cfg.data, cfg.fsdp, cfg.tensor)
+    size, devices = int(np.prod(shape)), jax.devices()
+    if size > len(devices):
+        raise UserError(f"mesh = {shape} (data, fsdp, tensor): needs {size} devices, but there are {len(devices)}")
+    if size < len(devices) and jax.process_count() > 1:
+        raise UserError(f"mesh = {shape} (data, fsdp, tensor): uses {size} of {len(devices)} devices; it must use all")
+    grid = mesh_utils.create_device_mesh(shape, devices=devices[:size], allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def partition_spec(axes: Axes) -> P:
+    """Logical axis names of an array's dimensions -> their mesh axes."""
+    return P(*(RULES.get(axis) if axis else None for axis in axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks for x to be sharded by its logical axes; the identity outside of a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def shardings(abstract: Any, mesh: Mesh, axes: Any) -> Any:
+    """NamedShardings for a tree of arrays, from a tree of the same structure with their logical axes."""
+    return jax.tree.map(lambda _, a: NamedSharding(mesh, partition_spec(a)), abstract, axes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec(("batch",)))
+
+
+def with_shardings(abstract: Any, sharding: Any) -> Any:
+    """ShapeDtypeStructs that carry shardings: what a restore or an ahead-of-time compile asks for."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, sharding)

@@ -1,0 +1,250 @@
+"""The language model: a pre-norm Transformer whose every projection is a Pattention (TokenFormer, section 3.3).
+
+With `projection="linear"` the same block, with weight matrices in their place, is a plain Transformer.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.pattention import Pattention, gelu, parameter
+from tokenformer_jax.sharding import Axes, constrain
+
+NORM_EPSILON = 1e-5
+ROTARY_BASE = 10000.0
+
+Tau = dict[str, Any]  # projection name -> its τ, a scalar; empty for a plain Transformer
+Params = dict[str, Any]  # nested; arrays of a block are stacked over layers
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the positions seen so far, [layers, B, S, H, K]; S is the most that fit."""
+
+    key: jax.Array
+    value: jax.Array
+    length: jax.Array  # int32 scalar, positions filled
+
+    @classmethod
+    def empty(cls, cfg: ModelConfig, batch: int, size: int) -> "KVCache":
+        zeros = jnp.zeros((cfg.num_layers, batch, size, cfg.num_heads, cfg.head_dim), cfg.dtype)
+        return cls(zeros, zeros, jnp.int32(0))
+
+
+def layer_norm(x_BLD: jax.Array) -> jax.Array:
+    """Layer norm without parameters, computed in float32."""
+    x = x_BLD.astype(jnp.float32)
+    centered = x - jnp.mean(x, axis=-1, keepdims=True)
+    centered -= jnp.mean(centered, axis=-1, keepdims=True)  # takes out the first mean's rounding
+    variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+    return (centered * jax.lax.rsqrt(variance + NORM_EPSILON)).astype(x_BLD.dtype)
+
+
+def rotary(x_BLHK: jax.Array, positions_L: jax.Array, dims: int) -> jax.Array:
+    """Turns the first `dims` dims of each head by their position, pairing dim i with i + dims/2 (GPT-NeoX)."""
+    if dims == 0:
+        return x_BLHK
+    frequencies = ROTARY_BASE ** (-jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
+    angles_LR = positions_L[:, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles_LR)[:, None, :], jnp.sin(angles_LR)[:, None, :]
+    first, second, rest = jnp.split(x_BLHK, [dims // 2, dims], axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([*(t.astype(x_BLHK.dtype) for t in turned), rest], axis=-1)
+
+
+class Linear(nnx.Module):
+    """x W, the plain Transformer's projection."""
+
+    def __init__(self, in_dim: int, out_dim: int, axes: tuple[str, str], *, scale: float, dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.weight = parameter(rngs, (in_dim, out_dim), scale, axes)
+
+    def __call__(self, x_BLD: jax.Array, tau: None = None) -> jax.Array:
+        axes = (axis if axis == "tokens" else None for axis in self.weight.axes)
+        return jnp.einsum("...d,de->...e", x_BLD, constrain(self.weight[...].astype(self.dtype), *axes))
+
+
+class MLP(nnx.Module):
+    """gelu(x W₁) W₂, the plain Transformer's feed-forward."""
+
+    def __init__(self, dim: int, hidden: int, *, scale: float, dtype, rngs: nnx.Rngs):
+        self.up = Linear(dim, hidden, ("embed", "tokens"), scale=0.02, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, dim, ("tokens", "embed"), scale=scale, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BLD: jax.Array, tau: None = None) -> jax.Array:
+        return self.down(gelu(self.up(x_BLD)))
+
+
+class Block(nnx.Module):
+    """One layer: x + Attention(LN(x)), then x + FFN(LN(x)); both norms without parameters."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.num_heads = cfg.num_heads
+        self.rotary_dims = int(cfg.rotary_fraction * cfg.head_dim)
+        dim, dtype = cfg.embed_dim, jnp.dtype(cfg.dtype)
+        output_scale = 2 / cfg.num_layers / math.sqrt(dim)
+
+        def projection(name: str) -> nnx.Module:
+            if cfg.projection == "pattention":
+                return Pattention(
+                    cfg.tokens[name],
+                    dim,
+                    dim,
+                    value_scale=output_scale,
+                    normalizer=cfg.normalizer,
+                    dtype=dtype,
+                    rngs=rngs,
+                )
+            if name == "ffn":
+                return MLP(dim, cfg.ffn_tokens, scale=output_scale, dtype=dtype, rngs=rngs)
+            axes = ("tokens", "embed") if name == "out" else ("embed", "tokens")
+            return Linear(dim, dim, axes, scale=output_scale if name == "out" else 0.02, dtype=dtype, rngs=rngs)
+
+        self.query, self.key, self.value = projection("query"), projection("key"), projection("value")
+        self.out = projection("out")
+        self.ffn = projection("ffn")
+
+    def __call__(
+        self, x_BLD: jax.Array, tau: Tau, attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], positions_L
+    ) -> jax.Array:
+        """`attend(q, k, v)`, all [B, L, H, K], decides what each position sees."""
+        B, L, D = x_BLD.shape
+        heads = (B, L, self.num_heads, D // self.num_heads)
+        h_BLD = layer_norm(x_BLD)
+        q_BLHK = self.query(h_BLD, tau.get("query")).reshape(heads)
+        k_BLHK = self.key(h_BLD, tau.get("key")).reshape(heads)
+        v_BLHK = self.value(h_BLD, tau.get("value")).reshape(heads)
+        with jax.named_scope("attention"):
+            q_BLHK = rotary(q_BLHK, positions_L, self.rotary_dims)
+            k_BLHK = rotary(k_BLHK, positions_L, self.rotary_dims)
+            mixed_BLHK = attend(q_BLHK, k_BLHK, v_BLHK)
+        x_BLD += self.out(mixed_BLHK.reshape(B, L, D), tau.get("out"))
+        x_BLD += self.ffn(layer_norm(x_BLD), tau.get("ffn"))
+        return constrain(x_BLD, "batch", None, None)
+
+
+def stack_layers(make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> Any:
+    """A module whose parameters are those of `num_layers` independent layers, stacked on a leading axis."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_layer(nnx.Rngs(0))))
+    keys = jax.random.split(rngs.params(), num_layers)
+    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make_layer(nnx.Rngs(key))))(keys))
+
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class LanguageModel(nnx.Module):
+    """Decoder-only language model with tied embeddings; no position table, no biases but the final norm's."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.embed = parameter(rngs, (cfg.vocab_size, cfg.embed_dim), 0.02, ("vocab", "embed"))
+        self.blocks = stack_layers(lambda r: Block(cfg, rngs=r), cfg.num_layers, rngs)
+        self.norm_scale = nnx.Param(jnp.ones(cfg.embed_dim), axes=("embed",))
+        self.norm_bias = nnx.Param(jnp.zeros(cfg.embed_dim), axes=("embed",))
+
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        tau: Tau,
+        *,
+        segments_BL: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Next-token logits.
+
+        Args:
+          tokens_BL: int32 token ids.
+          tau: each projection's τ; `initial_tau(cfg)` at birth.
+          segments_BL: int32; when given, a position attends only within its own segment.
+          cache: positions before these; when given, the result holds them and these.
+
+        Returns:
+          float32 logits [B, L, V] and the cache that a next call continues from.
+        """
+        x_BLD, cache = self.features(tokens_BL, tau, segments_BL=segments_BL, cache=cache)
+        return self.logits(x_BLD), cache
+
+    def features(
+        self,
+        tokens_BL: jax.Array,
+        tau: Tau,
+        *,
+        segments_BL: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The last layer's output [B, L, D], before the final norm; arguments as for a call."""
+        length = tokens_BL.shape[1]
+        with jax.named_scope("embed"):
+            table_VD = constrain(self.embed[...].astype(self.cfg.dtype), None, None)
+            x_BLD = constrain(table_VD[tokens_BL], "batch", None, None)
+        start = 0 if cache is None else cache.length
+        positions_L = start + jnp.arange(length)
+        if cache is not None:  # a query sees what is cached and itself
+            mask = (jnp.arange(cache.key.shape[2]) <= positions_L[:, None])[None, None]
+        elif segments_BL is not None:
+            mask = (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
+        else:
+            mask = None
+        graphdef, blocks = nnx.split(self.blocks)
+
+        def layer(x_BLD: jax.Array, inputs: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+            params, seen = inputs
+
+            def attend(q, k, v):
+                nonlocal seen
+                if seen is None:
+                    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+                insert = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)  # noqa: E731
+                seen = insert(seen[0], k), insert(seen[1], v)
+                return jax.nn.dot_product_attention(q, *seen, mask=mask)
+
+            return nnx.merge(graphdef, params)(x_BLD, tau, attend, positions_L), seen
+
+        if self.cfg.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.cfg.remat])
+        seen = None if cache is None else (cache.key, cache.value)
+        x_BLD, seen = jax.lax.scan(layer, x_BLD, (blocks, seen))
+        return x_BLD, None if cache is None else KVCache(*seen, cache.length + length)
+
+    @jax.named_scope("logits")
+    def logits(self, x_BLD: jax.Array) -> jax.Array:
+        """The final norm, then the tied embedding: float32 [B, L, V]."""
+        h_BLD = layer_norm(x_BLD) * self.norm_scale[...] + self.norm_bias[...]
+        table_VD = constrain(self.embed[...].astype(self.cfg.dtype), "vocab", None)
+        logits_BLV = jnp.einsum(
+            "bld,vd->blv", h_BLD.astype(self.cfg.dtype), table_VD, preferred_element_type=jnp.float32
+        )
+        return constrain(logits_BLV, "batch", None, "vocab")
+
+
+def initial_tau(cfg: ModelConfig) -> dict[str, float]:
+    """τ = √N for each projection's N parameter tokens: its value at birth and after a ramp."""
+    return {name: math.sqrt(count) for name, count in cfg.tokens.items()}
+
+
+def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
+    """Draws all parameters (float32) as the authors do."""
+    return nnx.to_pure_dict(nnx.state(LanguageModel(cfg, rngs=nnx.Rngs(key))))
+
+
+def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params, Params]:
+    """What a model is, without its memory: `nnx.merge(graphdef, params)` makes one.
+
+    Returns:
+      The graphdef, the tree of ShapeDtypeStructs and the tree of their logical axes.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: LanguageModel(cfg, rngs=nnx.Rngs(0))))
+
+    def stacked_axes(param: nnx.Param) -> Axes:  # layers are stacked in front
+        return (None,) * (len(param.shape) - len(param.axes)) + param.axes
+
+    axes = jax.tree.map(stacked_axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)

@@ -63,7 +63,9 @@ def official_tree(raw: dict[str, np.ndarray], prefix: str) -> Any:
 
     def stacked(theirs: str) -> dict[str, np.ndarray]:
         return {
-            f"{ours}s": np.stack([raw[f"{prefix}sequential.{i + 2}.{theirs}.{ours}_param_tokens"] for i in range(layers)])
+            f"{ours}s": np.stack(
+                [raw[f"{prefix}sequential.{i + 2}.{theirs}.{ours}_param_tokens"] for i in range(layers)]
+            )
             for ours in ("key", "value")
         }
 

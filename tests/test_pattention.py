@@ -16,7 +16,9 @@ def test_output_and_gradients_match_the_authors(normalizer):
     tau = np.sqrt(raw["key_param_tokens"].shape[0])
     output, gradients = jax.vjp(lambda x, k, v: pattention(x, k, v, tau, normalizer), *map(jnp.asarray, arguments))
     np.testing.assert_allclose(output, raw["output"], atol=1e-5)
-    for ours, name in zip(gradients(raw["cotangent"]), ("inputs", "key_param_tokens", "value_param_tokens"), strict=True):
+    for ours, name in zip(
+        gradients(raw["cotangent"]), ("inputs", "key_param_tokens", "value_param_tokens"), strict=True
+    ):
         np.testing.assert_allclose(ours, raw[f"grad_{name}"], atol=1e-5, err_msg=name)
 
 
@@ -34,11 +36,15 @@ def test_zero_input_gives_zeros_and_finite_gradients(normalizer, dtype):
 def test_zero_keys_appended_change_nothing_while_tau_is_kept(normalizer):
     x, keys, values, new = (
         jax.random.normal(key, shape)
-        for key, shape in zip(jax.random.split(jax.random.key(0), 4), [(7, 16), (24, 16), (24, 8), (30, 8)], strict=True)
+        for key, shape in zip(
+            jax.random.split(jax.random.key(0), 4), [(7, 16), (24, 16), (24, 8), (30, 8)], strict=True
+        )
     )
     before = pattention(x, keys, values, 24**0.5, normalizer)
     grown_keys, grown_values = jnp.concatenate([keys, jnp.zeros((30, 16))]), jnp.concatenate([values, new])
-    np.testing.assert_allclose(pattention(x, grown_keys, grown_values, 24**0.5, normalizer), before, rtol=5e-6, atol=5e-6)
+    np.testing.assert_allclose(
+        pattention(x, grown_keys, grown_values, 24**0.5, normalizer), before, rtol=5e-6, atol=5e-6
+    )
     moved = pattention(x, grown_keys, grown_values, 54**0.5, normalizer)
     assert jnp.abs(moved - before).max() > 1e-2  # tau read from the shape would change the function
 

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 
@@ -252,7 +252,9 @@ def _require_divisible(key: str, value: int, divisor_key: str, divisor: int) -> 
 
 def config_flag() -> Callable[[], Config]:
     """Defines `--config=FILE[:variant]` with `--config.key=value` overrides; returns its reader."""
-    holder = config_flags.DEFINE_config_file("config", None, "the config file, as FILE or FILE:variant", lock_config=True)
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "the config file, as FILE or FILE:variant", lock_config=True
+    )
 
     def read() -> Config:
         with _config_errors():
@@ -305,11 +307,15 @@ def run_command(main: Callable[[], None]) -> None:
     def guarded(_: list[str]) -> None:
         main()
 
+    logging.set_verbosity(logging.ERROR)  # Orbax and others warn of what is handled here; -v=0 shows it
     try:
         app.run(guarded, flags_parser=parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 def workdir_flag(name: str = "workdir", help_text: str = "the run's directory") -> Callable[[], pathlib.Path]:

@@ -1,0 +1,39 @@
+"""A TokenFormer that trains in minutes on a laptop, and its grown successor: `launch/quickstart.sh` runs them all.
+
+Trains on: the Python standard library (about 3.4 M tokens of a 4096-token BPE), 128 tokens of context.
+Variants: small; grown (from small); continued (small, trained on for as many FLOPs as grown spends).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+SMALL_STEPS, GROWN_STEPS = 600, 600
+
+
+def get_config(variant: str = "small") -> ConfigDict:
+    config = base.get_config()
+    config.batch_size = 16
+    config.log_every = 20
+    config.eval_every = 100
+    config.checkpoint_every = 200
+    config.steps = SMALL_STEPS
+    config.model.update(
+        vocab_size=4096,
+        context_length=128,
+        num_layers=4,
+        num_heads=4,
+        embed_dim=128,
+        qkv_tokens=32,
+        out_tokens=32,
+        ffn_tokens=128,
+    )
+    config.optimizer.update(peak_learning_rate=4e-3, final_learning_rate=4e-4, warmup_steps=30)
+    if variant == "grown":
+        config.steps = SMALL_STEPS + GROWN_STEPS
+        config.model.update(qkv_tokens=128, out_tokens=128, ffn_tokens=512)
+    elif variant == "continued":
+        config.steps = SMALL_STEPS + GROWN_STEPS
+    elif variant != "small":
+        raise ValueError(f"variant {variant!r} must be small, grown or continued")
+    return config

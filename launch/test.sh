@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs what is needed and runs linter, type checker and tests; arguments go to pytest (-m slow: the long ones).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/setup.sh requirements-dev.txt
+export JAX_PLATFORMS=cpu
+ruff check .
+ruff format --check .
+mypy
+python -m pytest -n 2 "$@"

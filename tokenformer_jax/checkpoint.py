@@ -1,0 +1,159 @@
+"""Checkpoints of a run through Orbax: state, data position, tokenizer and the run's record, all or nothing.
+
+It knows trees, not models: what to restore is said by a tree of ShapeDtypeStructs, whose shardings may be those of
+another mesh than the one that saved.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+from absl import logging
+from orbax.checkpoint import v1 as ocp
+
+from tokenformer_jax.config import UserError
+from tokenformer_jax.tokenizer import Tokenizer, tokenizer_from_json
+
+
+@dataclasses.dataclass
+class Record:
+    """What a checkpoint says of its run, beside the arrays; stored as JSON."""
+
+    model: dict[str, Any]  # the ModelConfig
+    batch_size: int  # sequences a step, the unit of the data position
+    tokens: int = 0  # seen in training, by this model and the smaller ones it grew from
+    train_flops: float = 0.0  # spent on them
+    schedule_start: int = 0  # step from which the learning-rate schedule counts
+    growth: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # step, tokens before and after
+
+
+class Checkpoints:
+    """The checkpoints of one directory, one a step."""
+
+    def __init__(self, directory: pathlib.Path, keep: int | None = None):
+        """Opens a directory to read it, or with `keep` to save as well and keep that many newest ones."""
+        self.directory, self.keep = directory.absolute(), keep
+        if keep is None and not self.directory.is_dir():
+            raise UserError(f"{directory}: no checkpoints here; is {directory.parent} the directory of a training run?")
+
+    @functools.cached_property
+    def _checkpointer(self) -> ocp.training.Checkpointer:  # made when needed, since it makes the directory
+        try:
+            return ocp.training.Checkpointer(
+                self.directory,
+                preservation_policy=ocp.training.preservation_policies.LatestN(self.keep),
+                cleanup_tmp_directories=self.keep is not None,
+            )
+        except OSError as error:
+            raise UserError(f"{self.directory}: cannot be opened ({error.strerror})") from None
+
+    @property
+    def steps(self) -> list[int]:
+        if not self.directory.is_dir():
+            return []
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    def choose(self, step: int | None) -> int:
+        """The given step, or the newest; UserError where there is none."""
+        if not self.steps:
+            raise UserError(f"{self.directory}: holds no finished checkpoint; train first")
+        if step is not None and step not in self.steps:
+            raise UserError(f"--step={step}: {self.directory} holds the steps {', '.join(map(str, self.steps))}")
+        return self.steps[-1] if step is None else step
+
+    def save(self, step: int, state: Any, data: Any, tokenizer: Tokenizer, record: Record) -> None:
+        """Saves in the background, once the arrays are copied. Waits for the save before, and raises its error.
+
+        Args:
+          step: number of the checkpoint; one already there is left alone.
+          state: a tree of arrays.
+          data: the training iterator; its position is saved, one file a process.
+          tokenizer: what made the tokens.
+          record: the rest.
+        """
+        if step in self.steps:
+            return
+        items = {"state": state, "data": data, "tokenizer": {"json": tokenizer.to_json()}}
+        try:
+            self._checkpointer.save_checkpointables_async(
+                step, items, force=True, custom_metadata=dataclasses.asdict(record)
+            )
+        except OSError as error:
+            raise UserError(f"{self.directory}: checkpoint {step} cannot be written ({error})") from None
+
+    def record(self, step: int) -> Record:
+        try:
+            return Record(**self._metadata(step).custom_metadata)
+        except TypeError:
+            raise UserError(f"{self.directory / str(step)}: not a checkpoint of tokenformer_jax") from None
+
+    def tokenizer(self, step: int) -> Tokenizer:
+        return tokenizer_from_json(self._load(step, "tokenizer", None)["json"])
+
+    def restore_data(self, step: int, data: Any) -> None:
+        """Sets a training iterator to the saved position."""
+        self._load(step, "data", data)
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        """The saved state, in the shapes, dtypes and shardings of `abstract`, a tree of ShapeDtypeStructs.
+
+        `abstract` may be a part of what was saved, in nested dicts. Raises a UserError that names the first array
+        that is missing or differs in shape or dtype.
+        """
+        saved = self._metadata(step).metadata
+        for path, wanted in jax.tree_util.tree_flatten_with_path(abstract)[0]:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            found = _look_up(saved, path)
+            if found is None:
+                raise UserError(f"{self.directory / str(step)}: holds no array {name}")
+            if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+                raise UserError(
+                    f"{self.directory / str(step)}: {name} is {found.dtype}{list(found.shape)}, "
+                    f"but the config asks for {wanted.dtype}{list(wanted.shape)}"
+                )
+        options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
+        with ocp.Context(pytree_options=options):
+            return self._load(step, "state", abstract)
+
+    def _load(self, step: int, item: str, abstract: Any) -> Any:
+        try:
+            return self._checkpointer.load_checkpointables(step, {item: abstract})[item]
+        except Exception as error:
+            raise self._unreadable(step, item, error) from error
+
+    def _metadata(self, step: int) -> Any:
+        try:
+            return ocp.metadata(self.directory / str(step), "state")
+        except Exception as error:
+            raise self._unreadable(step, "state", error) from error
+
+    def _unreadable(self, step: int, item: str, error: BaseException) -> UserError:
+        while error.__cause__ or error.__context__:  # Orbax wraps the reason
+            error = error.__cause__ or error.__context__  # type: ignore[assignment]
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        logging.debug("restoring %s", item, exc_info=error)
+        others = [s for s in self.steps if s != step]
+        instead = f"; --step={others[-1]} is there as well" if others else ""
+        return UserError(f"{self.directory / str(step)}: {item} cannot be read ({reason}){instead}")
+
+    def wait(self) -> None:
+        """Blocks until what is being saved is safe; raises its error."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        if self.directory.is_dir():
+            self._checkpointer.close()
+
+
+def _look_up(tree: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        name = str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))))
+        if isinstance(tree, list | tuple) and name.isdigit() and int(name) < len(tree):
+            tree = tree[int(name)]
+        elif isinstance(tree, dict) and name in tree:
+            tree = tree[name]
+        else:
+            return None
+    return tree

@@ -1,0 +1,162 @@
+"""Loss, perplexity and bits per byte of a trained model on a split.
+
+python -m tokenformer_jax.evaluate --workdir=W [--step=N] [--split=validation] [--mesh=1,1,1]
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from tokenformer_jax.data import Batch, Corpus, TokenSplit, eval_batches, prepare
+
+from tokenformer_jax.checkpoint import Checkpoints, Record
+from tokenformer_jax.config import Config, MeshConfig, UserError, load_config, run_command, validate, workdir_flag
+from tokenformer_jax.metrics import Progress, replace_file
+from tokenformer_jax.sharding import make_mesh
+from tokenformer_jax.step import Step, TrainState, make_step
+from tokenformer_jax.tokenizer import Tokenizer
+
+
+def put_batch(step: Step, batch: Batch) -> Batch:
+    """This process's rows of a global batch -> arrays sharded over the mesh."""
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(step.batch, rows), batch)
+
+
+def evaluate_split(
+    step: Step, state: TrainState, split: TokenSplit, cfg: Config, *, max_batches: int = 0, progress: bool = False
+) -> dict[str, float]:
+    """Evaluates every token of a split once (or the first `max_batches` batches).
+
+    Returns:
+      `loss` in nats a token, `perplexity` = exp(loss), `bits_per_byte` of the UTF-8 text, and `tokens` predicted.
+    """
+    batches = eval_batches(
+        split,
+        cfg.batch_size // cfg.accumulation,
+        cfg.model.context_length,
+        max_batches=max_batches,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    bar = Progress(0, len(batches), "batch") if progress else None
+    sums: list[Any] = []
+    for i, batch in enumerate(batches):
+        sums.append(step.evaluate(state, put_batch(step, batch)))
+        if bar and i:  # one behind, so that the devices stay busy
+            jax.block_until_ready(sums[i - 1])
+            bar.update(i + 1)
+    if bar:
+        bar.close()
+    host = jax.device_get(sums)
+    nll, tokens = (math.fsum(float(row[name]) for row in host) for name in ("nll", "weights"))
+    loss = nll / tokens
+    tokens_per_byte = (split.num_tokens - 1) / split.num_bytes  # the first token has nothing that predicts it
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss / math.log(2) * tokens_per_byte,
+        "tokens": tokens,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The model of a workdir, loaded to be used."""
+
+    cfg: Config
+    step_number: int
+    record: Record
+    tokenizer: Tokenizer
+    step: Step
+    state: TrainState  # without optimizer state
+    params: int
+
+
+def load_trained(
+    workdir: pathlib.Path, step_number: int | None = None, mesh: tuple[int, int, int] | None = None
+) -> Trained:
+    """Loads config, tokenizer, parameters and τ of a run's newest (or given) checkpoint onto a mesh.
+
+    Args:
+      workdir: of `train`, `grow` or `convert`.
+      step_number: which checkpoint.
+      mesh: (data, fsdp, tensor); by default the run's own if there are as many devices, else a single device.
+    """
+    cfg = load_config(workdir / "config.json")
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    step_number = checkpoints.choose(step_number)
+    if mesh is not None:
+        cfg = dataclasses.replace(cfg, mesh=MeshConfig(*mesh))
+    elif math.prod(dataclasses.astuple(cfg.mesh)) > jax.device_count():
+        cfg = dataclasses.replace(cfg, mesh=MeshConfig(1, 1, 1))
+    validate(cfg)
+    record = checkpoints.record(step_number)
+    step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start)
+    part = step.abstract_state._replace(opt_state=())._asdict()
+    part.pop("opt_state")
+    state = TrainState(**checkpoints.restore(step_number, part), opt_state=())
+    trained = Trained(
+        cfg, step_number, record, checkpoints.tokenizer(step_number), step, state, count_params(state.params)
+    )
+    checkpoints.close()
+    return trained
+
+
+def count_params(params: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def choose_split(corpus: Corpus, name: str) -> TokenSplit:
+    splits = {"train": corpus.train, "validation": corpus.validation}
+    if name not in splits:
+        raise UserError(f"--split={name}: must be one of {', '.join(splits)}")
+    return splits[name]
+
+
+def mesh_flag() -> Any:
+    """Defines `--mesh=data,fsdp,tensor`; returns its reader."""
+    holder = flags.DEFINE_string("mesh", None, "data,fsdp,tensor; by default the run's own, or a single device")
+
+    def read() -> tuple[int, int, int] | None:
+        if holder.value is None:
+            return None
+        sizes = [int(part) if part.isdigit() else 0 for part in holder.value.split(",")]
+        if len(sizes) != 3 or min(sizes) < 1:
+            raise UserError(f"--mesh={holder.value}: must be three sizes data,fsdp,tensor, such as 1,1,1")
+        return sizes[0], sizes[1], sizes[2]
+
+    return read
+
+
+def main() -> None:
+    run = load_trained(_WORKDIR(), _STEP.value, _MESH())
+    split = choose_split(prepare(run.cfg, run.tokenizer), _SPLIT.value)
+    figures = evaluate_split(run.step, run.state, split, run.cfg, progress=True)
+    result = {
+        "split": _SPLIT.value,
+        "step": run.step_number,
+        "params": run.params,
+        "trained_tokens": run.record.tokens,
+        "train_flops": run.record.train_flops,
+        **figures,
+    }
+    if jax.process_index() == 0:
+        replace_file(_WORKDIR() / "eval.json", json.dumps(result, indent=2) + "\n")
+        print(
+            f"step {run.step_number}, {run.params:,} parameters, {figures['tokens']:,.0f} tokens of the {_SPLIT.value} "
+            f"split: loss {figures['loss']:.4f} nats, perplexity {figures['perplexity']:.3f}, "
+            f"{figures['bits_per_byte']:.4f} bits per byte"
+        )
+
+
+if __name__ == "__main__":
+    _WORKDIR = workdir_flag()
+    _STEP = flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
+    _SPLIT = flags.DEFINE_string("split", "validation", "train or validation")
+    _MESH = mesh_flag()
+    run_command(main)

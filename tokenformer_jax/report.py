@@ -1,0 +1,92 @@
+"""Compares runs: a table of their evaluations, and a plot of validation loss against training FLOPs.
+
+python -m tokenformer_jax.report --runs=small=W,grown=W2 --out=DIR
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import matplotlib
+from absl import flags
+
+from tokenformer_jax.config import UserError, run_command
+from tokenformer_jax.metrics import Row, read_metrics, replace_file
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def evaluations(workdir: pathlib.Path) -> list[Row]:
+    """The evaluation rows of a run. Raises UserError where it has none."""
+    try:
+        rows = [row for row in read_metrics(workdir) if "eval_loss" in row]
+    except OSError:
+        raise UserError(f"{workdir}: no metrics.jsonl here; is it the directory of a training run?") from None
+    if not rows:
+        raise UserError(f"{workdir}/metrics.jsonl: no evaluation yet")
+    return rows
+
+
+def summarise(name: str, workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """A run's last evaluation, and before it the one right after growth if the run began with a growth."""
+    rows = evaluations(workdir)
+    chosen = [(name, rows[-1])]
+    grown = workdir / "grow.json"
+    if grown.exists() and json.loads(grown.read_text())["step"] == rows[0]["step"] and len(rows) > 1:
+        chosen.insert(0, (f"{name}, right after growth", rows[0]))
+    keys = ("step", "params", "train_flops", "eval_loss", "eval_perplexity", "eval_bits_per_byte")
+    return [{"run": label} | {key: row[key] for key in keys} for label, row in chosen]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows, aligned."""
+    width = max(len(row["run"]) for row in rows)
+    head = f"{'run':<{width}}  {'step':>7}  {'parameters':>13}  {'train FLOPs':>11}  {'val. loss':>9}"
+    lines = [f"{head}  {'perplexity':>10}  {'bits/byte':>9}"]
+    for row in rows:
+        lines.append(
+            f"{row['run']:<{width}}  {row['step']:>7,}  {row['params']:>13,}  {row['train_flops']:>11.3e}  "
+            f"{row['eval_loss']:>9.4f}  {row['eval_perplexity']:>10.2f}  {row['eval_bits_per_byte']:>9.4f}"
+        )
+    return "\n".join(lines)
+
+
+def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
+    """Validation loss against cumulative training FLOPs, a line a run."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, workdir in runs.items():
+        rows = evaluations(workdir)
+        axes.plot(
+            [row["train_flops"] for row in rows],
+            [row["eval_loss"] for row in rows],
+            marker="o",
+            markersize=3,
+            label=f"{name} ({rows[-1]['params'] / 1e6:.2f}M parameters)",
+        )
+    axes.set(xlabel="cumulative training FLOPs", ylabel="validation loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    runs = {}
+    for item in _RUNS.value:
+        name, _, workdir = item.rpartition("=")
+        runs[name or pathlib.Path(workdir).name] = pathlib.Path(workdir)
+    if not runs:
+        raise UserError("--runs is missing; --runs=small=W,grown=W2 would do")
+    rows = [row for name, workdir in runs.items() for row in summarise(name, workdir)]
+    out = pathlib.Path(_OUT.value)
+    replace_file(out / "report.json", json.dumps(rows, indent=2) + "\n")
+    plot(runs, out / "loss.png")
+    print(table(rows))
+    print(f"plot: {out / 'loss.png'}")
+
+
+if __name__ == "__main__":
+    _RUNS = flags.DEFINE_list("runs", [], "name=workdir of each run, in order")
+    _OUT = flags.DEFINE_string("out", ".", "directory for loss.png and report.json")
+    run_command(main)

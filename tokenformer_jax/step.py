@@ -1,0 +1,182 @@
+"""One training step: the state, the loss, the optimizer and their compiled, sharded functions."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from tokenformer_jax.data import Batch
+
+from tokenformer_jax.config import Config, ModelConfig, OptimizerConfig
+from tokenformer_jax.sharding import batch_sharding, constrain, replicated, shardings, with_shardings
+from tokenformer_jax.transformer import Params, Tau, abstract_model, init_params, initial_tau
+
+Metrics = dict[str, jax.Array]
+
+
+class TauRamp(NamedTuple):
+    """A layer's τ over time: `start` up to step `begin`, then linearly to `target` at step `end`."""
+
+    start: jax.Array  # float32
+    target: jax.Array  # float32
+    begin: jax.Array  # int32
+    end: jax.Array  # int32
+
+    @classmethod
+    def constant(cls, tau: float) -> "TauRamp":
+        return cls(jnp.float32(tau), jnp.float32(tau), jnp.int32(0), jnp.int32(0))
+
+    def at(self, step: jax.Array) -> jax.Array:
+        done = (step - self.begin).astype(jnp.float32) / jnp.maximum(self.end - self.begin, 1)
+        ramped = self.start + (self.target - self.start) * jnp.clip(done, 0.0, 1.0)
+        return jnp.where(step >= self.end, self.target, jnp.where(step <= self.begin, self.start, ramped))
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes; what a checkpoint holds."""
+
+    step: jax.Array  # int32, optimizer steps taken since the model's birth
+    params: Params
+    opt_state: optax.OptState
+    tau: dict[str, TauRamp]  # per projection; the same in every layer
+
+    def tau_now(self) -> Tau:
+        return {name: ramp.at(self.step) for name, ramp in self.tau.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What `make_step` compiles for a config on a mesh. All functions take and give sharded arrays."""
+
+    abstract_state: TrainState  # ShapeDtypeStructs with shardings
+    init: Callable[[jax.Array], TrainState]  # PRNG key -> state
+    train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # donates the state
+    evaluate: Callable[[TrainState, Batch], Metrics]  # sums of nll (nats) and weights over the batch
+    batch: jax.sharding.NamedSharding  # of every array of a Batch
+
+
+def learning_rate(cfg: OptimizerConfig, steps: int, start: int = 0) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine that reaches the final rate at `steps`; counted from step `start`."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, cfg.peak_learning_rate, cfg.warmup_steps, max(steps - start, cfg.warmup_steps + 1), cfg.final_learning_rate
+    )
+    return lambda step: schedule(step - start)
+
+
+def decayed(params: Params) -> Any:
+    """True where weight decay applies: all but the final norm."""
+    return {name: jax.tree.map(lambda _, n=name: not n.startswith("norm"), tree) for name, tree in params.items()}
+
+
+def make_optimizer(cfg: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.adamw(schedule, cfg.beta1, cfg.beta2, cfg.epsilon, weight_decay=cfg.weight_decay, mask=decayed),
+    )
+
+
+def init_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    params = init_params(cfg, key)
+    tau = {name: TauRamp.constant(value) for name, value in initial_tau(cfg).items()}
+    return TrainState(jnp.int32(0), params, optimizer.init(params), tau)
+
+
+def loss_sums(model: Any, tau: Tau, batch: Batch, mask_documents: bool) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of next-token losses in nats over the padded vocabulary, and the sum of weights."""
+    logits_BLV, _ = model(batch.tokens_BL, tau, segments_BL=batch.segments_BL if mask_documents else None)
+    loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
+    return jnp.sum(loss_BL * batch.weights_BL), jnp.sum(batch.weights_BL)
+
+
+def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0) -> Step:
+    """Compiles (on first use) the functions that train this config on this mesh.
+
+    Args:
+      cfg: the config; only its sizes and rates matter.
+      mesh: from `sharding.make_mesh`.
+      schedule_start: the step from which the learning-rate schedule counts.
+    """
+    graphdef, _, param_axes = abstract_model(cfg.model)
+    schedule = learning_rate(cfg.optimizer, cfg.steps, schedule_start)
+    optimizer = make_optimizer(cfg.optimizer, schedule)
+
+    def init(key: jax.Array) -> TrainState:
+        return init_state(cfg.model, optimizer, key)
+
+    def loss(params: Params, tau: Tau, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return loss_sums(nnx.merge(graphdef, params), tau, batch, cfg.data.mask_documents)
+
+    def gradients(params: Params, tau: Tau, batch: Batch) -> tuple[jax.Array, Params]:
+        """Mean loss over the batch's real tokens and its gradient, worked through in `accumulation` parts."""
+        total = jnp.maximum(jnp.sum(batch.weights_BL), 1.0)
+        mean_part = jax.value_and_grad(lambda params, part: loss(params, tau, part)[0] / total)
+        if cfg.accumulation == 1:
+            return mean_part(params, batch)
+        parts = jax.tree.map(lambda x: split_rows(x, cfg.accumulation), batch)
+
+        def add(sums: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, mean_part(params, part)), None
+
+        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        mean, grads = gradients(state.params, state.tau_now(), batch)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": mean,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state, state.tau), metrics
+
+    def evaluate(state: TrainState, batch: Batch) -> Metrics:
+        nll, weights = loss(state.params, state.tau_now(), batch)
+        return {"nll": nll, "weights": weights}
+
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    param_shardings = shardings(abstract.params, mesh, param_axes)
+    whole = replicated(mesh)
+    state_shardings = TrainState(
+        whole,
+        param_shardings,
+        optax.tree.map_params(
+            optimizer, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: whole
+        ),
+        jax.tree.map(lambda _: whole, abstract.tau),
+    )
+    batch = batch_sharding(mesh)
+
+    def on_mesh(function: Callable) -> Callable:
+        def call(*args: Any) -> Any:
+            with jax.set_mesh(mesh):
+                return function(*args)
+
+        return call
+
+    return Step(
+        abstract_state=with_shardings(abstract, state_shardings),
+        init=on_mesh(jax.jit(init, out_shardings=state_shardings)),
+        train=on_mesh(
+            jax.jit(
+                train,
+                in_shardings=(state_shardings, batch),
+                out_shardings=(state_shardings, whole),
+                donate_argnums=0,
+            )
+        ),
+        evaluate=on_mesh(jax.jit(evaluate, in_shardings=(state_shardings, batch), out_shardings=whole)),
+        batch=batch,
+    )
+
+
+def split_rows(x_BL: jax.Array, parts: int) -> jax.Array:
+    """[B, L] -> [parts, B / parts, L]; strided, so that each device splits its own rows."""
+    x = x_BL.reshape(x_BL.shape[0] // parts, parts, *x_BL.shape[1:]).swapaxes(0, 1)
+    return constrain(x, None, "batch", None)

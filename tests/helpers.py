@@ -1,12 +1,15 @@
 """Small configs and the golden models, shared by the tests."""
 
 import pathlib
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
 from configs import base
 from tokenformer_jax.config import Config, read_config
+from tokenformer_jax.data import Batch
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -76,3 +79,29 @@ def official_tree(raw: dict[str, np.ndarray], prefix: str) -> Any:
         "norm_scale": raw[f"{prefix}sequential.{layers + 3}.norm.weight"],
         "norm_bias": raw[f"{prefix}sequential.{layers + 3}.norm.bias"],
     }
+
+
+def random_batch(cfg: Config, seed: int = 0) -> Batch:
+    """A global batch of random tokens, the last rows partly padding."""
+    rng = np.random.default_rng(seed)
+    shape = (cfg.batch_size, cfg.model.context_length)
+    tokens, targets = (rng.integers(0, cfg.model.vocab_size, shape).astype(np.int32) for _ in range(2))
+    weights = np.ones(shape, np.float32)
+    weights[-1, 5:] = 0
+    return Batch(tokens, targets, weights, np.ones(shape, np.int32))
+
+
+def write_corpus(folder: pathlib.Path) -> pathlib.Path:
+    """A few small text files, compressible enough to learn from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    words = "key value query token norm grow train layer head scale".split()
+    for i in range(24):
+        (folder / f"{i}.txt").write_text("\n".join(" ".join(rng.choice(words, 8)) for _ in range(30)))
+    return folder
+
+
+def assert_trees_equal(a: Any, b: Any, **tolerance: float) -> None:
+    """Bit for bit, or within rtol and atol."""
+    compare = partial(np.testing.assert_allclose, **tolerance) if tolerance else np.testing.assert_array_equal
+    jax.tree.map(lambda x, y: compare(np.asarray(x), np.asarray(y)), a, b)

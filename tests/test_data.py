@@ -255,7 +255,9 @@ def test_a_cache_that_cannot_be_written_names_its_key(tmp_path, given):
     write_texts(tmp_path / "texts")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"^data\.cache_dir = .*Not a directory"):
-        prepare(make_config(tmp_path, data__cache_dir=str(tmp_path / "file" / "cache")), given and train_tokenizer([], 257))
+        prepare(
+            make_config(tmp_path, data__cache_dir=str(tmp_path / "file" / "cache")), given and train_tokenizer([], 257)
+        )
 
 
 # Batches.

@@ -103,6 +103,8 @@ class Checkpoints:
         that is missing or differs in shape or dtype.
         """
         saved = self._metadata(step).metadata
+        if saved is None:  # Orbax only warns of what it could not read; reading it raises the reason
+            return self._load(step, "state", abstract)
         for path, wanted in jax.tree_util.tree_flatten_with_path(abstract)[0]:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             found = _look_up(saved, path)

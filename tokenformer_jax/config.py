@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import logging as stdlib_logging
 import os
 import pathlib
 import sys
@@ -307,7 +308,8 @@ def run_command(main: Callable[[], None]) -> None:
     def guarded(_: list[str]) -> None:
         main()
 
-    logging.set_verbosity(logging.ERROR)  # Orbax and others warn of what is handled here; -v=0 shows it
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is handled here; --verbosity=0 shows it
+    stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)  # the same errors, a second time
     try:
         app.run(guarded, flags_parser=parse)
     except UserError as error:

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
-from tokenformer_jax.data import Batch, eval_batches, prepare, train_batches
 
 from tokenformer_jax.checkpoint import Checkpoints
 from tokenformer_jax.config import (
@@ -34,6 +33,7 @@ from tokenformer_jax.config import (
     validate,
     workdir_flag,
 )
+from tokenformer_jax.data import Batch, eval_batches, prepare, train_batches
 from tokenformer_jax.evaluate import count_params, put_batch
 from tokenformer_jax.metrics import replace_file
 from tokenformer_jax.sharding import make_mesh

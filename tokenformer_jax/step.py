@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from tokenformer_jax.data import Batch
 
 from tokenformer_jax.config import Config, ModelConfig, OptimizerConfig
+from tokenformer_jax.data import Batch
 from tokenformer_jax.sharding import batch_sharding, constrain, replicated, shardings, with_shardings
 from tokenformer_jax.transformer import Params, Tau, abstract_model, init_params, initial_tau
 

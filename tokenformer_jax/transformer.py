@@ -31,8 +31,8 @@ class KVCache(NamedTuple):
 
     @classmethod
     def empty(cls, cfg: ModelConfig, batch: int, size: int) -> "KVCache":
-        zeros = jnp.zeros((cfg.num_layers, batch, size, cfg.num_heads, cfg.head_dim), cfg.dtype)
-        return cls(zeros, zeros, jnp.int32(0))
+        shape = (cfg.num_layers, batch, size, cfg.num_heads, cfg.head_dim)
+        return cls(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype), jnp.int32(0))
 
 
 def layer_norm(x_BLD: jax.Array) -> jax.Array:

@@ -1,0 +1,188 @@
+"""Laws of growth: nothing changes, everything can learn, and nothing half-done is left."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import assert_trees_equal, random_batch, tiny_config, tiny_linear_config, write_corpus
+from tokenformer_jax.checkpoint import Checkpoints
+from tokenformer_jax.config import UserError, load_config
+from tokenformer_jax.evaluate import load_trained, put_batch
+from tokenformer_jax.grow import check_growth, grow, grow_state, measure, verify
+from tokenformer_jax.sharding import make_mesh
+from tokenformer_jax.step import make_step
+from tokenformer_jax.train import train
+
+GROWN = {"model__qkv_tokens": 48, "model__out_tokens": 56, "model__ffn_tokens": 200, "steps": 16}
+
+
+def trained(cfg, steps=4):
+    step = make_step(cfg, make_mesh(cfg.mesh))
+    state = step.init(jax.random.key(0))
+    for i in range(steps):
+        state, _ = step.train(state, put_batch(step, random_batch(cfg, i)))
+    return step, state
+
+
+def grown(small_cfg, cfg, ramp_steps=4):
+    _, state = trained(small_cfg)
+    step = make_step(cfg, make_mesh(cfg.mesh))
+    pad = jax.jit(lambda s: grow_state(s, step.abstract_state, cfg, jax.random.key(5), ramp_steps))
+    return step, state, pad(state)
+
+
+@pytest.mark.parametrize("normalizer", ["l2_norm_gelu", "gelu_l2_norm"])
+@pytest.mark.parametrize("counts", [GROWN, {"model__ffn_tokens": 97}, {"model__qkv_tokens": 25}])
+def test_grown_model_equals_the_former_and_its_new_tokens_can_learn(normalizer, counts):
+    small, large = (tiny_config(model__normalizer=normalizer, **sizes) for sizes in ({}, counts))
+    step, before, after = grown(small, large)
+    batches = [random_batch(small, 7), random_batch(small, 8)]
+    figures = measure(before, after, small, large, step, batches)
+    verify(figures, "initializer")
+    assert figures["max_logit_difference"] <= 5e-6 * figures["max_logit"]
+    assert figures["loss_after"] == pytest.approx(figures["loss_before"], abs=1e-6)
+    assert figures["new_key_gradient_norm"] > 1e-4
+    assert set(figures["gradient_norms"]) == {
+        n for n in large.model.tokens if large.model.tokens[n] != small.model.tokens[n]
+    }
+
+
+def test_old_tokens_and_moments_are_carried_and_new_ones_are_as_said():
+    small, large = tiny_config(), tiny_config(**GROWN)
+    _, before, after = grown(small, large)
+    assert int(after.step) == int(before.step) == 4
+    for name, n in small.model.tokens.items():
+        old, new = before.params["blocks"][name], after.params["blocks"][name]
+        assert_trees_equal(jax.tree.map(lambda a, n=n: a[:, :n], new), old)
+        assert not jnp.any(new["keys"][:, n:])
+        drawn = new["values"][:, n:]
+        assert float(jnp.std(drawn)) == pytest.approx(2 / 2 / 32**0.5, rel=0.1)  # the initialiser's scale
+        for moments in ("mu", "nu"):
+            old, new = (getattr(state.opt_state[1][0], moments)["blocks"][name] for state in (before, after))
+            assert_trees_equal(jax.tree.map(lambda a, n=n: a[:, :n], new), old)
+            assert all(not jnp.any(leaf[:, n:]) for leaf in jax.tree.leaves(new))
+    assert_trees_equal(after.params["embed"], before.params["embed"])
+    assert_trees_equal(after.opt_state[1][0].count, before.opt_state[1][0].count)
+
+
+def test_new_tokens_learn_and_tau_is_ramped_to_the_root_of_the_count():
+    small, large = tiny_config(), tiny_config(**GROWN)
+    step, _, state = grown(small, large, ramp_steps=4)
+    taus = [float(state.tau_now()["ffn"])]
+    for i in range(4):
+        state, _ = step.train(state, put_batch(step, random_batch(large, i)))
+        taus.append(float(state.tau_now()["ffn"]))
+    np.testing.assert_allclose(taus, np.linspace(96**0.5, 200**0.5, 5), rtol=1e-6)
+    for name, n in small.model.tokens.items():
+        assert jnp.all(jnp.any(state.params["blocks"][name]["keys"][:, n:] != 0, axis=-1))
+
+
+def test_zero_values_are_dead_for_ever():
+    small, large = tiny_config(), tiny_config(**GROWN, grow__values="zeros")
+    step, before, state = grown(small, large)
+    figures = measure(before, state, small, large, step, [random_batch(small)])
+    assert figures["new_key_gradient_norm"] == figures["new_value_gradient_norm"] == 0
+    verify(figures, "zeros")
+    with pytest.raises(UserError, match="no gradient reaches the new tokens of"):
+        verify(figures, "initializer")
+    for i in range(3):
+        state, _ = step.train(state, put_batch(step, random_batch(large, i)))
+    ffn = state.params["blocks"]["ffn"]
+    assert not jnp.any(ffn["keys"][:, 96:]) and not jnp.any(ffn["values"][:, 96:])
+
+
+def test_a_moved_function_is_refused():
+    small, large = tiny_config(), tiny_config(**GROWN)
+    step, before, after = grown(small, large)
+    jumped = after._replace(tau={name: ramp._replace(start=1.1 * ramp.start) for name, ramp in after.tau.items()})
+    with pytest.raises(UserError, match="logits differ by"):
+        verify(measure(before, jumped, small, large, step, [random_batch(small)]), "initializer")
+
+
+def test_growing_twice_equals_the_first_model():
+    small, middle, large = tiny_config(), tiny_config(**GROWN), tiny_config(model__ffn_tokens=300, **GROWN_QKV)
+    step, first, second = grown(small, middle, ramp_steps=2)
+    step = make_step(large, make_mesh(large.mesh))
+    third = jax.jit(lambda s: grow_state(s, step.abstract_state, large, jax.random.key(6), 2))(second)
+    verify(measure(first, third, small, large, step, [random_batch(small)]), "initializer")
+
+
+GROWN_QKV = {"model__qkv_tokens": 64, "model__out_tokens": 64}
+
+
+@pytest.mark.parametrize(
+    "key, cfg",
+    [
+        ("model.ffn_tokens = 95", tiny_config(model__ffn_tokens=95)),
+        ("model.num_layers = 3", tiny_config(model__num_layers=3, **GROWN)),
+        ("model.embed_dim = 64", tiny_config(model__embed_dim=64, **GROWN)),
+        ("model.vocab_size = 400", tiny_config(model__vocab_size=400)),
+    ],
+)
+def test_what_is_no_growth_is_named(key, cfg):
+    with pytest.raises(UserError, match=key):
+        check_growth(tiny_config().model, cfg.model)
+
+
+def test_softmax_and_plain_transformers_do_not_grow():
+    with pytest.raises(UserError, match="softmax"):
+        check_growth(
+            tiny_config(model__normalizer="softmax").model, tiny_config(model__normalizer="softmax", **GROWN).model
+        )
+    with pytest.raises(UserError, match="plain Transformer"):
+        check_growth(tiny_linear_config().model, tiny_linear_config(model__ffn_tokens=128).model)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grow")
+    data = {"data__dataset": "text_files", "data__path": str(write_corpus(folder / "text"))}
+    cfg = tiny_config(**data, data__cache_dir=str(folder / "cache"))
+    train(cfg, folder / "small")
+    return cfg, folder / "small"
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+def test_command_writes_a_whole_workdir_that_train_goes_on_with(source, tmp_path, mesh):
+    small, workdir = source
+    sizes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh, strict=True))
+    cfg = tiny_config(**GROWN, **sizes)
+    cfg = dataclasses.replace(cfg, data=small.data)
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    figures = grow(workdir, cfg, tmp_path / "grown")
+    assert figures == json.loads((tmp_path / "grown" / "grow.json").read_text())
+    names = (
+        "max_logit_difference max_logit loss_before loss_after new_key_gradient_norm params_before params_after".split()
+    )
+    assert set(names) <= set(figures)
+    assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}  # only read
+    assert [path.name for path in tmp_path.iterdir()] == ["grown"]
+    record = Checkpoints(tmp_path / "grown" / "checkpoints").record(8)
+    assert record.growth == [{"step": 8, "from": small.model.tokens, "to": cfg.model.tokens}]
+    assert record.schedule_start == 8 and record.tokens == 8 * 8 * 16 and record.train_flops > 0
+    train(cfg, tmp_path / "grown")
+    rows = [json.loads(line) for line in (tmp_path / "grown" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [8, 16]  # right after growth, and at the end
+    assert load_config(tmp_path / "grown" / "config.json") == cfg
+    assert int(load_trained(tmp_path / "grown").state.step) == 16
+
+
+def test_a_failed_check_writes_nothing(source, tmp_path, monkeypatch):
+    small, workdir = source
+    cfg = dataclasses.replace(tiny_config(**GROWN), data=small.data)
+    monkeypatch.setattr("tokenformer_jax.grow.LOGIT_BOUND", -1.0)
+    with pytest.raises(UserError, match="nothing was written"):
+        grow(workdir, cfg, tmp_path / "grown")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_taken_target_is_left_alone(source, tmp_path):
+    small, workdir = source
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="--workdir="):
+        grow(workdir, dataclasses.replace(tiny_config(**GROWN), data=small.data), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

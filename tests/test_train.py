@@ -1,0 +1,170 @@
+"""Laws of a run: it resumes bit for bit, on the same mesh or another, and stops cleanly."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import assert_trees_equal, tiny_config, write_corpus
+from tokenformer_jax.checkpoint import Checkpoints
+from tokenformer_jax.config import UserError, load_config
+from tokenformer_jax.metrics import read_metrics
+from tokenformer_jax.sharding import make_mesh
+from tokenformer_jax.step import make_step
+from tokenformer_jax.train import train
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    data = {"data__dataset": "text_files", "data__path": str(write_corpus(folder / "text"))}
+    every = {"log_every": 1, "eval_every": 3, "checkpoint_every": 2}
+    return tiny_config(**data, data__cache_dir=str(folder / "cache"), **every)
+
+
+@pytest.fixture(scope="module")
+def whole(cfg, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    train(cfg, workdir)
+    return workdir
+
+
+def losses(workdir):
+    """Every figure that does not depend on the clock."""
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu")} for row in read_metrics(workdir)]
+
+
+def final_state(cfg, workdir):
+    step = make_step(cfg, make_mesh(cfg.mesh))
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    return jax.device_get(checkpoints.restore(checkpoints.choose(None), step.abstract_state))
+
+
+def test_run_learns_and_leaves_what_the_design_says(cfg, whole):
+    rows = read_metrics(whole)
+    train_rows = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in train_rows] == list(range(1, 9))
+    names = {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "params", "train_flops"}
+    assert names <= set(train_rows[0])
+    assert [row["tokens"] for row in train_rows] == [n * 8 * 16 for n in range(1, 9)]
+    evaluations = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [3, 6, 8]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] < np.log(300)
+    assert evaluations[0]["eval_perplexity"] == pytest.approx(np.exp(evaluations[0]["eval_loss"]))
+    assert load_config(whole / "config.json") == cfg
+    assert json.loads((whole / "environment.json").read_text())["packages"]["jax"] == jax.__version__
+    assert list((whole / "tensorboard").iterdir())
+    assert Checkpoints(whole / "checkpoints").steps == [6, 8]
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_stopped_and_resumed_run_is_bit_identical(cfg, whole, tmp_path, monkeypatch, step):
+    """Also where the stop falls on a step whose evaluation is still due."""
+    with monkeypatch.context() as patch:
+        patch.setattr("tokenformer_jax.train.StopSignals.stop_after", lambda self, n: n == step)
+        train(cfg, tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").steps[-1] == step
+    train(cfg, tmp_path)
+    key = lambda row: (row["step"], "eval_loss" in row)  # noqa: E731
+    assert sorted(losses(tmp_path), key=key) == sorted(losses(whole), key=key)
+    assert_trees_equal(final_state(cfg, tmp_path), final_state(cfg, whole))
+
+
+def test_run_killed_after_a_checkpoint_drops_the_rows_it_repeats(cfg, whole, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def die(self, n):
+        if n == 5:
+            self_checkpoints[0].wait()
+            raise Killed
+        return False
+
+    self_checkpoints = []
+    original = Checkpoints.__init__
+
+    def remember(self, *args, **kwargs):
+        self_checkpoints.append(self)
+        original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "__init__", remember)
+        patch.setattr("tokenformer_jax.train.StopSignals.stop_after", die)
+        with pytest.raises(Killed):
+            train(cfg, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "los')  # cut short
+    train(cfg, tmp_path)
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_checkpoint_restores_on_any_mesh_bit_for_bit(cfg, whole):
+    alone = final_state(cfg, whole)
+    for mesh in [(8, 1, 1), (1, 2, 4), (2, 2, 2)]:
+        sharded = dataclasses.replace(
+            cfg, mesh=dataclasses.replace(cfg.mesh, data=mesh[0], fsdp=mesh[1], tensor=mesh[2])
+        )
+        assert_trees_equal(final_state(sharded, whole), alone)
+
+
+def test_signal_saves_and_returns(cfg, tmp_path):
+    long = dataclasses.replace(cfg, steps=100_000, checkpoint_every=0, eval_every=0)
+
+    def send():
+        while not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    train(long, tmp_path)
+    sender.join()
+    assert 0 < Checkpoints(tmp_path / "checkpoints").steps[-1] < 100_000
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_finished_run_has_nothing_to_do(cfg, whole):
+    before = losses(whole)
+    train(cfg, whole)
+    assert losses(whole) == before
+
+
+def test_a_longer_run_goes_on(cfg, whole, tmp_path):
+    train(dataclasses.replace(cfg, steps=4), tmp_path)
+    train(dataclasses.replace(cfg, steps=6), tmp_path)
+    assert [row["step"] for row in read_metrics(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_workdir_of_another_model_is_refused(cfg, whole):
+    other = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, ffn_tokens=128))
+    with pytest.raises(UserError, match="model.ffn_tokens = 128"):
+        train(other, whole)
+
+
+def test_workdir_with_other_files_is_refused(cfg, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="holds other files"):
+        train(cfg, tmp_path)
+
+
+def test_non_finite_loss_stops_the_run_and_is_not_saved(cfg, tmp_path):
+    wild = dataclasses.replace(
+        cfg, optimizer=dataclasses.replace(cfg.optimizer, peak_learning_rate=1e38, warmup_steps=0)
+    )
+    with pytest.raises(UserError, match="the loss of step"):
+        train(wild, tmp_path)
+    assert not Checkpoints(tmp_path / "checkpoints", keep=1).steps
+
+
+def test_damaged_checkpoint_is_named(cfg, whole, tmp_path):
+    train(dataclasses.replace(cfg, steps=3, checkpoint_every=0), tmp_path)
+    for path in (tmp_path / "checkpoints" / "3" / "state").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"checkpoints/3: state cannot be read"):
+        train(cfg, tmp_path)

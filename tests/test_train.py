@@ -143,7 +143,7 @@ def test_a_longer_run_goes_on(cfg, whole, tmp_path):
 
 def test_workdir_of_another_model_is_refused(cfg, whole):
     other = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, ffn_tokens=128))
-    with pytest.raises(UserError, match="model.ffn_tokens = 128"):
+    with pytest.raises(UserError, match=r"model\.ffn_tokens = 128"):
         train(other, whole)
 
 

@@ -4,7 +4,6 @@ A split is one stream of ids: <eot> document <eot> document <eot> … <eot>. Win
 on, so that every token but the first is predicted exactly once.
 """
 
-import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -101,30 +100,22 @@ class _LocalFiles:
 
     def build(self, folder: Path) -> Any:
         split_at, single = self._survey()
-        return _prepare_builder(
-            self.name,
-            folder,
-            {name: self._examples(name, split_at, single) for name in ("train", "validation")},
-        )
+        splits = {name: self._examples(name, split_at, single) for name in ("train", "validation")}
+        return _prepare_builder(self.name, folder, splits)
 
     def _survey(self) -> tuple[float, bool]:
         """Reports what is skipped. Returns the place that parts the splits, and whether all documents are one."""
-        skipped: collections.Counter[str] = collections.Counter()
-        low, high = 1.0, 0.0
+        unreadable, empty, low, high = 0, 0, 1.0, 0.0
         for document in self.documents():
             if document.text is None:
-                skipped["unreadable"] += 1
+                unreadable += 1
             elif not document.text.strip():
-                skipped["empty"] += 1
+                empty += 1
             else:
                 low, high = min(low, document.place), max(high, document.place)
-        if skipped:
-            logging.warning(
-                "%s: skipped %d unreadable (not UTF-8, not JSON or without data.text_key) and %d empty documents",
-                self.name,
-                skipped["unreadable"],
-                skipped["empty"],
-            )
+        if unreadable or empty:
+            message = "%s: skipped %d unreadable (not UTF-8, not JSON or without data.text_key) and %d empty documents"
+            logging.warning(message, self.name, unreadable, empty)
         if low > high:
             raise UserError(
                 f"{self}: holds no text that can be used; UTF-8 in .txt, or .jsonl with data.text_key, would do"
@@ -265,6 +256,7 @@ class PublishedSet:
 
     def build(self, folder: Path) -> Any:
         import tensorflow_datasets as tfds
+        import tensorflow_datasets.text  # registers c4, wiki40b and others, which tfds alone does not
 
         key = f"data.dataset = {self.name!r}"
         try:
@@ -481,11 +473,11 @@ def _write_split(file: Path, texts: Iterable[str], tokenizer: Tokenizer) -> dict
                 num_bytes += len(piece.text.encode())
                 num_documents += piece.is_last
     return {
+        "dtype": dtype,
+        "end_of_text": eot,
         "num_tokens": num_tokens,
         "num_bytes": num_bytes,
         "num_documents": num_documents,
-        "end_of_text": eot,
-        "dtype": dtype,
     }
 
 

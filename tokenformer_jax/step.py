@@ -55,7 +55,7 @@ class Step:
     abstract_state: TrainState  # ShapeDtypeStructs with shardings
     init: Callable[[jax.Array], TrainState]  # PRNG key -> state
     train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # donates the state
-    evaluate: Callable[[TrainState, Batch], Metrics]  # sums of nll (nats) and weights over the batch
+    evaluate: Callable[[TrainState, Batch], Metrics]  # sums of nll (nats) and weights; needs no opt_state
     batch: jax.sharding.NamedSharding  # of every array of a Batch
 
 
@@ -171,7 +171,7 @@ def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0) -> Step:
                 donate_argnums=0,
             )
         ),
-        evaluate=on_mesh(jax.jit(evaluate, in_shardings=(state_shardings, batch), out_shardings=whole)),
+        evaluate=on_mesh(jax.jit(evaluate, out_shardings=whole)),
         batch=batch,
     )
 

@@ -1,0 +1,196 @@
+"""The commands as their users see them: what works, and one clear line with exit code 2 for what does not."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.helpers import write_corpus
+from tokenformer_jax.checkpoint import Checkpoints
+from tokenformer_jax.tokenizer import tokenizer_from_json
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+CONFIG = """
+from configs import base
+
+def get_config(variant="small"):
+    config = base.get_config()
+    config.steps, config.batch_size, config.eval_every, config.checkpoint_every = 6, 4, 3, 3
+    config.model.update(vocab_size=300, context_length=32, num_layers=2, num_heads=2, embed_dim=16)
+    config.model.update(qkv_tokens=8, out_tokens=8, ffn_tokens=16)
+    config.optimizer.update(warmup_steps=1, peak_learning_rate=1e-2)
+    config.data.update(dataset="text_files", path={text!r}, cache_dir={cache!r})
+    if variant == "grown":
+        config.steps = 12
+        config.model.update(qkv_tokens=12, out_tokens=12, ffn_tokens=24)
+    return config
+"""
+
+
+def run(command, *args):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", f"tokenformer_jax.{command}", *map(str, args)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a config, a trained run `small` and its grown successor `grown`, through the commands."""
+    folder = tmp_path_factory.mktemp("commands")
+    text = write_corpus(folder / "text")
+    (folder / "config.py").write_text(CONFIG.format(text=str(text), cache=str(folder / "cache")))
+    config = f"--config={folder}/config.py"
+    for command, *args in (
+        ("train", f"{config}:small", f"--workdir={folder}/small"),
+        ("grow", f"--source={folder}/small", f"{config}:grown", f"--workdir={folder}/grown"),
+        ("train", f"{config}:grown", f"--workdir={folder}/grown"),
+    ):
+        result = run(command, *args)
+        assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_evaluate(folder):
+    result = run("evaluate", f"--workdir={folder}/grown")
+    assert result.returncode == 0, result.stderr
+    assert "bits per byte" in result.stdout
+    figures = json.loads((folder / "grown" / "eval.json").read_text())
+    rows = [json.loads(line) for line in (folder / "grown" / "metrics.jsonl").read_text().splitlines()]
+    assert figures["loss"] == pytest.approx([row["eval_loss"] for row in rows if "eval_loss" in row][-1], rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(np.exp(figures["loss"]))
+    tokenizer = tokenizer_from_json(Checkpoints(folder / "grown" / "checkpoints").tokenizer(12).to_json())
+    meta = json.loads(next((folder / "cache").rglob("meta.json")).read_text())["validation"]
+    assert figures["tokens"] == meta["num_tokens"] - 1  # every token once, the last partial batch included
+    assert figures["bits_per_byte"] == pytest.approx(
+        figures["loss"] * figures["tokens"] / np.log(2) / meta["num_bytes"]
+    )
+    assert tokenizer.vocab_size <= 300
+
+
+def test_evaluate_and_generate_run_sharded(folder):
+    alone = (
+        json.loads((folder / "grown" / "eval.json").read_text()) if (folder / "grown" / "eval.json").exists() else None
+    )
+    result = run("evaluate", f"--workdir={folder}/grown", "--mesh=2,2,2")
+    assert result.returncode == 0, result.stderr
+    sharded = json.loads((folder / "grown" / "eval.json").read_text())
+    if alone:
+        assert sharded["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    args = f"--workdir={folder}/grown", "--prompt=key value", "--max_tokens=12", "--temperature=0"
+    assert run("generate", *args, "--mesh=1,1,2").stdout == run("generate", *args).stdout
+
+
+def test_generate_is_seeded_and_continues_the_prompt(folder):
+    args = f"--workdir={folder}/grown", "--prompt=key value", "--max_tokens=12"
+    first, again, other = run("generate", *args), run("generate", *args), run("generate", *args, "--seed=1")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("key value") and len(first.stdout) > len("key value\n")
+    assert first.stdout == again.stdout != other.stdout
+    several = run("generate", *args, "--samples=3")
+    assert several.stdout.count("--- sample") == 3
+
+
+def test_report_draws_the_plot_and_lists_the_stages(folder):
+    result = run("report", f"--runs=small={folder}/small,grown={folder}/grown", f"--out={folder}/report")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((folder / "report" / "report.json").read_text())
+    assert [row["run"] for row in rows] == ["small", "grown, right after growth", "grown"]
+    assert rows[1]["eval_loss"] == pytest.approx(rows[0]["eval_loss"], rel=1e-5)  # growth is lossless
+    assert rows[1]["train_flops"] == rows[0]["train_flops"] < rows[2]["train_flops"]
+    assert (folder / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_growth_with_zero_values_warns(folder):
+    config, workdir = f"--config={folder}/config.py:grown", folder / "zeros"
+    result = run("grow", f"--source={folder}/small", config, f"--workdir={workdir}", "--values=zeros")
+    assert result.returncode == 0, result.stderr
+    assert "warning" in result.stdout and "never learn" in result.stdout
+    assert json.loads((workdir / "grow.json").read_text())["new_key_gradient_norm"] == 0
+
+
+def test_an_older_step_can_be_grown(folder):
+    config, workdir = f"--config={folder}/config.py:grown", folder / "older"
+    result = run("grow", f"--source={folder}/small", config, f"--workdir={workdir}", "--step=3")
+    assert result.returncode == 0, result.stderr
+    assert Checkpoints(workdir / "checkpoints").steps == [3]
+
+
+WRONG = [
+    ("train", "--config={f}/config.py --config.modle.num_heads=3 --workdir={f}/w", "model.num_heads"),
+    ("train", "--config={f}/config.py --config.stepz=3 --workdir={f}/w", "did you mean 'steps'"),
+    ("train", "--config={f}/config.py --config.steps=many --workdir={f}/w", "config.steps"),
+    ("train", "--config={f}/config.py --config.model.num_heads=3 --workdir={f}/w", "2 or 4 would do"),
+    ("train", "--config={f}/config.py --config.model.normalizer=l3 --workdir={f}/w", "l2_norm_gelu"),
+    ("train", "--config={f}/config.py --config.mesh.tensor=4 --config.mesh.data=4 --workdir={f}/w", "mesh"),
+    ("train", "--config={f}/config.py --config.batch_size=5 --config.accumulation=2 --workdir={f}/w", "batch_size"),
+    ("train", "--config={f}/config.py --config.steps=0 --workdir={f}/w", "steps = 0"),
+    ("train", "--config={f}/config.py:big", "--workdir is missing"),
+    ("train", "--workdir={f}/w", "--config is missing"),
+    ("train", "--config={f}/nothing.py --workdir={f}/w", "nothing.py"),
+    ("train", "--config={f}/config.py --workdir={f}/text", "holds other files"),
+    ("train", "--config={f}/config.py:grown --workdir={f}/small", "model.qkv_tokens = 12"),
+    ("train", "--config={f}/config.py --workdir={f}/w --speed=9", "speed"),
+    ("train", "--config={f}/config.py --workdir={f}/w extra", "extra"),
+    ("train", "--config={f}/config.py --config.data.path={f}/none --workdir={f}/w", "data.path"),
+    ("train", "--config={f}/config.py --config.data.dataset=no_such_set --workdir={f}/w", "data.dataset"),
+    ("train", "--config={f}/config.py --config.data.tokenizer={f}/config.py --workdir={f}/w", "data.tokenizer"),
+    ("train", "--config={f}/config.py --config.data.tokenizer={f}/big.json --workdir={f}/w", "model.vocab_size = 300"),
+    (
+        "grow",
+        "--source={f}/small --config={f}/config.py:grown --config.model.ffn_tokens=15 --workdir={f}/w",
+        "ffn_tokens",
+    ),
+    (
+        "grow",
+        "--source={f}/small --config={f}/config.py:grown --config.model.num_layers=3 --workdir={f}/w",
+        "num_layers",
+    ),
+    ("grow", "--source={f}/none --config={f}/config.py:grown --workdir={f}/w", "none/config.json"),
+    ("grow", "--source={f}/text --config={f}/config.py:grown --workdir={f}/w", "text/config.json"),
+    ("grow", "--source={f}/small --config={f}/config.py:grown --workdir={f}/grown", "holds something already"),
+    ("grow", "--source={f}/small --config={f}/config.py:grown --config.steps=6 --workdir={f}/w", "steps = 6"),
+    ("grow", "--source={f}/small --config={f}/config.py:grown --workdir={f}/w --step=5", "--step=5"),
+    ("grow", "--source={f}/small --config={f}/config.py:grown --workdir={f}/w --values=random", "grow.values"),
+    ("evaluate", "--workdir={f}/none", "none/config.json"),
+    ("evaluate", "--workdir={f}/small --split=test", "--split=test"),
+    ("evaluate", "--workdir={f}/small --step=4", "--step=4"),
+    ("evaluate", "--workdir={f}/small --mesh=2", "--mesh=2"),
+    ("evaluate", "--workdir={f}/small --mesh=16,1,1", "mesh"),
+    ("evaluate", "--workdir={f}/notrun", "notrun/config.json"),
+    ("generate", "--workdir={f}/small --max_tokens=999", "--max_tokens=999"),
+    ("generate", "--workdir={f}/small --temperature=-1", "--temperature=-1"),
+    ("generate", "--workdir={f}/small --top_p=0", "--top_p=0"),
+    ("generate", "--workdir={f}/small --max_tokens=0", "--max_tokens=0"),
+    ("report", "--runs=", "--runs is missing"),
+    ("report", "--runs=a={f}/none", "none"),
+]
+
+
+@pytest.mark.parametrize("command, args, names", WRONG, ids=[f"{c}-{n}" for c, _, n in WRONG])
+def test_a_mistake_gives_one_line_and_exit_code_2(folder, command, args, names):
+    (folder / "big.json").write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "added_tokens": [],
+                "model": {
+                    "type": "BPE",
+                    "vocab": {"<|endoftext|>": 0} | {f"t{i}": i for i in range(1, 400)},
+                    "merges": [],
+                },
+            }
+        )
+    )
+    (folder / "notrun").mkdir(exist_ok=True)
+    (folder / "notrun" / "config.json").write_text('{"steps": "x"')
+    result = run(command, *args.format(f=folder).split())
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2, result.stderr
+    assert names in lines[-1] and lines[-1].startswith("error: "), result.stderr
+    assert len(lines) == 1, result.stderr
+    assert not (folder / "w").exists()

@@ -5,7 +5,8 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1] / "tokenformer_jax"
 ORDER = """
-    config sharding tokenizer metrics pattention transformer data step checkpoint evaluate generate grow report train
+    config sharding tokenizer metrics corpus data pattention transformer step checkpoint
+    evaluate generate grow report train
 """.split()
 
 
@@ -25,7 +26,7 @@ def test_modules_import_only_from_above():
 
 
 def test_checkpoints_and_data_know_no_model():
-    for module in ("checkpoint", "data", "tokenizer", "metrics"):
+    for module in ("checkpoint", "corpus", "data", "tokenizer", "metrics"):
         assert not imports(module) & {"transformer", "pattention", "step"}, module
 
 

@@ -1,45 +1,17 @@
-import itertools
+"""Laws of the batches: every token once, the same whatever the processes, and exact to resume."""
+
+import dataclasses
 import json
-import pathlib
-import random
-import shutil
-import subprocess
-import sys
-from typing import Any
 
 import numpy as np
 import pytest
 
-from configs import base
-from tokenformer_jax import data
-from tokenformer_jax.config import Config, UserError, read_config
-from tokenformer_jax.data import TokenSplit, eval_batches, prepare, train_batches
-from tokenformer_jax.tokenizer import train_tokenizer
+from tests.helpers import tiny_config
+from tokenformer_jax.config import UserError
+from tokenformer_jax.corpus import TokenSplit
+from tokenformer_jax.data import Batch, eval_batches, keep_position, train_batches
 
-WORDS = "one two three four five six seven eight nine ten".split()
-
-
-def write_texts(folder: pathlib.Path, count: int = 60, words: int = 40) -> pathlib.Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(0)
-    lines = [{"text": " ".join(rng.choices(WORDS, k=words))} for _ in range(count)]
-    (folder / "some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def make_config(tmp_path: pathlib.Path, **overrides: Any) -> Config:
-    """text_files in tmp_path/texts; keys are written with __ for the dot."""
-    tree = base.get_config()
-    values = {
-        "data.dataset": "text_files",
-        "data.path": str(tmp_path / "texts"),
-        "data.cache_dir": str(tmp_path / "cache"),
-        "model.vocab_size": 300,
-        "model.context_length": 8,
-        "batch_size": 4,
-    }
-    tree.update_from_flattened_dict(values | {k.replace("__", "."): v for k, v in overrides.items()})
-    return read_config(tree.to_dict())
+CFG = tiny_config(model__context_length=8, batch_size=4)
 
 
 def make_split(num_tokens: int, documents: int = 5) -> TokenSplit:
@@ -47,224 +19,6 @@ def make_split(num_tokens: int, documents: int = 5) -> TokenSplit:
     tokens = np.arange(num_tokens, dtype=np.uint16)
     tokens[:: max(1, num_tokens // documents)] = 0
     return TokenSplit(tokens, num_bytes=num_tokens, num_documents=documents, end_of_text=0)
-
-
-def texts_of(corpus: data.Corpus, split: TokenSplit) -> list[str]:
-    ends = np.flatnonzero(split.tokens == split.end_of_text)
-    assert ends[0] == 0 and ends[-1] == split.num_tokens - 1
-    return [corpus.tokenizer.decode(split.tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(ends)]
-
-
-# Preparation.
-
-
-def test_the_stream_is_the_documents_between_ends_of_text(tmp_path):
-    lines = (write_texts(tmp_path / "texts") / "some.jsonl").read_text().splitlines()
-    (tmp_path / "texts" / "a.txt").write_bytes("naïve <|endoftext|> text\r\n".encode())
-    corpus = prepare(make_config(tmp_path))
-    train, validation = texts_of(corpus, corpus.train), texts_of(corpus, corpus.validation)
-    documents = [json.loads(line)["text"] for line in lines] + ["naïve <|endoftext|> text\r\n"]
-    assert sorted(train + validation) == sorted(documents)
-    assert validation and len(validation) < len(train)
-    for split, texts in ((corpus.train, train), (corpus.validation, validation)):
-        assert split.num_documents == len(texts)
-        assert split.num_bytes == sum(len(text.encode()) for text in texts)
-        assert not split.tokens.flags.writeable and split.tokens.dtype == np.uint16
-
-
-def test_long_documents_are_encoded_in_pieces_that_join(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_PIECE", 50)
-    (tmp_path / "texts").mkdir()
-    texts = ["\n".join(WORDS * 20), "x" * 333, "short"]
-    for i, text in enumerate(texts):
-        (tmp_path / "texts" / f"{i}.txt").write_text(text)
-    corpus = prepare(make_config(tmp_path, model__context_length=2))
-    assert sorted(texts_of(corpus, corpus.train) + texts_of(corpus, corpus.validation)) == sorted(texts)
-
-
-def test_what_is_no_text_is_counted_and_skipped(tmp_path, caplog):
-    folder = write_texts(tmp_path / "texts", 20)
-    (folder / "bad.txt").write_bytes(b"\xff\xfe\xfa")
-    (folder / "empty.txt").write_text("")
-    bad = [b"{", b'{"other": "x"}', b'{"text": 3}', b"[1]", b'"text"', b'{"text": "\xff"}', b'{"text": "\\ud800"}']
-    (folder / "bad.jsonl").write_bytes(b"\n".join([*bad, b'{"text": "  "}', b""]))
-    corpus = prepare(make_config(tmp_path))
-    assert corpus.train.num_documents + corpus.validation.num_documents == 20
-    assert "skipped 8 unreadable" in caplog.text and "and 2 empty documents" in caplog.text
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_few_documents_give_both_splits_something(tmp_path, count):
-    (tmp_path / "texts").mkdir()
-    texts = [" ".join(f"{word}{i}" for word in WORDS * 20) for i in range(count)]
-    for i, text in enumerate(texts):
-        (tmp_path / "texts" / f"{i}.txt").write_text(text)
-    corpus = prepare(make_config(tmp_path))
-    train, validation = texts_of(corpus, corpus.train), texts_of(corpus, corpus.validation)
-    assert train and validation
-    assert sorted(train + validation) == texts if count > 1 else train[0] + validation[0] == texts[0]
-
-
-def test_equal_documents_never_straddle_the_splits(tmp_path):
-    folder = write_texts(tmp_path / "texts", 50)
-    shutil.copy(folder / "some.jsonl", folder / "copy.jsonl")
-    corpus = prepare(make_config(tmp_path))
-    train, validation = set(texts_of(corpus, corpus.train)), set(texts_of(corpus, corpus.validation))
-    assert not train & validation and len(train | validation) == 50
-
-
-def test_changed_files_give_a_new_set_and_equal_files_the_cached_one(tmp_path, monkeypatch):
-    folder = write_texts(tmp_path / "texts")
-    first = prepare(make_config(tmp_path))
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "_make_corpus", None)  # calling it fails
-        again = prepare(make_config(tmp_path))
-        assert again.tokenizer.fingerprint == first.tokenizer.fingerprint
-        np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
-    (folder / "more.txt").write_text("entirely new text " * 20)
-    changed = prepare(make_config(tmp_path))
-    documents = [corpus.train.num_documents + corpus.validation.num_documents for corpus in (first, changed)]
-    assert documents == [60, 61]
-
-
-def test_reopening_imports_no_tfds(tmp_path):
-    write_texts(tmp_path / "texts")
-    cfg = make_config(tmp_path)
-    prepare(cfg)
-    (tmp_path / "config.json").write_text(cfg.to_json())
-    code = (
-        "import pathlib, sys; from tokenformer_jax.config import load_config; "
-        "from tokenformer_jax.data import prepare; "
-        "prepare(load_config(pathlib.Path(sys.argv[1]))); assert 'tensorflow_datasets' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code, tmp_path / "config.json"], check=True)
-
-
-def test_a_killed_preparation_is_redone(tmp_path, monkeypatch):
-    write_texts(tmp_path / "texts")
-    cfg = make_config(tmp_path)
-
-    def killed(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data.Tokenizer, "encode_batch", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(cfg)
-    assert [path.suffix for path in tmp_path.glob("cache/*/tokens-*")] == [".tmp"]
-    whole = np.array(prepare(cfg).train.tokens)
-    assert not list(tmp_path.glob("cache/*/tokens-*.tmp"))
-    (file,) = tmp_path.glob("cache/*/tokens-*/train.bin")
-    file.write_bytes(file.read_bytes()[:-2])  # cut short by a full disk
-    np.testing.assert_array_equal(prepare(cfg).train.tokens, whole)
-    (meta,) = tmp_path.glob("cache/*/tokens-*/meta.json")
-    meta.write_text("{")
-    np.testing.assert_array_equal(prepare(cfg).train.tokens, whole)
-
-
-def test_two_processes_prepare_at_once(tmp_path):
-    write_texts(tmp_path / "texts", 500)
-    (tmp_path / "config.json").write_text(make_config(tmp_path).to_json())
-    code = (
-        "import pathlib, sys; from tokenformer_jax.config import load_config; "
-        "from tokenformer_jax.data import prepare; "
-        "print(prepare(load_config(pathlib.Path(sys.argv[1]))).train.num_tokens)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "config.json")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert outputs[0] == outputs[1] and int(outputs[0]) > 0
-    assert len(list(tmp_path.glob("cache/*/tokens-*"))) == 1
-
-
-def test_a_given_tokenizer_and_a_tokenizer_file_make_the_same_tokens(tmp_path):
-    write_texts(tmp_path / "texts")
-    tokenizer = train_tokenizer(WORDS, 280)
-    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
-    given = prepare(make_config(tmp_path), tokenizer)
-    loaded = prepare(make_config(tmp_path, data__tokenizer=str(tmp_path / "tokenizer.json")))
-    assert given.tokenizer.fingerprint == loaded.tokenizer.fingerprint == tokenizer.fingerprint
-    np.testing.assert_array_equal(given.train.tokens, loaded.train.tokens)
-
-
-def test_python_source_is_the_library_without_its_tests(tmp_path):
-    cfg = make_config(tmp_path, data__dataset="python_source")
-    one, two = (data.PythonSource(cfg.data) for _ in range(2))
-    assert one.identity == two.identity and list(one.documents()) == list(two.documents())
-    paths = [document.path for document in one.documents()]
-    assert "argparse.py" in paths and not any("test" in pathlib.Path(p).parts for p in paths)
-    assert not any("site-packages" in p or "__pycache__" in p for p in paths)
-    split_at, single = one._survey()
-    splits = [{e["path"] for _, e in one._examples(s, split_at, single)} for s in ("train", "validation")]
-    assert not splits[0] & splits[1] and len(splits[0] | splits[1]) == len(paths)
-    assert 0.02 < len(splits[1]) / len(paths) < 0.1
-
-
-def prepared_tfds_set(folder: pathlib.Path, name: str) -> None:
-    examples = [(i, {"text": f"{i} " + " ".join(WORDS), "path": "p"}) for i in range(40)]
-    data._prepare_builder(name, folder, {"train": iter(examples[:30]), "test": iter(examples[30:])})
-
-
-def test_a_tfds_set_by_name_with_split_syntax(tmp_path):
-    prepared_tfds_set(tmp_path / "tfds", "lm_small")
-    published = {"data__dataset": "lm_small", "data__path": str(tmp_path / "tfds")}
-    splits = {"data__train_split": "train[:50%]", "data__validation_split": "test"}
-    corpus = prepare(make_config(tmp_path, **published, **splits))
-    assert (corpus.train.num_documents, corpus.validation.num_documents) == (15, 10)
-    assert texts_of(corpus, corpus.validation)[0].endswith("nine ten")
-    for key, value in (("text_key", "content"), ("train_split", "tran"), ("validation_split", "validation")):
-        with pytest.raises(UserError, match=rf"^data\.{key} = '{value}'"):
-            prepare(make_config(tmp_path, **published | splits | {f"data__{key}": value}))
-
-
-# Wrong input.
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"data__path": "no/such/folder"}, r"^data\.path = 'no/such/folder': matches no"),
-        ({"data__path": ""}, r"^data\.path = ''"),
-        ({"data__text_key": "content"}, r"^data\.path = .* holds no text"),
-        ({"data__tokenizer": "no/tokenizer.json"}, r"^data\.tokenizer = 'no/tokenizer.json'"),
-        ({"data__dataset": "no_such_set"}, r"^data\.dataset = 'no_such_set': .*not found"),
-        ({"data__train_split": "tran"}, r"^data\.train_split = 'tran': .*train or validation would do"),
-        ({"data__validation_split": "validation[:0%]"}, r"^data\.validation_split = "),
-        ({"model__context_length": 10**6}, r"^data\.train_split = .*model\.context_length"),
-        ({"model__vocab_size": 100}, r"^model\.vocab_size = 100"),
-    ],
-)
-def test_wrong_input_names_its_key(tmp_path, overrides, message):
-    write_texts(tmp_path / "texts")
-    with pytest.raises(UserError, match=message) as error:
-        prepare(make_config(tmp_path, **overrides))
-    assert "\n" not in str(error.value)
-
-
-def test_an_empty_corpus_names_the_path(tmp_path):
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "empty.txt").write_text(" \n")
-    with pytest.raises(UserError, match=r"^data\.path = .*holds no text"):
-        prepare(make_config(tmp_path))
-
-
-def test_a_vocabulary_that_is_too_large_says_what_would_do(tmp_path):
-    write_texts(tmp_path / "texts")
-    with pytest.raises(UserError, match=r"^model\.vocab_size = 264: the tokenizer has 2\d\d ids; 384 would do"):
-        prepare(make_config(tmp_path, model__vocab_size=264), train_tokenizer(["one two three four"] * 9, 290))
-
-
-@pytest.mark.parametrize("given", [True, False])
-def test_a_cache_that_cannot_be_written_names_its_key(tmp_path, given):
-    write_texts(tmp_path / "texts")
-    (tmp_path / "file").write_text("in the way")
-    cfg = make_config(tmp_path, data__cache_dir=str(tmp_path / "file" / "cache"))
-    with pytest.raises(UserError, match=r"^data\.cache_dir = .*Not a directory"):
-        prepare(cfg, train_tokenizer([], 257) if given else None)
-
-
-# Batches.
 
 
 def test_targets_are_the_next_tokens_and_segments_count_documents():
@@ -277,8 +31,8 @@ def test_targets_are_the_next_tokens_and_segments_count_documents():
     assert [array.dtype for array in batch] == [np.int32, np.int32, np.float32, np.int32]
 
 
-def test_an_epoch_of_training_reads_every_whole_window_once(tmp_path):
-    split, cfg = make_split(8 * 20 + 5), make_config(tmp_path)
+def test_an_epoch_of_training_reads_every_whole_window_once():
+    split, cfg = make_split(8 * 20 + 5), CFG
     batches = train_batches(split, cfg)
     epochs = [np.concatenate([next(batches).targets_BL for _ in range(5)]) for _ in range(3)]
     windows = split.tokens[1 : 8 * 20 + 1].reshape(20, 8)
@@ -295,24 +49,26 @@ def test_evaluation_predicts_every_token_but_the_first_once(num_tokens, process_
     assert len({len(part) for part in parts}) == 1
     read = []
     for batches in zip(*parts, strict=True):
-        batch = data.Batch(*map(np.concatenate, zip(*batches, strict=True)))
+        batch = Batch(*map(np.concatenate, zip(*batches, strict=True)))
         assert batch.tokens_BL.shape == (4, 8)
         read += batch.targets_BL[batch.weights_BL == 1].tolist()
         assert ((batch.segments_BL > 0) == (batch.weights_BL == 1)).all()
     assert read == split.tokens[1:].tolist()
 
 
-def test_max_batches_limits_evaluation():
+def test_max_batches_spreads_an_evaluation_over_the_split():
     split = make_split(1000)
     assert len(eval_batches(split, 4, 8)) == 32
     some = eval_batches(split, 4, 8, max_batches=3)
     assert len(some) == len(list(some)) == 3
+    firsts = np.concatenate([batch.targets_BL[:, 0] for batch in some])
+    assert np.diff(firsts).min() > 8 and firsts[-1] > 900  # windows from all over, each once
     assert len(eval_batches(split, 4, 8, max_batches=99)) == 32
 
 
 @pytest.mark.parametrize("process_count", [2, 4])
-def test_the_processes_rows_form_the_global_batches(tmp_path, process_count):
-    split, cfg = make_split(8 * 21 + 1), make_config(tmp_path)
+def test_the_processes_rows_form_the_global_batches(process_count):
+    split, cfg = make_split(8 * 21 + 1), CFG
     parts = [train_batches(split, cfg, process_index=i, process_count=process_count) for i in range(process_count)]
     whole = train_batches(split, cfg)
     for _ in range(12):  # beyond two epochs
@@ -320,8 +76,8 @@ def test_the_processes_rows_form_the_global_batches(tmp_path, process_count):
             np.testing.assert_array_equal(np.concatenate(shards), expected)
 
 
-def test_a_restored_iterator_goes_on_as_if_never_stopped(tmp_path):
-    split, cfg = make_split(8 * 21 + 1), make_config(tmp_path)
+def test_a_restored_iterator_goes_on_as_if_never_stopped():
+    split, cfg = make_split(8 * 21 + 1), CFG
     batches = train_batches(split, cfg)
     for _ in range(4):
         next(batches)
@@ -337,17 +93,32 @@ def test_a_restored_iterator_goes_on_as_if_never_stopped(tmp_path):
                 np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_seed_decides_the_order(tmp_path):
+def test_the_seed_decides_the_order():
     split = make_split(8 * 40 + 1)
-    first = [next(train_batches(split, make_config(tmp_path, seed=seed))).tokens_BL for seed in (0, 0, 1, 2**40)]
+    first = [next(train_batches(split, dataclasses.replace(CFG, seed=seed))).tokens_BL for seed in (0, 0, 1, 2**40)]
     np.testing.assert_array_equal(first[0], first[1])
     assert not np.array_equal(first[0], first[2])
 
 
-def test_batches_that_do_not_divide_say_what_would_do(tmp_path):
+def test_batches_that_do_not_divide_say_what_would_do():
     for make in (
-        lambda: train_batches(make_split(99), make_config(tmp_path), process_count=3),
+        lambda: train_batches(make_split(99), CFG, process_count=3),
         lambda: eval_batches(make_split(99), 4, 8, process_count=3),
     ):
         with pytest.raises(UserError, match=r"^batch_size = 4: must divide by the 3 processes; 6 would do"):
             make()
+
+
+def test_another_batch_size_goes_on_at_the_next_whole_batch():
+    split = make_split(8 * 60 + 1)
+    batches = train_batches(split, CFG)
+    for _ in range(5):  # 20 examples
+        next(batches)
+    for size, skipped in ((2, 10), (8, 3)):
+        cfg = dataclasses.replace(CFG, batch_size=size)
+        moved, expected = train_batches(split, cfg), train_batches(split, cfg)
+        moved.set_state(batches.get_state())
+        keep_position(moved, 4, size)
+        for _ in range(skipped):
+            next(expected)
+        np.testing.assert_array_equal(next(moved).tokens_BL, next(expected).tokens_BL)

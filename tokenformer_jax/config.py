@@ -134,7 +134,7 @@ def load_config(path: pathlib.Path) -> Config:
     return read_config(tree, str(path))
 
 
-def _read_dataclass(cls: type, tree: Any, where: str) -> Any:
+def _read_dataclass(cls: Any, tree: Any, where: str) -> Any:
     if not isinstance(tree, Mapping):
         raise UserError(f"{where}: expected a group of keys, got {tree!r}")
     types = typing.get_type_hints(cls)
@@ -288,7 +288,7 @@ def _config_errors() -> Iterator[None]:
         raise UserError(f"{file}: cannot be used ({type(error).__name__}: {error})") from None
 
 
-def _key_names(cls: type, prefix: str = "") -> list[str]:
+def _key_names(cls: Any, prefix: str = "") -> list[str]:
     names = []
     for key, kind in typing.get_type_hints(cls).items():
         names += _key_names(kind, f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else [prefix + key]

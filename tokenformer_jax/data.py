@@ -1,36 +1,18 @@
-"""Text to batches: a tfds data set, tokenised once into flat files, read by grain in windows of context_length.
+"""Batches of a corpus: windows of the context's length, shuffled and sharded by grain.
 
-A split is one stream of ids: <eot> document <eot> document <eot> … <eot>. Window i reads L + 1 of them from i * L
-on, so that every token but the first is predicted exactly once.
+Window i reads L + 1 ids of the stream from i * L on, so that every token but the first is predicted exactly once.
 """
 
-import contextlib
 import dataclasses
-import fcntl
-import glob
-import hashlib
-import json
-import os
-import pathlib
-import shutil
 import sys
-import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from absl import logging
-from tqdm import tqdm
 
-from tokenformer_jax.config import Config, DataConfig, UserError
-from tokenformer_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json, train_tokenizer
-
-Path = pathlib.Path
-
-_VALIDATION_PART = 0.05  # of the documents of our own sets
-_PIECE = 1 << 20  # characters encoded at once; the encoder takes about 100 bytes of memory a token
-_TRAINER_CHARACTERS = 1 << 29  # a BPE of more text than this is no better
+from tokenformer_jax.config import Config, UserError
+from tokenformer_jax.corpus import TokenSplit, check_length
 
 
 class Batch(NamedTuple):
@@ -46,459 +28,6 @@ class Batch(NamedTuple):
     segments_BL: np.ndarray  # int32
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TokenSplit:
-    """A tokenised split: num_documents documents of num_bytes bytes of UTF-8 in all."""
-
-    tokens: np.ndarray  # [num_tokens] uint16 or uint32, mapped read-only
-    num_bytes: int
-    num_documents: int
-    end_of_text: int
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.tokens)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Corpus:
-    tokenizer: Tokenizer
-    train: TokenSplit
-    validation: TokenSplit
-
-
-# Data sets. `identity` changes when the data does; `build` gives a prepared tfds builder.
-
-
-class Document(NamedTuple):
-    path: str
-    text: str | None  # None: not UTF-8, not JSON, or without the key
-    place: float  # a hash in [0, 1); the lowest 5 % are for validation
-
-
-class _LocalFiles:
-    """Files of this machine as a tfds set with the features `text` and `path`."""
-
-    name: ClassVar[str]
-    text_feature = "text"
-    files: list[Path]
-
-    @property
-    def identity(self) -> list[Any]:
-        stats = [(str(file), file.stat()) for file in self.files]
-        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-
-    def read(self, file: Path) -> Iterator[Document]:
-        raise NotImplementedError
-
-    def documents(self) -> Iterator[Document]:
-        for file in self.files:
-            try:
-                yield from self.read(file)
-            except OSError as error:
-                raise UserError(f"{self}: {file} cannot be read ({error.strerror})") from None
-
-    def build(self, folder: Path) -> Any:
-        split_at, single = self._survey()
-        splits = {name: self._examples(name, split_at, single) for name in ("train", "validation")}
-        return _prepare_builder(self.name, folder, splits)
-
-    def _survey(self) -> tuple[float, bool]:
-        """Reports what is skipped. Returns the place that parts the splits, and whether all documents are one."""
-        unreadable, empty, low, high = 0, 0, 1.0, 0.0
-        for document in self.documents():
-            if document.text is None:
-                unreadable += 1
-            elif not document.text.strip():
-                empty += 1
-            else:
-                low, high = min(low, document.place), max(high, document.place)
-        if unreadable or empty:
-            message = "%s: skipped %d unreadable (not UTF-8, not JSON or without data.text_key) and %d empty documents"
-            logging.warning(message, self.name, unreadable, empty)
-        if low > high:
-            raise UserError(
-                f"{self}: holds no text that can be used; UTF-8 in .txt, or .jsonl with data.text_key, would do"
-            )
-        # Few documents may all fall on one side: then the outermost goes alone to the other.
-        split_at = min(max(_VALIDATION_PART, np.nextafter(low, 1)), high)
-        return split_at, low == high
-
-    def _examples(self, split: str, split_at: float, single: bool) -> Iterator[tuple[int, dict[str, str]]]:
-        for key, (path, text, place) in enumerate(self.documents()):
-            if text is None or not text.strip():
-                continue
-            if single:  # nothing to choose from: its end is for validation
-                cut = int((1 - _VALIDATION_PART) * len(text))
-                text = text[:cut] if split == "train" else text[cut:]
-            elif (place < split_at) != (split == "validation"):
-                continue
-            yield key, {"text": text, "path": path}
-
-
-class PythonSource(_LocalFiles):
-    """The running interpreter's standard library, without its tests; split by a hash of the relative path."""
-
-    name = "python_source"
-    _LEFT_OUT: ClassVar = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-    def __init__(self, data: DataConfig):
-        self.root = Path(sysconfig.get_path("stdlib"))
-        self.files = []
-        for folder, subfolders, names in os.walk(self.root):
-            subfolders[:] = set(subfolders) - self._LEFT_OUT
-            files = [Path(folder, name) for name in names if name.endswith(".py")]
-            self.files += [file for file in files if file.is_file() and file.stat().st_size]  # many are empty
-        self.files.sort()
-
-    def __str__(self) -> str:
-        return f"data.dataset = {self.name!r}: {self.root}"
-
-    def read(self, file: Path) -> Iterator[Document]:
-        path = file.relative_to(self.root).as_posix()
-        yield Document(path, _decode(file.read_bytes()), _place(path))
-
-
-class TextFiles(_LocalFiles):
-    """A folder, file or glob of .txt (each a document) and .jsonl (each line one); split by a hash of the text."""
-
-    name = "text_files"
-
-    def __init__(self, data: DataConfig):
-        self.path, self.text_key = data.path, data.text_key
-        path = Path(data.path).expanduser()
-        found = path.rglob("*") if data.path and path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-        self.files = sorted(file.resolve() for file in found if file.suffix in (".txt", ".jsonl") and file.is_file())
-        if not self.files:
-            raise UserError(f"{self}: matches no .txt or .jsonl file; a folder, file or glob of them would do")
-
-    def __str__(self) -> str:
-        return f"data.path = {self.path!r}"
-
-    @property
-    def identity(self) -> list[Any]:
-        return [self.text_key, *super().identity]
-
-    def read(self, file: Path) -> Iterator[Document]:
-        with file.open("rb") as content:
-            for part in content if file.suffix == ".jsonl" else [content.read()]:
-                text = _json_text(part, self.text_key) if file.suffix == ".jsonl" else _decode(part)
-                yield Document(str(file), text, _place(text or ""))
-
-
-def _decode(raw: bytes) -> str | None:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return None
-
-
-def _json_text(line: bytes, key: str) -> str | None:
-    if not line.strip():
-        return ""
-    try:
-        text = json.loads(line)[key]
-        text.encode()  # JSON can spell lone surrogates, which are no text
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    return text
-
-
-def _place(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
-
-
-def _prepare_builder(name: str, folder: Path, splits: dict[str, Iterator[tuple[int, dict[str, str]]]]) -> Any:
-    """Writes examples as the tfds set `name` into the folder, unless it is there."""
-    import tensorflow_datasets as tfds  # takes half a second, which a run on prepared tokens saves
-
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-        VERSION = tfds.core.Version("1.0.0")
-        code_path = None  # there are no download checksums beside this file to look for
-
-        def _info(self) -> tfds.core.DatasetInfo:
-            features = {"text": tfds.features.Text(), "path": tfds.features.Text()}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return splits
-
-        def _generate_examples(self) -> Any:
-            raise NotImplementedError  # abstract in tfds; the splits are generators already
-
-    Builder.name = name
-    for leftover in folder.glob(f"{name}/incomplete.*"):  # of a preparation that was killed
-        shutil.rmtree(leftover)
-    builder = Builder(data_dir=folder, file_format="array_record")
-    _download_and_prepare(builder)
-    return builder
-
-
-def _download_and_prepare(builder: Any) -> None:
-    import tensorflow_datasets as tfds
-
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(sys.stderr):  # tfds prints its progress; stdout belongs to the command
-        builder.download_and_prepare(file_format="array_record")
-
-
-class PublishedSet:
-    """A text set of tfds by name, such as "lm1b" or "wiki40b/en"; downloaded if its data_dir lacks it."""
-
-    def __init__(self, data: DataConfig):
-        self.name, self.text_feature = data.dataset, data.text_key
-        self.data_dir = str(Path(data.path).expanduser().resolve()) if data.path else None
-
-    @property
-    def identity(self) -> list[Any]:
-        return [self.name, self.data_dir, self.text_feature]
-
-    def build(self, folder: Path) -> Any:
-        import tensorflow_datasets as tfds
-        import tensorflow_datasets.text  # registers c4, wiki40b and others, which tfds alone does not
-
-        key = f"data.dataset = {self.name!r}"
-        try:
-            builder = tfds.builder(self.name, data_dir=self.data_dir)
-            _download_and_prepare(builder)
-        except Exception as error:  # whatever the set's own code, its download or a missing package of it raises
-            raise UserError(
-                f"{key}: cannot be loaded ({_cause(error)}); python_source, text_files, "
-                "or a tfds set that is prepared as array_record in the folder data.path would do"
-            ) from None
-        texts = [name for name, kind in builder.info.features.items() if isinstance(kind, tfds.features.Text)]
-        if self.text_feature not in texts:
-            would_do = " or ".join(texts) or "none"
-            raise UserError(f"data.text_key = {self.text_feature!r}: no text of {self.name}; {would_do} would do")
-        return builder
-
-
-def _cause(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")[:200]
-
-
-_LOCAL_SETS = {"python_source": PythonSource, "text_files": TextFiles}
-
-
-# Preparation.
-
-
-def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Opens the tokenised data set, after making it if this is the first time on this machine.
-
-    Several processes may call it at once: one works, the others wait. The tokenizer is the given one, else the file
-    data.tokenizer, else one trained on the train split.
-
-    Raises:
-      UserError: the data, the tokenizer, the vocabulary or the cache directory cannot be used, by the key's name.
-    """
-    if tokenizer is None and cfg.data.tokenizer:
-        tokenizer = load_tokenizer(cfg.data.tokenizer)
-    if tokenizer:
-        _check_vocabulary(tokenizer, cfg)
-    dataset = _LOCAL_SETS.get(cfg.data.dataset, PublishedSet)(cfg.data)
-    cache = Path(cfg.data.cache_dir).expanduser()
-    folder = cache / f"{cfg.data.dataset.replace('/', '-')}-{_digest(dataset.identity)}"
-    try:
-        corpus = _open_corpus(folder, cfg, tokenizer)
-        if corpus is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _lock(folder):
-                corpus = _open_corpus(folder, cfg, tokenizer) or _make_corpus(folder, cfg, dataset, tokenizer)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"data.cache_dir = {cfg.data.cache_dir!r}: cannot be used ({reason}); another would do"
-        ) from error
-    for name, split in (("train", corpus.train), ("validation", corpus.validation)):
-        _check_length(split, f"data.{name}_split = {getattr(cfg.data, f'{name}_split')!r}", cfg.model.context_length)
-    return corpus
-
-
-def _check_vocabulary(tokenizer: Tokenizer, cfg: Config) -> None:
-    size = tokenizer.vocab_size
-    if size > cfg.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size = {cfg.model.vocab_size}: the tokenizer has {size} ids; {-(-size // 128) * 128} would do"
-        )
-
-
-def _check_length(split: TokenSplit, key: str, context_length: int) -> None:
-    if split.num_tokens < context_length + 1:
-        raise UserError(
-            f"{key}: holds {split.num_tokens} tokens, fewer than model.context_length + 1 = {context_length + 1}; "
-            "more text or a shorter context would do"
-        )
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Held by one process of the machine at a time; the system frees it when its holder dies."""
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _tokenizer_file(folder: Path, cfg: Config) -> Path:
-    return folder / f"tokenizer-{_digest([cfg.data.train_split, cfg.model.vocab_size])}.json"
-
-
-def _tokens_folder(folder: Path, cfg: Config, tokenizer: Tokenizer) -> Path:
-    return folder / f"tokens-{_digest([cfg.data.train_split, cfg.data.validation_split, tokenizer.fingerprint])}"
-
-
-def _open_corpus(folder: Path, cfg: Config, tokenizer: Tokenizer | None) -> Corpus | None:
-    """Opens what was prepared; None when it is not there or not whole."""
-    if tokenizer is None:
-        file = _tokenizer_file(folder, cfg)
-        if not file.exists():
-            return None
-        tokenizer = tokenizer_from_json(file.read_text(encoding="utf-8"), str(file))
-    tokens = _tokens_folder(folder, cfg, tokenizer)
-    try:
-        meta = json.loads((tokens / "meta.json").read_text())
-        splits = {name: _open_split(tokens, name, **meta[name]) for name in ("train", "validation")}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return Corpus(tokenizer, **splits)
-
-
-def _open_split(
-    folder: Path, name: str, num_tokens: int, num_bytes: int, num_documents: int, end_of_text: int, dtype: str
-) -> TokenSplit:
-    tokens = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
-    if len(tokens) != num_tokens:
-        raise ValueError("truncated")
-    return TokenSplit(tokens, num_bytes, num_documents, end_of_text)
-
-
-def _make_corpus(folder: Path, cfg: Config, dataset: Any, tokenizer: Tokenizer | None) -> Corpus:
-    builder = dataset.build(folder)
-    sources = {name: _open_source(builder, cfg, name) for name in ("train", "validation")}
-
-    def texts(name: str, doing: str) -> Iterator[str]:
-        return _read_source(sources[name], dataset.text_feature, f"{doing} {cfg.data.dataset} {name}")
-
-    if tokenizer is None:
-        tokenizer = train_tokenizer(_sample(texts("train", "tokenizer from")), cfg.model.vocab_size)
-        _check_vocabulary(tokenizer, cfg)
-        with _atomically(_tokenizer_file(folder, cfg)) as temporary:
-            temporary.write_text(tokenizer.to_json(), encoding="utf-8")
-    with _atomically(_tokens_folder(folder, cfg, tokenizer)) as temporary:
-        temporary.mkdir()
-        meta = {name: _write_split(temporary / f"{name}.bin", texts(name, "tokens of"), tokenizer) for name in sources}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    corpus = _open_corpus(folder, cfg, tokenizer)
-    assert corpus is not None
-    return corpus
-
-
-@contextlib.contextmanager
-def _atomically(path: Path) -> Iterator[Path]:
-    """Gives a path to write a file or folder at, which takes its name once it is whole. Needs the lock."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    for leftover in (temporary, path):
-        shutil.rmtree(leftover, ignore_errors=True)
-    yield temporary
-    os.replace(temporary, path)
-
-
-def _open_source(builder: Any, cfg: Config, name: str) -> Any:
-    split = getattr(cfg.data, f"{name}_split")
-    try:
-        return builder.as_data_source(split)
-    except NotImplementedError as error:
-        raise UserError(f"data.dataset = {cfg.data.dataset!r}: {_cause(error)}; array_record would do") from None
-    except Exception as error:  # tfds raises ValueError and AssertionError, array_record its own
-        raise UserError(
-            f"data.{name}_split = {split!r}: cannot be read ({_cause(error)}); "
-            f"{' or '.join(builder.info.splits) or 'another data.dataset'} would do"
-        ) from None
-
-
-def _read_source(source: Any, feature: str, description: str, chunk: int = 64) -> Iterator[str]:
-    with tqdm(total=len(source), desc=description, unit="doc", disable=None) as progress:
-        for start in range(0, len(source), chunk):
-            records = source.__getitems__(range(start, min(start + chunk, len(source))))
-            for record in records:
-                yield record[feature].decode(errors="replace")
-            progress.update(len(records))
-
-
-class Piece(NamedTuple):
-    text: str
-    is_last: bool  # of its document
-
-
-def _pieces(text: str) -> Iterator[Piece]:
-    """Cuts a long text after line ends, where cutting changes next to no token."""
-    start = 0
-    while start < len(text):
-        stop = start + _PIECE
-        if stop < len(text):
-            stop = text.rfind("\n", start, stop) + 1 or stop
-        yield Piece(text[start:stop], stop >= len(text))
-        start = stop
-
-
-def _sample(texts: Iterable[str]) -> Iterator[str]:
-    left = _TRAINER_CHARACTERS  # tfds stores documents in random order, so the first are a fair sample
-    for text in texts:
-        yield from (piece.text for piece in _pieces(text[:left]))
-        left -= len(text)
-        if left <= 0:
-            return
-
-
-def _write_split(file: Path, texts: Iterable[str], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Writes the stream of a split's ids. Returns its entry in meta.json."""
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    eot = tokenizer.end_of_text
-    num_tokens, num_bytes, num_documents = 1, 0, 0
-    with file.open("wb") as stream:
-        stream.write(np.array([eot], dtype).tobytes())
-        for chunk in _chunks(texts):
-            encoded = tokenizer.encode_batch([piece.text for piece in chunk])
-            for piece, ids in zip(chunk, encoded, strict=True):
-                if piece.is_last:
-                    ids.append(eot)
-                stream.write(np.array(ids, dtype).tobytes())
-                num_tokens += len(ids)
-                num_bytes += len(piece.text.encode())
-                num_documents += piece.is_last
-    return {
-        "dtype": dtype,
-        "end_of_text": eot,
-        "num_tokens": num_tokens,
-        "num_bytes": num_bytes,
-        "num_documents": num_documents,
-    }
-
-
-def _chunks(texts: Iterable[str]) -> Iterator[list[Piece]]:
-    """Gathers a few MB of pieces: work for all cores in little memory."""
-    chunk: list[Piece] = []
-    size = 0
-    for text in texts:
-        for piece in _pieces(text):
-            chunk.append(piece)
-            size += len(piece.text)
-            if size >= 4 * _PIECE:
-                yield chunk
-                chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-# Batches.
-
-
 def train_batches(
     split: TokenSplit, cfg: Config, *, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
@@ -512,7 +41,7 @@ def train_batches(
     """
     length, batch_size = cfg.model.context_length, cfg.batch_size
     rows = _process_rows(batch_size, process_index, process_count)
-    _check_length(split, "data.train_split", length)
+    check_length(split, "data.train_split", length)
     num_windows = (split.num_tokens - 1) // length
     windows = grain.MapDataset.range(num_windows).seed(cfg.seed % 2**32).shuffle().repeat()
 
@@ -523,24 +52,33 @@ def train_batches(
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
+def keep_position(batches: grain.DatasetIterator, saved_batch_size: int, batch_size: int) -> None:
+    """Moves an iterator whose state was saved with another batch size to the same example, or just after it."""
+    if saved_batch_size != batch_size:
+        examples = batches.get_state()["next_index"] * saved_batch_size
+        batches.set_state({"next_index": -(-examples // batch_size)})
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvalBatches(Sequence[Batch]):
-    """The split's windows in order. The last batch is filled up with padding."""
+    """Chosen windows of a split, in order. The last batch is filled up with padding."""
 
     split: TokenSplit
+    windows: np.ndarray
     batch_size: int
     context_length: int
     rows: range  # of this process
-    num_batches: int
 
     def __len__(self) -> int:
-        return self.num_batches
+        return -(-len(self.windows) // self.batch_size)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[i] for i in range(self.num_batches)[index]]
-        first = range(self.num_batches)[index] * self.batch_size
-        return _read_windows(self.split, [first + row for row in self.rows], self.context_length)
+            return [self[i] for i in range(len(self))[index]]
+        first = range(len(self))[index] * self.batch_size
+        beyond = self.split.num_tokens  # no window has so high a number: it reads as padding
+        windows = [self.windows[i] if i < len(self.windows) else beyond for i in (first + row for row in self.rows)]
+        return _read_windows(self.split, windows, self.context_length)
 
 
 def eval_batches(
@@ -552,7 +90,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> EvalBatches:
-    """Predicts every token of the split but the first once, or those of the first `max_batches` batches.
+    """Predicts every token of the split but the first once, or those of `max_batches` batches spread over it.
 
     All batches have one shape, and all processes the same number of them.
 
@@ -560,9 +98,9 @@ def eval_batches(
       UserError: batch_size does not divide by the processes.
     """
     rows = _process_rows(batch_size, process_index, process_count)
-    num_windows = -(-(split.num_tokens - 1) // context_length)
-    num_batches = -(-num_windows // batch_size)
-    return EvalBatches(split, batch_size, context_length, rows, min(num_batches, max_batches or num_batches))
+    count = -(-(split.num_tokens - 1) // context_length)
+    chosen = min(count, max_batches * batch_size or count)
+    return EvalBatches(split, np.arange(chosen) * count // chosen, batch_size, context_length, rows)
 
 
 def _process_rows(batch_size: int, process_index: int, process_count: int) -> range:

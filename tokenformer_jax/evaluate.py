@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from tokenformer_jax.data import Batch, Corpus, TokenSplit, eval_batches, prepare
 
 from tokenformer_jax.checkpoint import Checkpoints, Record
 from tokenformer_jax.config import Config, MeshConfig, UserError, load_config, run_command, validate, workdir_flag
+from tokenformer_jax.corpus import Corpus, TokenSplit, prepare
+from tokenformer_jax.data import Batch, eval_batches
 from tokenformer_jax.metrics import Progress, replace_file
 from tokenformer_jax.sharding import make_mesh
 from tokenformer_jax.step import Step, TrainState, make_step

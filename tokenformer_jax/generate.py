@@ -115,7 +115,7 @@ def main() -> None:
     streamed = _SAMPLES.value == 1
     texts: list[list[int]] = [[] for _ in range(_SAMPLES.value)]
     shown = ""
-    with jax.set_mesh(run.step.batch.mesh):
+    with jax.set_mesh(run.step.mesh):
         stream = generate(
             run.cfg.model,
             run.state.params,

@@ -33,7 +33,8 @@ from tokenformer_jax.config import (
     validate,
     workdir_flag,
 )
-from tokenformer_jax.data import Batch, eval_batches, prepare, train_batches
+from tokenformer_jax.corpus import prepare
+from tokenformer_jax.data import Batch, eval_batches, keep_position, train_batches
 from tokenformer_jax.evaluate import count_params, put_batch
 from tokenformer_jax.metrics import replace_file
 from tokenformer_jax.sharding import make_mesh
@@ -143,7 +144,7 @@ def measure(
             "gradient_norms": norms,
         }
 
-    with jax.set_mesh(step.batch.mesh), jax.default_matmul_precision("highest"):
+    with jax.set_mesh(step.mesh), jax.default_matmul_precision("highest"):
         compiled = jax.jit(compare)
         each = jax.device_get([compiled(old, new, put_batch(step, batch)) for batch in batches])
     figures = jax.tree.map(lambda *values: float(np.mean(values)), *each)
@@ -232,6 +233,7 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
 
     data = train_batches(corpus.train, cfg, **processes)
     checkpoints.restore_data(step_number, data)
+    keep_position(data, record.batch_size, cfg.batch_size)
     checkpoints.close()
     growth = [*record.growth, {"step": step_number, "from": tokens_before, "to": tokens_after}]
     record = dataclasses.replace(record, model=dataclasses.asdict(cfg.model), batch_size=cfg.batch_size, growth=growth)

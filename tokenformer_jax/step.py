@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from tokenformer_jax.config import Config, ModelConfig, OptimizerConfig
 from tokenformer_jax.data import Batch
@@ -56,7 +56,8 @@ class Step:
     init: Callable[[jax.Array], TrainState]  # PRNG key -> state
     train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # donates the state
     evaluate: Callable[[TrainState, Batch], Metrics]  # sums of nll (nats) and weights; needs no opt_state
-    batch: jax.sharding.NamedSharding  # of every array of a Batch
+    batch: NamedSharding  # of every array of a Batch
+    mesh: Mesh
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int, start: int = 0) -> optax.Schedule:
@@ -143,13 +144,11 @@ def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0) -> Step:
     abstract = jax.eval_shape(init, jax.random.key(0))
     param_shardings = shardings(abstract.params, mesh, param_axes)
     whole = replicated(mesh)
-    state_shardings = TrainState(
-        whole,
-        param_shardings,
-        optax.tree.map_params(
+    state_shardings = jax.tree.map(lambda _: whole, abstract)._replace(
+        params=param_shardings,
+        opt_state=optax.tree.map_params(
             optimizer, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: whole
         ),
-        jax.tree.map(lambda _: whole, abstract.tau),
     )
     batch = batch_sharding(mesh)
 
@@ -173,6 +172,7 @@ def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0) -> Step:
         ),
         evaluate=on_mesh(jax.jit(evaluate, out_shardings=whole)),
         batch=batch,
+        mesh=mesh,
     )
 
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-from tokenformer_jax.data import Corpus, prepare, train_batches
 
 from tokenformer_jax.checkpoint import Checkpoints, Record
 from tokenformer_jax.config import Config, UserError, config_flag, load_config, run_command, workdir_flag
+from tokenformer_jax.corpus import Corpus, prepare
+from tokenformer_jax.data import keep_position, train_batches
 from tokenformer_jax.evaluate import count_params, evaluate_split, put_batch
 from tokenformer_jax.metrics import (
     MetricsWriter,
@@ -141,6 +142,8 @@ def open_run(cfg: Config, workdir: pathlib.Path) -> Run:
         step = make_step(cfg, mesh, record.schedule_start)
         state = checkpoints.restore(start, step.abstract_state)
         checkpoints.restore_data(start, data)
+        keep_position(data, record.batch_size, cfg.batch_size)
+        record = dataclasses.replace(record, batch_size=cfg.batch_size)
     else:
         record = Record(model=dataclasses.asdict(cfg.model), batch_size=cfg.batch_size)
         step = make_step(cfg, mesh)

@@ -210,9 +210,10 @@ class LanguageModel(nnx.Module):
 
         if self.cfg.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.cfg.remat])
-        seen = None if cache is None else (cache.key, cache.value)
-        x_BLD, seen = jax.lax.scan(layer, x_BLD, (blocks, seen))
-        return x_BLD, None if cache is None else KVCache(*seen, cache.length + length)
+        if cache is None:
+            return jax.lax.scan(layer, x_BLD, (blocks, None))[0], None
+        x_BLD, (key, value) = jax.lax.scan(layer, x_BLD, (blocks, (cache.key, cache.value)))
+        return x_BLD, KVCache(key, value, cache.length + length)
 
     @jax.named_scope("logits")
     def logits(self, x_BLD: jax.Array) -> jax.Array:

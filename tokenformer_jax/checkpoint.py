@@ -6,14 +6,18 @@ another mesh than the one that saved.
 
 import dataclasses
 import functools
+import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
 from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from tokenformer_jax.config import UserError
+from tokenformer_jax.metrics import replace_file
 from tokenformer_jax.tokenizer import Tokenizer, tokenizer_from_json
 
 
@@ -159,3 +163,40 @@ def _look_up(tree: Any, path: tuple[Any, ...]) -> Any:
         else:
             return None
     return tree
+
+
+def write_workdir(
+    workdir: pathlib.Path, step: int, items: tuple[Any, Any, Tokenizer, Record], files: dict[str, str]
+) -> None:
+    """Makes a workdir of one checkpoint and some text files; it appears whole or not at all.
+
+    Args:
+      workdir: new or empty.
+      step: number of the checkpoint.
+      items: state, data, tokenizer and record, as for `Checkpoints.save`.
+      files: name -> text.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    partial = workdir.absolute().with_name(f".{workdir.name}.partial")
+    first = jax.process_index() == 0
+    try:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            partial.mkdir(parents=True)
+        multihost_utils.sync_global_devices("workdir begun")
+        checkpoints = Checkpoints(partial / "checkpoints", keep=1)
+        checkpoints.save(step, *items)
+        checkpoints.wait()
+        checkpoints.close()
+        if first:
+            for name, text in files.items():
+                replace_file(partial / name, text)
+            os.replace(partial, workdir)
+        multihost_utils.sync_global_devices("workdir made")
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot be written ({error.strerror or error})") from None
+    finally:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)

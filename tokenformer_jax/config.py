@@ -277,7 +277,12 @@ def _config_errors() -> Iterator[None]:
     except UserError:
         raise
     except flags.Error as error:
-        raise UserError(str(error)) from None
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        if "flag 'config." in lines[0]:
+            raise UserError("--config is missing: it must stand before what overrides its keys") from None
+        if len(lines) > 1:  # the file raised: its traceback
+            lines = [lines[0].split(": Error")[0].removeprefix("flag ") + ": " + lines[-1]]
+        raise UserError(lines[0]) from None
     except Exception as error:
         given = [arg.split("=")[0].lstrip("-") for arg in sys.argv[1:] if arg.lstrip("-").startswith("config.")]
         known = _key_names(Config)
@@ -330,3 +335,9 @@ def workdir_flag(name: str = "workdir", help_text: str = "the run's directory") 
         return pathlib.Path(os.path.expanduser(holder.value))
 
     return read
+
+
+def require_empty(workdir: pathlib.Path, why: str) -> None:
+    """Raises a UserError unless the directory is new or empty."""
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise UserError(f"--workdir={workdir}: {why}; name a new or an empty directory")

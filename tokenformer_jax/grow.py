@@ -6,14 +6,10 @@ New keys are zero and new values come from the initialiser, Adam's moments are p
 and is then ramped to √N: nothing changes at the moment of growth, and the new tokens can learn.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import pathlib
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,13 +18,14 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from tokenformer_jax.checkpoint import Checkpoints
+from tokenformer_jax.checkpoint import Checkpoints, write_workdir
 from tokenformer_jax.config import (
     Config,
     ModelConfig,
     UserError,
     config_flag,
     load_config,
+    require_empty,
     run_command,
     validate,
     workdir_flag,
@@ -36,7 +33,6 @@ from tokenformer_jax.config import (
 from tokenformer_jax.corpus import prepare
 from tokenformer_jax.data import Batch, eval_batches, keep_position, train_batches
 from tokenformer_jax.evaluate import count_params, put_batch
-from tokenformer_jax.metrics import replace_file
 from tokenformer_jax.sharding import make_mesh
 from tokenformer_jax.step import Step, TauRamp, TrainState, loss_sums, make_step
 from tokenformer_jax.transformer import Params, abstract_model, init_params, initial_tau
@@ -179,8 +175,7 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
     """
     source_cfg = load_config(source / "config.json")
     check_growth(source_cfg.model, cfg.model)
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise UserError(f"--workdir={workdir}: holds something already; growth writes to a new directory")
+    require_empty(workdir, "holds something already")
     checkpoints = Checkpoints(source / "checkpoints")
     step_number = checkpoints.choose(step_number)
     if cfg.steps <= step_number:
@@ -237,38 +232,13 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
     checkpoints.close()
     growth = [*record.growth, {"step": step_number, "from": tokens_before, "to": tokens_after}]
     record = dataclasses.replace(record, model=dataclasses.asdict(cfg.model), batch_size=cfg.batch_size, growth=growth)
-    with new_directory(workdir) as partial:
-        target = Checkpoints(partial / "checkpoints", keep=cfg.checkpoints_kept)
-        target.save(step_number, new_state, data, tokenizer, record)
-        target.wait()
-        target.close()
-        if jax.process_index() == 0:
-            replace_file(partial / "config.json", cfg.to_json())
-            replace_file(partial / "grow.json", json.dumps(figures, indent=2) + "\n")
+    files = {"config.json": cfg.to_json(), "grow.json": json.dumps(figures, indent=2) + "\n"}
+    write_workdir(workdir, step_number, (new_state, data, tokenizer, record), files)
     return figures
 
 
 def tree_bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-@contextlib.contextmanager
-def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory to fill, which gets its name when the block ends; after an error nothing is left."""
-    partial = path.absolute().with_name(f".{path.name}.partial")
-    first = jax.process_index() == 0
-    try:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)  # of a growth that was killed
-            partial.mkdir(parents=True)
-        yield partial
-        if first:
-            os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def describe(figures: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from tokenformer_jax.checkpoint import Checkpoints, Record
-from tokenformer_jax.config import Config, UserError, config_flag, load_config, run_command, workdir_flag
+from tokenformer_jax.config import Config, UserError, config_flag, load_config, require_empty, run_command, workdir_flag
 from tokenformer_jax.corpus import Corpus, prepare
 from tokenformer_jax.data import keep_position, train_batches
 from tokenformer_jax.evaluate import count_params, evaluate_split, put_batch
@@ -93,8 +93,8 @@ def agree_with_workdir(cfg: Config, workdir: pathlib.Path) -> None:
                     f"model.{key} = {ours!r}: {workdir} holds a run with {getattr(theirs, key)!r}; "
                     "use that, name another --workdir, or grow it"
                 )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise UserError(f"--workdir={workdir}: holds other files and no run; name a new or an empty directory")
+    else:
+        require_empty(workdir, "holds other files and no run")
 
 
 @dataclasses.dataclass

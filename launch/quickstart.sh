@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Installs what is needed into .venv, then trains a small TokenFormer on the Python standard library, grows it, trains
+# the larger one on, evaluates both and writes some Python. Run again, it goes on where it was stopped.
+#   bash launch/quickstart.sh [DIRECTORY]      (runs/quickstart by default)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/setup.sh requirements.txt
+runs=${1:-runs/quickstart}
+config=configs/quickstart.py
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.jax_cache}
+began=$SECONDS
+
+run() {
+  echo "--- python -m tokenformer_jax.$*" >&2
+  python -m "tokenformer_jax.$@"
+}
+grow() {  # unless that was done before
+  [[ -e $runs/$1/grow.json ]] || run grow --source="$runs/small" --config=$config:"$1" --workdir="$runs/$1"
+}
+
+run train --config=$config:small --workdir="$runs/small"
+grow grown
+run train --config=$config:grown --workdir="$runs/grown"
+grow continued  # to the same token counts: the small model, trained on for as many FLOPs
+run train --config=$config:continued --workdir="$runs/continued"
+run evaluate --workdir="$runs/small"
+run evaluate --workdir="$runs/grown"
+run report --runs="small=$runs/small,grown=$runs/grown,small continued=$runs/continued" --out="$runs"
+run generate --workdir="$runs/grown" --prompt='def ' --max_tokens=100
+echo "done in $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s, not counting the installation" >&2

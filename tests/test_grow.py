@@ -31,7 +31,9 @@ def trained(cfg, steps=4):
 def grown(small_cfg, cfg, ramp_steps=4):
     _, state = trained(small_cfg)
     step = make_step(cfg, make_mesh(cfg.mesh))
-    pad = jax.jit(lambda s: grow_state(s, step.abstract_state, cfg, jax.random.key(5), ramp_steps))
+    pad = jax.jit(
+        lambda s: grow_state(s, step.abstract_state, cfg.model, jax.random.key(5), cfg.grow.values, ramp_steps)
+    )
     return step, state, pad(state)
 
 
@@ -107,7 +109,9 @@ def test_growing_twice_equals_the_first_model():
     small, middle, large = tiny_config(), tiny_config(**GROWN), tiny_config(model__ffn_tokens=300, **GROWN_QKV)
     step, first, second = grown(small, middle, ramp_steps=2)
     step = make_step(large, make_mesh(large.mesh))
-    third = jax.jit(lambda s: grow_state(s, step.abstract_state, large, jax.random.key(6), 2))(second)
+    third = jax.jit(lambda s: grow_state(s, step.abstract_state, large.model, jax.random.key(6), "initializer", 2))(
+        second
+    )
     verify(measure(first, third, small, large, step, [random_batch(small)]), "initializer")
 
 

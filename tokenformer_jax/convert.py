@@ -41,7 +41,7 @@ from tokenformer_jax.corpus import prepare
 from tokenformer_jax.data import train_batches
 from tokenformer_jax.evaluate import count_params, load_trained
 from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import TrainState, make_step
+from tokenformer_jax.step import make_step
 from tokenformer_jax.tokenizer import load_tokenizer
 from tokenformer_jax.transformer import Params, abstract_model, initial_tau
 
@@ -313,21 +313,19 @@ def export_official(workdir: pathlib.Path, path: pathlib.Path, step_number: int 
     if load_config(workdir / "config.json").model.projection == "linear":
         raise UserError(f"{workdir}: model.projection = 'linear': the official format holds no plain Transformer")
     run = load_trained(workdir, step_number)
-    check_tau(run.state, run.cfg.model, str(workdir))
+    check_tau(run.state.tau_now(), run.cfg.model, str(workdir))
     if jax.process_index() == 0:
         write_state_dict(path, to_official(run.state.params))
     return run.step_number, run.params
 
 
-def check_tau(state: TrainState, model: ModelConfig, source: str) -> None:
+def check_tau(tau: Mapping[str, Any], model: ModelConfig, source: str) -> None:
     """Raises a UserError where a τ is not √N: the official format has no place for it."""
     for name, final in initial_tau(model).items():
-        ramp, step = state.tau[name], int(state.step)
-        if (now := ramp.at(state.step)) != jnp.float32(final):
-            ends = f"its ramp ends at step {ramp.end}" if ramp.end > step else "grow with grow.tau_ramp above 0"
+        if np.float32(tau[name]) != np.float32(final):
             raise UserError(
-                f"{source}: tau of {name} is {now:.6g} at step {step}, but the official format takes it to be "
-                f"sqrt({model.tokens[name]}) = {final:.6g}; {ends}"
+                f"{source}: tau of {name} is {tau[name]:.6g}, but the official format takes it to be "
+                f"sqrt({model.tokens[name]}) = {final:.6g}; the model at the end of its ramp (grow.tau_ramp) would do"
             )
 
 

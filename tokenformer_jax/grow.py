@@ -41,15 +41,17 @@ LOGIT_BOUND = 5e-6  # of the largest logit; float32 rounding in other reduction 
 CHECKED_BATCHES, CHECKED_ROWS = 2, 4
 
 
-def grow_state(state: TrainState, abstract: TrainState, cfg: Config, key: jax.Array, ramp_steps: int) -> TrainState:
+def grow_state(
+    state: TrainState, abstract: TrainState, cfg: ModelConfig, key: jax.Array, values: str, ramp_steps: int
+) -> TrainState:
     """Appends parameter tokens to a state; a pure function, to be jitted with the grown state's shardings.
 
     Args:
       state: of the smaller model.
       abstract: shapes of the grown state. Every array is padded to them with zeros: keys, and Adam's moments.
-      cfg: the grown config. `grow.values` "initializer" draws the new values as at birth; with "zeros" the new
-        tokens can never learn.
+      cfg: the grown model's config.
       key: PRNG key of the new values.
+      values: "initializer" draws them as at birth; with "zeros" the new tokens can never learn.
       ramp_steps: steps over which τ goes from its value now to √N; 0 keeps it for good.
 
     Returns:
@@ -62,16 +64,16 @@ def grow_state(state: TrainState, abstract: TrainState, cfg: Config, key: jax.Ar
         return jnp.pad(old, [(0, after - before) for before, after in zip(old.shape, new.shape, strict=True)])
 
     grown = jax.tree.map(pad, state, abstract)
-    drawn = init_params(cfg.model, key)["blocks"]
+    drawn = init_params(cfg, key)["blocks"]
     blocks, tau = dict(grown.params["blocks"]), dict(grown.tau)
     for name, tokens in token_counts(state).items():
-        if cfg.model.tokens[name] == tokens:
+        if cfg.tokens[name] == tokens:
             continue
-        if cfg.grow.values == "initializer":
-            is_new = jnp.arange(cfg.model.tokens[name])[:, None] >= tokens
+        if values == "initializer":
+            is_new = jnp.arange(cfg.tokens[name])[:, None] >= tokens
             blocks[name] |= {"values": jnp.where(is_new, drawn[name]["values"], blocks[name]["values"])}
         now = state.tau[name].at(state.step)
-        target = jnp.float32(initial_tau(cfg.model)[name]) if ramp_steps else now
+        target = jnp.float32(initial_tau(cfg)[name]) if ramp_steps else now
         tau[name] = TauRamp(now, target, state.step, state.step + ramp_steps)
     return grown._replace(params=grown.params | {"blocks": blocks}, tau=tau)
 
@@ -195,7 +197,7 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
     key = jax.random.fold_in(jax.random.key(cfg.seed), step_number)
     with jax.set_mesh(mesh):
         pad = jax.jit(
-            lambda state, key: grow_state(state, new_step.abstract_state, cfg, key, ramp_steps),
+            lambda state, key: grow_state(state, new_step.abstract_state, cfg.model, key, cfg.grow.values, ramp_steps),
             out_shardings=grown_shardings,
         )
         new_state = pad(old_state, key)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from configs import base
 
 SMALL_STEPS, GROWN_STEPS = 500, 400
-CONTINUED_STEPS = 880  # a step of the small model costs 1 / 2.2 of the grown one's FLOPs
+CONTINUED_STEPS = 680  # a step of the small model costs 1 / 2.2 of the grown one's FLOPs
 
 
 def get_config(variant: str = "small") -> ConfigDict:
@@ -26,14 +26,14 @@ def get_config(variant: str = "small") -> ConfigDict:
         num_layers=4,
         num_heads=4,
         embed_dim=128,
-        qkv_tokens=32,
-        out_tokens=32,
-        ffn_tokens=128,
+        qkv_tokens=8,
+        out_tokens=8,
+        ffn_tokens=32,
     )
-    config.optimizer.update(peak_learning_rate=4e-3, final_learning_rate=4e-4, warmup_steps=30)
+    config.optimizer.update(peak_learning_rate=8e-3, final_learning_rate=8e-4, warmup_steps=30)
     if variant == "grown":
         config.steps = SMALL_STEPS + GROWN_STEPS
-        config.model.update(qkv_tokens=128, out_tokens=128, ffn_tokens=512)
+        config.model.update(qkv_tokens=64, out_tokens=64, ffn_tokens=256)
     elif variant == "continued":
         config.steps = SMALL_STEPS + CONTINUED_STEPS
     elif variant != "small":

@@ -168,3 +168,8 @@ def test_damaged_checkpoint_is_named(cfg, whole, tmp_path):
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"checkpoints/3: state cannot be read"):
         train(cfg, tmp_path)
+
+
+def test_profile_is_written_where_tensorboard_looks(cfg, tmp_path):
+    train(dataclasses.replace(cfg, profile_at=2, eval_every=0, checkpoint_every=0), tmp_path)
+    assert list((tmp_path / "tensorboard").rglob("*.xplane.pb"))

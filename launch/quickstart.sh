@@ -3,6 +3,7 @@
 # the larger one on, evaluates both and writes some Python. Run again, it goes on where it was stopped.
 #   bash launch/quickstart.sh [DIRECTORY]      (runs/quickstart by default)
 set -euo pipefail
+trap 'exit 130' INT TERM  # train saves and ends well when interrupted: what follows must not run
 cd "$(dirname "$0")/.."
 source launch/setup.sh requirements.txt
 runs=${1:-runs/quickstart}

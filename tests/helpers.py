@@ -91,10 +91,10 @@ def random_batch(cfg: Config, seed: int = 0) -> Batch:
     return Batch(tokens, targets, weights, np.ones(shape, np.int32))
 
 
-def write_corpus(folder: pathlib.Path) -> pathlib.Path:
+def write_corpus(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
     """A few small text files, compressible enough to learn from."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     words = "key value query token norm grow train layer head scale".split()
     for i in range(24):
         (folder / f"{i}.txt").write_text("\n".join(" ".join(rng.choice(words, 8)) for _ in range(30)))

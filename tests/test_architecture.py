@@ -11,8 +11,13 @@ ORDER = """
 
 
 def imports(module: str) -> set[str]:
-    tree = ast.parse((ROOT / f"{module}.py").read_text())
-    names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    """The project's modules that a module imports, however it says so."""
+    names = []
+    for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
     return {name.split(".")[1] for name in names if name.startswith("tokenformer_jax.")}
 
 

@@ -38,6 +38,12 @@ def run(command, *args):
     return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
+def run_well(command, *args):
+    result = run(command, *args)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a config, a trained run `small` and its grown successor `grown`, through the commands."""
@@ -50,15 +56,12 @@ def folder(tmp_path_factory):
         ("grow", f"--source={folder}/small", f"{config}:grown", f"--workdir={folder}/grown"),
         ("train", f"{config}:grown", f"--workdir={folder}/grown"),
     ):
-        result = run(command, *args)
-        assert result.returncode == 0, result.stderr
+        run_well(command, *args)
     return folder
 
 
 def test_evaluate(folder):
-    result = run("evaluate", f"--workdir={folder}/grown")
-    assert result.returncode == 0, result.stderr
-    assert "bits per byte" in result.stdout
+    assert "bits per byte" in run_well("evaluate", f"--workdir={folder}/grown")
     figures = json.loads((folder / "grown" / "eval.json").read_text())
     rows = [json.loads(line) for line in (folder / "grown" / "metrics.jsonl").read_text().splitlines()]
     assert figures["loss"] == pytest.approx([row["eval_loss"] for row in rows if "eval_loss" in row][-1], rel=1e-5)
@@ -72,32 +75,35 @@ def test_evaluate(folder):
     assert tokenizer.vocab_size <= 300
 
 
+def test_growth_by_nothing_goes_on_with_the_same_model(folder):
+    config, workdir = f"--config={folder}/config.py:small", folder / "fork"
+    out = run_well("grow", f"--source={folder}/small", config, "--config.steps=9", f"--workdir={workdir}")
+    assert "no token count changed" in out
+    run_well("train", config, "--config.steps=9", f"--workdir={workdir}")
+    assert Checkpoints(workdir / "checkpoints").steps[-1] == 9
+
+
 def test_evaluate_and_generate_run_sharded(folder):
-    alone = (
-        json.loads((folder / "grown" / "eval.json").read_text()) if (folder / "grown" / "eval.json").exists() else None
-    )
-    result = run("evaluate", f"--workdir={folder}/grown", "--mesh=2,2,2")
-    assert result.returncode == 0, result.stderr
-    sharded = json.loads((folder / "grown" / "eval.json").read_text())
-    if alone:
-        assert sharded["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    losses = []
+    for mesh in ("1,1,1", "2,2,2"):
+        run_well("evaluate", f"--workdir={folder}/grown", f"--mesh={mesh}")
+        losses.append(json.loads((folder / "grown" / "eval.json").read_text())["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     args = f"--workdir={folder}/grown", "--prompt=key value", "--max_tokens=12", "--temperature=0"
-    assert run("generate", *args, "--mesh=1,1,2").stdout == run("generate", *args).stdout
+    assert run_well("generate", *args, "--mesh=1,1,2") == run_well("generate", *args)
 
 
 def test_generate_is_seeded_and_continues_the_prompt(folder):
     args = f"--workdir={folder}/grown", "--prompt=key value", "--max_tokens=12"
-    first, again, other = run("generate", *args), run("generate", *args), run("generate", *args, "--seed=1")
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.startswith("key value") and len(first.stdout) > len("key value\n")
-    assert first.stdout == again.stdout != other.stdout
-    several = run("generate", *args, "--samples=3")
-    assert several.stdout.count("--- sample") == 3
+    first, again, other = (run_well("generate", *args, f"--seed={seed}") for seed in (0, 0, 1))
+    assert first.startswith("key value") and len(first) > len("key value\n")
+    assert first == again != other
+    assert run_well("generate", *args, "--samples=3").count("--- sample") == 3
+    assert run_well("generate", f"--workdir={folder}/grown", "--prompt=\udcff", "--max_tokens=1").startswith("\ufffd")
 
 
 def test_report_draws_the_plot_and_lists_the_stages(folder):
-    result = run("report", f"--runs=small={folder}/small,grown={folder}/grown", f"--out={folder}/report")
-    assert result.returncode == 0, result.stderr
+    run_well("report", f"--runs=small={folder}/small,grown={folder}/grown", f"--out={folder}/report")
     rows = json.loads((folder / "report" / "report.json").read_text())
     assert [row["run"] for row in rows] == ["small", "grown, right after growth", "grown"]
     assert rows[1]["eval_loss"] == pytest.approx(rows[0]["eval_loss"], rel=1e-5)  # growth is lossless
@@ -107,16 +113,14 @@ def test_report_draws_the_plot_and_lists_the_stages(folder):
 
 def test_growth_with_zero_values_warns(folder):
     config, workdir = f"--config={folder}/config.py:grown", folder / "zeros"
-    result = run("grow", f"--source={folder}/small", config, f"--workdir={workdir}", "--values=zeros")
-    assert result.returncode == 0, result.stderr
-    assert "warning" in result.stdout and "never learn" in result.stdout
+    out = run_well("grow", f"--source={folder}/small", config, f"--workdir={workdir}", "--values=zeros")
+    assert "warning" in out and "never learn" in out
     assert json.loads((workdir / "grow.json").read_text())["new_key_gradient_norm"] == 0
 
 
 def test_an_older_step_can_be_grown(folder):
     config, workdir = f"--config={folder}/config.py:grown", folder / "older"
-    result = run("grow", f"--source={folder}/small", config, f"--workdir={workdir}", "--step=3")
-    assert result.returncode == 0, result.stderr
+    run_well("grow", f"--source={folder}/small", config, f"--workdir={workdir}", "--step=3")
     assert Checkpoints(workdir / "checkpoints").steps == [3]
 
 
@@ -162,10 +166,13 @@ WRONG = [
     ("evaluate", "--workdir={f}/small --mesh=2", "--mesh=2"),
     ("evaluate", "--workdir={f}/small --mesh=16,1,1", "mesh"),
     ("evaluate", "--workdir={f}/notrun", "notrun/config.json"),
-    ("generate", "--workdir={f}/small --max_tokens=999", "--max_tokens=999"),
-    ("generate", "--workdir={f}/small --temperature=-1", "--temperature=-1"),
-    ("generate", "--workdir={f}/small --top_p=0", "--top_p=0"),
-    ("generate", "--workdir={f}/small --max_tokens=0", "--max_tokens=0"),
+    ("generate", "--workdir={f}/small --max_tokens=999", "max_tokens = 999"),
+    ("generate", "--workdir={f}/small --temperature=-1", "temperature = -1"),
+    ("generate", "--workdir={f}/small --top_p=0", "top_p = 0"),
+    ("generate", "--workdir={f}/small --max_tokens=0", "max_tokens = 0"),
+    ("generate", "--workdir={f}/small --seed=-1", "--seed=-1"),
+    ("evaluate", "--workdir={f}/small --mesh=\u00b2,1,1", "--mesh="),
+    ("report", "--runs={f}/small,{f}/x/small", "two runs are named 'small'"),
     ("report", "--runs=", "--runs is missing"),
     ("report", "--runs=a={f}/none", "none"),
 ]

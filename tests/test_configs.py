@@ -8,9 +8,8 @@ import pytest
 
 from configs import ladder, pile, released, transformer
 from tokenformer_jax.config import read_config, validate
-from tokenformer_jax.evaluate import count_params
 from tokenformer_jax.grow import check_growth
-from tokenformer_jax.transformer import abstract_model
+from tokenformer_jax.transformer import abstract_model, count_params
 
 FILES = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 VARIANTS = {

@@ -11,10 +11,10 @@ import pytest
 from tests.helpers import assert_trees_equal, random_batch, tiny_config, tiny_linear_config, write_corpus
 from tokenformer_jax.checkpoint import Checkpoints
 from tokenformer_jax.config import UserError, load_config
-from tokenformer_jax.evaluate import load_trained, put_batch
+from tokenformer_jax.evaluate import load_trained
 from tokenformer_jax.grow import check_growth, grow, grow_state, measure, verify
 from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import make_step
+from tokenformer_jax.step import learning_rate, make_step, put_batch
 from tokenformer_jax.train import train
 
 GROWN = {"model__qkv_tokens": 48, "model__out_tokens": 56, "model__ffn_tokens": 200, "steps": 16}
@@ -115,6 +115,25 @@ def test_growing_twice_equals_the_first_model():
     verify(measure(first, third, small, large, step, [random_batch(small)]), "initializer")
 
 
+def test_growing_in_the_middle_of_a_ramp_holds_each_tau_where_it_is():
+    """One kind grows again, the others' ramps go on."""
+    small, middle = tiny_config(), tiny_config(**GROWN)
+    large = tiny_config(**GROWN | {"model__ffn_tokens": 300})
+    step, _, state = grown(small, middle, ramp_steps=4)
+    for i in range(2):
+        state, _ = step.train(state, put_batch(step, random_batch(middle, i)))
+    now = {name: float(tau) for name, tau in state.tau_now().items()}
+    assert 96**0.5 < now["ffn"] < 200**0.5
+    step = make_step(large, make_mesh(large.mesh))
+    key = jax.random.key(6)
+    bigger = jax.jit(lambda s: grow_state(s, step.abstract_state, large.model, key, "initializer", 10))(state)
+    assert {name: float(tau) for name, tau in bigger.tau_now().items()} == now
+    verify(measure(state, bigger, middle, large, step, [random_batch(middle)]), "initializer")
+    later = bigger._replace(step=bigger.step + 10).tau_now()
+    assert float(later["ffn"]) == pytest.approx(300**0.5)
+    assert float(later["query"]) == pytest.approx(48**0.5)
+
+
 GROWN_QKV = {"model__qkv_tokens": 64, "model__out_tokens": 64}
 
 
@@ -173,6 +192,34 @@ def test_command_writes_a_whole_workdir_that_train_goes_on_with(source, tmp_path
     assert [row["step"] for row in rows if "eval_loss" in row] == [8, 16]  # right after growth, and at the end
     assert load_config(tmp_path / "grown" / "config.json") == cfg
     assert int(load_trained(tmp_path / "grown").state.step) == 16
+
+
+def test_schedule_may_be_carried_on_and_other_data_begin_anew(source, tmp_path):
+    small, workdir = source
+    cfg = tiny_config(**GROWN, grow__restart_schedule=False, seed=3)
+    cfg = dataclasses.replace(cfg, data=small.data)
+    grow(workdir, cfg, tmp_path / "grown")
+    assert Checkpoints(tmp_path / "grown" / "checkpoints").record(8).schedule_start == 0
+    train(cfg, tmp_path / "grown")
+    rows = [json.loads(line) for line in (tmp_path / "grown" / "metrics.jsonl").read_text().splitlines()]
+    rate = next(row["learning_rate"] for row in rows if row["step"] == 16)
+    assert rate == pytest.approx(float(learning_rate(cfg.optimizer, 16)(15)), rel=1e-5)
+
+
+def test_a_warm_up_longer_than_what_is_left_is_refused(source, tmp_path):
+    small, workdir = source
+    cfg = dataclasses.replace(tiny_config(**GROWN | {"steps": 10}), data=small.data)
+    with pytest.raises(UserError, match=r"optimizer\.warmup_steps = 2: must be below the 2 steps"):
+        grow(workdir, cfg, tmp_path / "grown")
+
+
+def test_a_source_that_does_not_divide_by_the_mesh_is_named(source, tmp_path):
+    small, workdir = source
+    odd = tiny_config(model__ffn_tokens=97, steps=1, optimizer__warmup_steps=0)
+    train(dataclasses.replace(odd, data=small.data), tmp_path / "odd")
+    cfg = dataclasses.replace(tiny_config(**GROWN, mesh__tensor=4), data=small.data)
+    with pytest.raises(UserError, match=r"model\.ffn_tokens = 97: must divide by mesh\.tensor = 4"):
+        grow(tmp_path / "odd", cfg, tmp_path / "grown")
 
 
 def test_a_failed_check_writes_nothing(source, tmp_path, monkeypatch):

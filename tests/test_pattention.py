@@ -24,12 +24,13 @@ def test_output_and_gradients_match_the_authors(normalizer):
 
 @pytest.mark.parametrize("normalizer", ["l2_norm_gelu", "gelu_l2_norm"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_zero_input_gives_zeros_and_finite_gradients(normalizer, dtype):
+def test_zero_input_gives_zeros_and_tiny_inputs_finite_gradients(normalizer, dtype):
     keys, values = jnp.ones((6, 4)), jnp.ones((6, 5))
     f = lambda x, k, v: pattention(x.astype(dtype), k, v, 2.0, normalizer).astype(jnp.float32).sum()  # noqa: E731
-    output, gradients = jax.value_and_grad(f, argnums=(0, 1, 2))(jnp.zeros((3, 4)), keys, values)
-    assert output == 0
-    assert all(bool(jnp.isfinite(g).all()) for g in gradients)
+    for scale in [0.0, *10.0 ** -np.arange(1, 40)]:
+        output, gradients = jax.value_and_grad(f, argnums=(0, 1, 2))(jnp.full((3, 4), scale), keys, values)
+        assert all(bool(jnp.isfinite(g).all()) for g in gradients), scale
+        assert jnp.isfinite(output) and (scale or output == 0)
 
 
 @pytest.mark.parametrize("normalizer", ["l2_norm_gelu", "gelu_l2_norm"])

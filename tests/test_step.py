@@ -8,9 +8,8 @@ import pytest
 from flax import nnx
 
 from tests.helpers import assert_trees_equal, random_batch, tiny_config, tiny_linear_config
-from tokenformer_jax.evaluate import put_batch
 from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import TauRamp, decayed, learning_rate, loss_sums, make_step
+from tokenformer_jax.step import TauRamp, decayed, learning_rate, loss_sums, make_step, put_batch
 from tokenformer_jax.transformer import abstract_model, initial_tau
 
 

@@ -7,16 +7,19 @@ import signal
 import threading
 import time
 
+import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.helpers import assert_trees_equal, tiny_config, write_corpus
-from tokenformer_jax.checkpoint import Checkpoints
+from tokenformer_jax.checkpoint import Checkpoints, Record
 from tokenformer_jax.config import UserError, load_config
 from tokenformer_jax.metrics import read_metrics
 from tokenformer_jax.sharding import make_mesh
 from tokenformer_jax.step import make_step
+from tokenformer_jax.tokenizer import train_tokenizer
 from tokenformer_jax.train import train
 
 
@@ -157,17 +160,77 @@ def test_non_finite_loss_stops_the_run_and_is_not_saved(cfg, tmp_path):
     wild = dataclasses.replace(
         cfg, optimizer=dataclasses.replace(cfg.optimizer, peak_learning_rate=1e38, warmup_steps=0)
     )
-    with pytest.raises(UserError, match="the loss of step"):
+    with pytest.raises(UserError, match=r"(loss|grad_norm) (nan|inf)"):
         train(wild, tmp_path)
     assert not Checkpoints(tmp_path / "checkpoints", keep=1).steps
 
 
-def test_damaged_checkpoint_is_named(cfg, whole, tmp_path):
-    train(dataclasses.replace(cfg, steps=3, checkpoint_every=0), tmp_path)
-    for path in (tmp_path / "checkpoints" / "3" / "state").rglob("d/*"):
+def truncate(checkpoint):
+    for path in (checkpoint / "state").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_damaged_newest_checkpoint_is_set_aside_for_an_older_one(cfg, whole, tmp_path, capsys):
+    train(dataclasses.replace(cfg, steps=4), tmp_path)
+    truncate(tmp_path / "checkpoints" / "4")
+    train(cfg, tmp_path)
+    assert "checkpoints/4: state cannot be read" in capsys.readouterr().err
+    assert len(list((tmp_path / "damaged_checkpoints").iterdir())) == 1
+    assert Checkpoints(tmp_path / "checkpoints").steps == [6, 8]
+    rows = [row for row in losses(tmp_path) if row["step"] > 4]
+    assert [row["step"] for row in rows if "loss" in row] == [5, 6, 7, 8]
+
+
+def test_damaged_only_checkpoint_is_named(cfg, tmp_path):
+    train(dataclasses.replace(cfg, steps=3, checkpoint_every=0), tmp_path)
+    truncate(tmp_path / "checkpoints" / "3")
     with pytest.raises(UserError, match=r"checkpoints/3: state cannot be read"):
         train(cfg, tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").steps == [3]
+
+
+def test_resuming_on_other_data_or_in_another_order_is_refused(cfg, whole, tmp_path):
+    with pytest.raises(UserError, match=r"config\.seed: .* was trained on tokens"):
+        train(dataclasses.replace(cfg, seed=1), whole)
+    data = dataclasses.replace(cfg.data, path=str(write_corpus(tmp_path / "text", seed=1)))
+    with pytest.raises(UserError, match=r"config\.data"):
+        train(dataclasses.replace(cfg, data=data), whole)
+
+
+def test_run_goes_on_with_another_mesh_batch_size_and_rematerialisation(cfg, tmp_path):
+    train(dataclasses.replace(cfg, steps=4), tmp_path)
+    other = dataclasses.replace(
+        cfg,
+        batch_size=16,
+        mesh=dataclasses.replace(cfg.mesh, fsdp=4, tensor=2),
+        model=dataclasses.replace(cfg.model, remat="full"),
+    )
+    train(dataclasses.replace(other, steps=6), tmp_path)
+    rows = [row for row in read_metrics(tmp_path) if "loss" in row]
+    assert [row["tokens"] for row in rows] == [128, 256, 384, 512, 768, 1024]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_a_save_may_copy_from_the_device(tmp_path):
+    """On a CPU only arrays that are not read in place, such as int4, are copied: they stand in for a GPU's."""
+    state = {"x": jnp.arange(4, dtype=jnp.int4)}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    data = iter(grain.MapDataset.range(3).to_iter_dataset())
+    with jax.transfer_guard("disallow"):
+        checkpoints.save(1, state, data, train_tokenizer(["a"], 257), Record("", 1))
+        checkpoints.wait()
+    assert checkpoints.steps == [1]
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nmore")
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    monkeypatch.setattr("orbax.checkpoint.v1.training.Checkpointer.save_checkpointables_async", fail)
+    data = iter(grain.MapDataset.range(3).to_iter_dataset())
+    with pytest.raises(UserError, match=r"cannot be written \(RESOURCE_EXHAUSTED: No space left on device\)$"):
+        checkpoints.save(1, {"x": jnp.ones(3)}, data, train_tokenizer(["a"], 257), Record("", 1))
 
 
 def test_profile_is_written_where_tensorboard_looks(cfg, tmp_path):

@@ -4,15 +4,17 @@ It knows trees, not models: what to restore is said by a tree of ShapeDtypeStruc
 another mesh than the one that saved.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
 import shutil
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -25,12 +27,16 @@ from tokenformer_jax.tokenizer import Tokenizer, tokenizer_from_json
 class Record:
     """What a checkpoint says of its run, beside the arrays; stored as JSON."""
 
-    model: dict[str, Any]  # the ModelConfig
+    data: str  # identity of the training tokens and their order
     batch_size: int  # sequences a step, the unit of the data position
     tokens: int = 0  # seen in training, by this model and the smaller ones it grew from
     train_flops: float = 0.0  # spent on them
     schedule_start: int = 0  # step from which the learning-rate schedule counts
     growth: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # step, tokens before and after
+
+
+class DamagedError(UserError):
+    """A checkpoint that cannot be read."""
 
 
 class Checkpoints:
@@ -80,12 +86,10 @@ class Checkpoints:
         if step in self.steps:
             return
         items = {"state": state, "data": data, "tokenizer": {"json": tokenizer.to_json()}}
-        try:
+        with self._writing(), jax.transfer_guard("allow"):  # copying to the host is what a save is
             self._checkpointer.save_checkpointables_async(
                 step, items, force=True, custom_metadata=dataclasses.asdict(record)
             )
-        except OSError as error:
-            raise UserError(f"{self.directory}: checkpoint {step} cannot be written ({error})") from None
 
     def record(self, step: int) -> Record:
         try:
@@ -119,8 +123,9 @@ class Checkpoints:
                     f"{self.directory / str(step)}: {name} is {found.dtype}{list(found.shape)}, "
                     f"but the config asks for {wanted.dtype}{list(wanted.shape)}"
                 )
-        options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
-        with ocp.Context(pytree_options=options):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
             return self._load(step, "state", abstract)
 
     def _load(self, step: int, item: str, abstract: Any) -> Any:
@@ -135,22 +140,43 @@ class Checkpoints:
         except Exception as error:
             raise self._unreadable(step, "state", error) from error
 
-    def _unreadable(self, step: int, item: str, error: BaseException) -> UserError:
-        while error.__cause__ or error.__context__:  # Orbax wraps the reason
-            error = error.__cause__ or error.__context__  # type: ignore[assignment]
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        logging.debug("restoring %s", item, exc_info=error)
-        others = [s for s in self.steps if s != step]
-        instead = f"; --step={others[-1]} is there as well" if others else ""
-        return UserError(f"{self.directory / str(step)}: {item} cannot be read ({reason}){instead}")
+    def _unreadable(self, step: int, item: str, error: Exception) -> DamagedError:
+        others = [str(s) for s in self.steps if s != step]
+        instead = f"; there is also step {' and '.join(others)}" if others else ""
+        return DamagedError(f"{self.directory / str(step)}: {item} cannot be read ({_reason(error)}){instead}")
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Moves a checkpoint out of the way, and tells where to."""
+        aside = self.directory.with_name("damaged_checkpoints") / f"{step}_{int(time.time())}"
+        if jax.process_index() == 0:
+            aside.parent.mkdir(exist_ok=True)
+            os.replace(self.directory / str(step), aside)
+        multihost_utils.sync_global_devices("set aside")
+        self._checkpointer.reload()
+        return aside
 
     def wait(self) -> None:
         """Blocks until what is being saved is safe; raises its error."""
-        self._checkpointer.wait()
+        with self._writing():
+            self._checkpointer.wait()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # TensorStore tells of a full disk by a ValueError
+            raise UserError(f"{self.directory}: a checkpoint cannot be written ({_reason(error)})") from error
 
     def close(self) -> None:
         if self.directory.is_dir():
             self._checkpointer.close()
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ or error.__context__:  # Orbax wraps the reason
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].split(" [tensorstore_spec")[0]
 
 
 def _look_up(tree: Any, path: tuple[Any, ...]) -> Any:
@@ -179,7 +205,8 @@ def write_workdir(
     Raises:
       UserError: it cannot be written.
     """
-    partial = workdir.absolute().with_name(f".{workdir.name}.partial")
+    workdir = workdir.resolve()
+    partial = workdir.with_name(f".{workdir.name}.partial")
     first = jax.process_index() == 0
     try:
         if first:

@@ -173,6 +173,8 @@ def _divisors(n: int, near: int) -> str:
     return " or ".join(map(str, sorted(divisors[:2])))
 
 
+FREE_MODEL_KEYS = ("dtype", "remat")  # how to compute, not what: they may change from run to run
+
 CHOICES = {
     "model.projection": ("pattention", "linear"),
     "model.normalizer": ("l2_norm_gelu", "gelu_l2_norm", "softmax"),
@@ -209,9 +211,28 @@ def validate(cfg: Config) -> None:
         _require(0 <= get(key) < float("inf"), key, get(key), "must be 0 or above")
     for key in FRACTIONS:
         _require(0 <= get(key) <= 1, key, get(key), "must lie between 0 and 1")
+    _require(cfg.seed < 2**63, "seed", cfg.seed, "must be below 2**63")
     for key in ("optimizer.beta1", "optimizer.beta2"):
         _require(get(key) < 1, key, get(key), "must be below 1")
-    model, mesh = cfg.model, cfg.mesh
+    validate_model(cfg.model)
+    mesh = cfg.mesh
+    for key in ("model.qkv_tokens", "model.out_tokens", "model.ffn_tokens", "model.vocab_size", "model.num_heads"):
+        _require_divisible(key, get(key), "mesh.tensor", mesh.tensor)
+    _require_divisible("model.embed_dim", cfg.model.embed_dim, "mesh.fsdp", mesh.fsdp)
+    _require_divisible("batch_size", cfg.batch_size, "accumulation", cfg.accumulation)
+    rows = cfg.batch_size // cfg.accumulation
+    _require_divisible("batch_size / accumulation", rows, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
+    _require(
+        cfg.optimizer.warmup_steps < cfg.steps,
+        "optimizer.warmup_steps",
+        cfg.optimizer.warmup_steps,
+        f"must be below steps = {cfg.steps}",
+    )
+
+
+def validate_model(model: ModelConfig) -> None:
+    """Checks that the sizes of a model fit each other, as `validate` does."""
+    _require(model.num_heads > 0, "model.num_heads", model.num_heads, "must be above 0")
     _require(
         model.embed_dim % model.num_heads == 0,
         "model.num_heads",
@@ -231,18 +252,6 @@ def validate(cfg: Config) -> None:
             _require(count == 0, f"model.{name}", count, "a linear projection has no parameter tokens; set it to 0")
         else:
             _require(count > 0, f"model.{name}", count, "must be above 0")
-    for key in ("model.qkv_tokens", "model.out_tokens", "model.ffn_tokens", "model.vocab_size", "model.num_heads"):
-        _require_divisible(key, get(key), "mesh.tensor", mesh.tensor)
-    _require_divisible("model.embed_dim", model.embed_dim, "mesh.fsdp", mesh.fsdp)
-    _require_divisible("batch_size", cfg.batch_size, "accumulation", cfg.accumulation)
-    rows = cfg.batch_size // cfg.accumulation
-    _require_divisible("batch_size / accumulation", rows, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
-    _require(
-        cfg.optimizer.warmup_steps < cfg.steps,
-        "optimizer.warmup_steps",
-        cfg.optimizer.warmup_steps,
-        f"must be below steps = {cfg.steps}",
-    )
 
 
 def _require_divisible(key: str, value: int, divisor_key: str, divisor: int) -> None:

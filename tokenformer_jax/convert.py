@@ -24,7 +24,6 @@ import numpy as np
 from absl import flags
 from safetensors.numpy import load_file, save_file
 
-from configs import base
 from tokenformer_jax.checkpoint import Record, write_workdir
 from tokenformer_jax.config import (
     Config,
@@ -38,12 +37,12 @@ from tokenformer_jax.config import (
     workdir_flag,
 )
 from tokenformer_jax.corpus import prepare
-from tokenformer_jax.data import train_batches
-from tokenformer_jax.evaluate import count_params, load_trained
+from tokenformer_jax.data import data_identity, train_batches
+from tokenformer_jax.evaluate import load_trained
 from tokenformer_jax.sharding import make_mesh
 from tokenformer_jax.step import make_step
 from tokenformer_jax.tokenizer import load_tokenizer
-from tokenformer_jax.transformer import Params, abstract_model, initial_tau
+from tokenformer_jax.transformer import Params, abstract_model, count_params, initial_tau
 
 StateDict = Mapping[str, np.ndarray]
 
@@ -295,7 +294,7 @@ def import_official(state_dict: StateDict, cfg: Config, workdir: pathlib.Path, s
     data = train_batches(corpus.train, cfg, process_index=jax.process_index(), process_count=jax.process_count())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state.params)
     state = step.init(jax.random.key(cfg.seed))._replace(params=jax.device_put(params, shardings))
-    record = Record(model=dataclasses.asdict(model), batch_size=cfg.batch_size)
+    record = Record(data_identity(corpus.train, cfg), cfg.batch_size)
     write_workdir(workdir, 0, (state, data, corpus.tokenizer, record), {"config.json": cfg.to_json()})
     return count_params(params)
 
@@ -316,7 +315,7 @@ def export_official(workdir: pathlib.Path, path: pathlib.Path, step_number: int 
     check_tau(run.state.tau_now(), run.cfg.model, str(workdir))
     if jax.process_index() == 0:
         write_state_dict(path, to_official(run.state.params))
-    return run.step_number, run.params
+    return run.step_number, run.num_params
 
 
 def check_tau(tau: Mapping[str, Any], model: ModelConfig, source: str) -> None:
@@ -342,6 +341,8 @@ def command_config(state_dict: StateDict, source: str) -> Config:
             if flag.value is None:
                 raise UserError(f"--{name} is missing: {source} does not say it; --config=FILE:variant would do too")
         said: dict[str, Any] = {name: flag.value for name, flag in unsaid.items()}
+        from configs import base  # so common a name that only the command may rely on it
+
         model = model_config(state_dict, **said, source=source)
         cfg = read_config(base.get_config().to_dict() | {"model": dataclasses.asdict(model)})
     tokenizer = _TOKENIZER.value or cfg.data.tokenizer

@@ -39,6 +39,7 @@ class TokenSplit:
     num_bytes: int
     num_documents: int
     end_of_text: int
+    fingerprint: str  # of the tokens
 
     @property
     def num_tokens(self) -> int:
@@ -354,12 +355,19 @@ def _open_corpus(folder: Path, cfg: Config, tokenizer: Tokenizer | None) -> Corp
 
 
 def _open_split(
-    folder: Path, name: str, num_tokens: int, num_bytes: int, num_documents: int, end_of_text: int, dtype: str
+    folder: Path,
+    name: str,
+    num_tokens: int,
+    num_bytes: int,
+    num_documents: int,
+    end_of_text: int,
+    dtype: str,
+    fingerprint: str,
 ) -> TokenSplit:
     tokens = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
     if len(tokens) != num_tokens:
         raise ValueError("truncated")
-    return TokenSplit(tokens, num_bytes, num_documents, end_of_text)
+    return TokenSplit(tokens, num_bytes, num_documents, end_of_text, fingerprint)
 
 
 def _make_corpus(folder: Path, cfg: Config, dataset: Any, tokenizer: Tokenizer | None) -> Corpus:
@@ -445,14 +453,21 @@ def _write_split(file: Path, texts: Iterable[str], tokenizer: Tokenizer) -> dict
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     eot = tokenizer.end_of_text
     num_tokens, num_bytes, num_documents = 1, 0, 0
+    content = hashlib.sha256()
     with file.open("wb") as stream:
-        stream.write(np.array([eot], dtype).tobytes())
+
+        def write(ids: list[int]) -> None:
+            raw = np.array(ids, dtype).tobytes()
+            stream.write(raw)
+            content.update(raw)
+
+        write([eot])
         for chunk in _chunks(texts):
             encoded = tokenizer.encode_batch([piece.text for piece in chunk])
             for piece, ids in zip(chunk, encoded, strict=True):
                 if piece.is_last:
                     ids.append(eot)
-                stream.write(np.array(ids, dtype).tobytes())
+                write(ids)
                 num_tokens += len(ids)
                 num_bytes += len(piece.text.encode())
                 num_documents += piece.is_last
@@ -462,6 +477,7 @@ def _write_split(file: Path, texts: Iterable[str], tokenizer: Tokenizer) -> dict
         "num_tokens": num_tokens,
         "num_bytes": num_bytes,
         "num_documents": num_documents,
+        "fingerprint": content.hexdigest()[:16],
     }
 
 

@@ -52,6 +52,11 @@ def train_batches(
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
+def data_identity(split: TokenSplit, cfg: Config) -> str:
+    """What the position in the data refers to: the tokens, and the order in which they are read."""
+    return f"tokens {split.fingerprint} in windows of {cfg.model.context_length} with seed {cfg.seed}"
+
+
 def keep_position(batches: grain.DatasetIterator, saved_batch_size: int, batch_size: int) -> None:
     """Moves an iterator whose state was saved with another batch size to the same example, or just after it."""
     if saved_batch_size != batch_size:

@@ -10,28 +10,23 @@ import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
 from tokenformer_jax.checkpoint import Checkpoints, Record
 from tokenformer_jax.config import Config, MeshConfig, UserError, load_config, run_command, validate, workdir_flag
 from tokenformer_jax.corpus import Corpus, TokenSplit, prepare
-from tokenformer_jax.data import Batch, eval_batches
+from tokenformer_jax.data import eval_batches
 from tokenformer_jax.metrics import Progress, replace_file
 from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import Step, TrainState, make_step
+from tokenformer_jax.step import Step, TrainState, make_step, put_batch
 from tokenformer_jax.tokenizer import Tokenizer
-
-
-def put_batch(step: Step, batch: Batch) -> Batch:
-    """This process's rows of a global batch -> arrays sharded over the mesh."""
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(step.batch, rows), batch)
+from tokenformer_jax.transformer import count_params
 
 
 def evaluate_split(
     step: Step, state: TrainState, split: TokenSplit, cfg: Config, *, max_batches: int = 0, progress: bool = False
 ) -> dict[str, float]:
-    """Evaluates every token of a split once (or the first `max_batches` batches).
+    """Evaluates every token of a split once (or `max_batches` batches spread over it).
 
     Returns:
       `loss` in nats a token, `perplexity` = exp(loss), `bits_per_byte` of the UTF-8 text, and `tokens` predicted.
@@ -75,7 +70,7 @@ class Trained:
     tokenizer: Tokenizer
     step: Step
     state: TrainState  # without optimizer state
-    params: int
+    num_params: int
 
 
 def load_trained(
@@ -108,10 +103,6 @@ def load_trained(
     return trained
 
 
-def count_params(params: Any) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-
-
 def choose_split(corpus: Corpus, name: str) -> TokenSplit:
     splits = {"train": corpus.train, "validation": corpus.validation}
     if name not in splits:
@@ -126,7 +117,7 @@ def mesh_flag() -> Any:
     def read() -> tuple[int, int, int] | None:
         if holder.value is None:
             return None
-        sizes = [int(part) if part.isdigit() else 0 for part in holder.value.split(",")]
+        sizes = [int(part) if part.isdecimal() else 0 for part in holder.value.split(",")]
         if len(sizes) != 3 or min(sizes) < 1:
             raise UserError(f"--mesh={holder.value}: must be three sizes data,fsdp,tensor, such as 1,1,1")
         return sizes[0], sizes[1], sizes[2]
@@ -141,7 +132,7 @@ def main() -> None:
     result = {
         "split": _SPLIT.value,
         "step": run.step_number,
-        "params": run.params,
+        "params": run.num_params,
         "trained_tokens": run.record.tokens,
         "train_flops": run.record.train_flops,
         **figures,
@@ -149,8 +140,8 @@ def main() -> None:
     if jax.process_index() == 0:
         replace_file(_WORKDIR() / "eval.json", json.dumps(result, indent=2) + "\n")
         print(
-            f"step {run.step_number}, {run.params:,} parameters, {figures['tokens']:,.0f} tokens of the {_SPLIT.value} "
-            f"split: loss {figures['loss']:.4f} nats, perplexity {figures['perplexity']:.3f}, "
+            f"step {run.step_number}, {run.num_params:,} parameters, {figures['tokens']:,.0f} tokens of the "
+            f"{_SPLIT.value} split: loss {figures['loss']:.4f} nats, perplexity {figures['perplexity']:.3f}, "
             f"{figures['bits_per_byte']:.4f} bits per byte"
         )
 

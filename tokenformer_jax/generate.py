@@ -4,6 +4,7 @@ python -m tokenformer_jax.generate --workdir=W --prompt='def main(' [--temperatu
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -26,11 +27,11 @@ class Sampling:
 
     def check(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"--temperature={self.temperature}: must be 0 (greedy) or above")
+            raise UserError(f"temperature = {self.temperature}: must be 0 (greedy) or above")
         if self.top_k < 0:
-            raise UserError(f"--top_k={self.top_k}: must be 0 (off) or above")
+            raise UserError(f"top_k = {self.top_k}: must be 0 (off) or above")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p={self.top_p}: must be above 0 and at most 1 (off)")
+            raise UserError(f"top_p = {self.top_p}: must be above 0 and at most 1 (off)")
 
 
 def sample(logits_BV: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
@@ -50,12 +51,13 @@ def sample(logits_BV: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
     return jax.random.categorical(key, logits_BV, axis=-1)
 
 
+@functools.cache
 def make_decoder(
-    cfg: ModelConfig, how: Sampling, allowed_V: jax.Array | None = None
+    cfg: ModelConfig, how: Sampling, num_ids: int | None = None
 ) -> Callable[[Params, Tau, jax.Array, KVCache, jax.Array], tuple[jax.Array, KVCache]]:
     """A compiled function: (params, τ, tokens [B, L], cache, key) -> next tokens [B], cache.
 
-    The cache is donated. `allowed_V`, booleans, excludes ids, such as those of the vocabulary's padding.
+    The cache is donated. Of the vocabulary only the first `num_ids` are drawn: the rest may be padding.
     """
     graphdef, _, _ = abstract_model(cfg)
 
@@ -63,9 +65,7 @@ def make_decoder(
         model = nnx.merge(graphdef, params)
         x_BLD, cache = model.features(tokens_BL, tau, cache=cache)
         logits_BV = model.logits(x_BLD[:, -1:])[:, 0]
-        if allowed_V is not None:
-            logits_BV = jnp.where(allowed_V, logits_BV, -jnp.inf)
-        return sample(logits_BV, key, how), cache
+        return sample(logits_BV[:, :num_ids], key, how), cache
 
     return jax.jit(decode, donate_argnums=3)
 
@@ -79,7 +79,7 @@ def generate(
     *,
     how: Sampling,
     seed: int = 0,
-    allowed_V: jax.Array | None = None,
+    num_ids: int | None = None,
 ) -> Iterator[jax.Array]:
     """Yields the next token ids [B] one position at a time, at most `max_tokens`; the same seed gives the same text.
 
@@ -87,12 +87,14 @@ def generate(
       UserError: where prompt and continuation are longer than the context the model was trained on.
     """
     batch, length = prompt_BL.shape
+    if max_tokens < 1:
+        raise UserError(f"max_tokens = {max_tokens}: must be 1 or above")
     if length + max_tokens > cfg.context_length:
         raise UserError(
-            f"--max_tokens={max_tokens}: with a prompt of {length} tokens that is longer than the model's context of "
+            f"max_tokens = {max_tokens}: with a prompt of {length} tokens that is longer than the model's context of "
             f"{cfg.context_length}; {max(cfg.context_length - length, 0)} would do"
         )
-    decode = make_decoder(cfg, how, allowed_V)
+    decode = make_decoder(cfg, how, num_ids)
     cache = KVCache.empty(cfg, batch, length + max_tokens)
     tokens_BL, key = prompt_BL, jax.random.key(seed)
     for i in range(max_tokens):
@@ -104,45 +106,48 @@ def generate(
 def main() -> None:
     how = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     how.check()
-    for flag in (_MAX_TOKENS, _SAMPLES):
-        if flag.value < 1:
-            raise UserError(f"--{flag.name}={flag.value}: must be 1 or above")
+    if _SAMPLES.value < 1:
+        raise UserError(f"--samples={_SAMPLES.value}: must be 1 or above")
+    if not 0 <= _SEED.value < 2**63:
+        raise UserError(f"--seed={_SEED.value}: must lie between 0 and 2**63")
     run = load_trained(_WORKDIR(), _STEP.value, _MESH())
-    tokenizer = run.tokenizer
-    prompt = [tokenizer.end_of_text, *tokenizer.encode(_PROMPT.value)]
-    prompt_BL = jnp.tile(jnp.asarray(prompt, jnp.int32), (_SAMPLES.value, 1))
-    ids_V = jnp.arange(run.cfg.model.vocab_size)
-    streamed = _SAMPLES.value == 1
-    texts: list[list[int]] = [[] for _ in range(_SAMPLES.value)]
+    tokenizer, end = run.tokenizer, run.tokenizer.end_of_text
+    text = _PROMPT.value.encode(errors="surrogateescape").decode(errors="replace")  # a shell passes any bytes
+    prompt_BL = jnp.tile(jnp.asarray([end, *tokenizer.encode(text)], jnp.int32), (_SAMPLES.value, 1))
+    stream = generate(
+        run.cfg.model,
+        run.state.params,
+        run.state.tau_now(),
+        prompt_BL,
+        _MAX_TOKENS.value,
+        how=how,
+        seed=_SEED.value,
+        num_ids=tokenizer.vocab_size,
+    )
+    samples: list[list[int]] = [[] for _ in range(_SAMPLES.value)]
+    ended: set[int] = set()
     shown = ""
     with jax.set_mesh(run.step.mesh):
-        stream = generate(
-            run.cfg.model,
-            run.state.params,
-            run.state.tau_now(),
-            prompt_BL,
-            _MAX_TOKENS.value,
-            how=how,
-            seed=_SEED.value,
-            allowed_V=ids_V < tokenizer.vocab_size,
-        )
         for tokens_B in stream:
-            for text, token in zip(texts, tokens_B.tolist(), strict=True):
-                if not text or text[-1] != tokenizer.end_of_text:
-                    text.append(token)
-            if all(text[-1] == tokenizer.end_of_text for text in texts):
+            for i, token in enumerate(tokens_B.tolist()):
+                if token == end:
+                    ended.add(i)
+                elif i not in ended:
+                    samples[i].append(token)
+            if len(ended) == len(samples):
                 break
-            if streamed:
-                decoded = tokenizer.decode(texts[0])
+            if len(samples) == 1:  # shown as it comes
+                if not shown:
+                    print(text, end="")
+                decoded = tokenizer.decode(samples[0])
                 if not decoded.endswith("\ufffd"):  # a character may take several tokens
-                    print((_PROMPT.value if not shown else "") + decoded[len(shown) :], end="", flush=True)
+                    print(decoded[len(shown) :], end="", flush=True)
                     shown = decoded
-    if streamed:
-        print()
-        return
-    for i, text in enumerate(texts):
-        decoded = tokenizer.decode([token for token in text if token != tokenizer.end_of_text])
-        print(f"--- sample {i + 1} ---\n{_PROMPT.value}{decoded}")
+    if len(samples) == 1:
+        print((text if not shown else "") + tokenizer.decode(samples[0])[len(shown) :])
+    else:
+        for i, sample_ids in enumerate(samples):
+            print(f"--- sample {i + 1} ---\n{text}{tokenizer.decode(sample_ids)}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from flax import nnx
 
 from tokenformer_jax.checkpoint import Checkpoints, write_workdir
 from tokenformer_jax.config import (
+    FREE_MODEL_KEYS,
     Config,
     ModelConfig,
     UserError,
@@ -31,11 +32,10 @@ from tokenformer_jax.config import (
     workdir_flag,
 )
 from tokenformer_jax.corpus import prepare
-from tokenformer_jax.data import Batch, eval_batches, keep_position, train_batches
-from tokenformer_jax.evaluate import count_params, put_batch
+from tokenformer_jax.data import Batch, data_identity, eval_batches, keep_position, train_batches
 from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import Step, TauRamp, TrainState, loss_sums, make_step
-from tokenformer_jax.transformer import Params, abstract_model, init_params, initial_tau
+from tokenformer_jax.step import Step, TauRamp, TrainState, loss_sums, make_step, put_batch
+from tokenformer_jax.transformer import Params, abstract_model, count_params, init_params, initial_tau
 
 LOGIT_BOUND = 5e-6  # of the largest logit; float32 rounding in other reduction orders stays below it
 CHECKED_BATCHES, CHECKED_ROWS = 2, 4
@@ -92,7 +92,7 @@ def check_growth(old: ModelConfig, new: ModelConfig) -> None:
             raise UserError(
                 f"model.{field.name} = {after}: the source has {before} already; growing takes that or more"
             )
-        if field.name not in (*sizes, "dtype", "remat") and after != before:
+        if field.name not in (*sizes, *FREE_MODEL_KEYS) and after != before:
             raise UserError(
                 f"model.{field.name} = {after!r}: the source has {before!r}; growth changes token counts only"
             )
@@ -186,9 +186,16 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
         )
     mesh = make_mesh(cfg.mesh)
     record, tokenizer = checkpoints.record(step_number), checkpoints.tokenizer(step_number)
-    old_step = make_step(dataclasses.replace(source_cfg, mesh=cfg.mesh), mesh, record.schedule_start)
+    old_cfg = dataclasses.replace(cfg, model=source_cfg.model)
+    validate(old_cfg)  # the source, too, must divide by the mesh
+    old_step = make_step(old_cfg, mesh, record.schedule_start)
     if cfg.grow.restart_schedule:
         record = dataclasses.replace(record, schedule_start=step_number)
+        if cfg.optimizer.warmup_steps >= cfg.steps - step_number:
+            raise UserError(
+                f"optimizer.warmup_steps = {cfg.optimizer.warmup_steps}: must be below the {cfg.steps - step_number} "
+                f"steps from the source's {step_number} to steps = {cfg.steps}"
+            )
     new_step = make_step(cfg, mesh, record.schedule_start)
     old_state = checkpoints.restore(step_number, old_step.abstract_state)
 
@@ -224,16 +231,18 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
         "params_after": count_params(new_state.params),
         "state_bytes_before": tree_bytes(old_state),
         "state_bytes_after": tree_bytes(new_state),
-        **measure(old_state, new_state, source_cfg, cfg, new_step, list(batches)),
+        **measure(old_state, new_state, old_cfg, cfg, new_step, list(batches)),
     }
     verify(figures, cfg.grow.values)
 
     data = train_batches(corpus.train, cfg, **processes)
-    checkpoints.restore_data(step_number, data)
-    keep_position(data, record.batch_size, cfg.batch_size)
+    identity = data_identity(corpus.train, cfg)
+    if record.data == identity:  # other data begin at their beginning
+        checkpoints.restore_data(step_number, data)
+        keep_position(data, record.batch_size, cfg.batch_size)
     checkpoints.close()
     growth = [*record.growth, {"step": step_number, "from": tokens_before, "to": tokens_after}]
-    record = dataclasses.replace(record, model=dataclasses.asdict(cfg.model), batch_size=cfg.batch_size, growth=growth)
+    record = dataclasses.replace(record, data=identity, batch_size=cfg.batch_size, growth=growth)
     files = {"config.json": cfg.to_json(), "grow.json": json.dumps(figures, indent=2) + "\n"}
     write_workdir(workdir, step_number, (new_state, data, tokenizer, record), files)
     return figures

@@ -35,10 +35,10 @@ PEAK_FLOPS = {
 PROFILED_STEPS = 5
 
 
-def peak_flops() -> float | None:
-    """Peak FLOP/s of all devices together; None where it is not known (CPUs)."""
+def peak_flops(devices: int) -> float | None:
+    """Peak FLOP/s of so many devices together; None where it is not known (CPUs)."""
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    return peak * jax.device_count() if peak else None
+    return peak * devices if peak else None
 
 
 def train_flops_per_token(cfg: ModelConfig) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.config import ModelConfig, validate_model
 from tokenformer_jax.convert import check_tau, from_official, model_config, read_state_dict, to_official
 from tokenformer_jax.evaluate import load_trained
 from tokenformer_jax.generate import Sampling, generate
@@ -71,6 +71,7 @@ class TokenFormer:
         source = "state dict" if isinstance(weights, Mapping) else str(weights)
         arrays = weights if isinstance(weights, Mapping) else read_state_dict(pathlib.Path(weights))
         cfg = model_config(arrays, num_heads, rotary_fraction, context_length=context_length, source=source)
+        validate_model(cfg)
         return cls(cfg, jax.tree.map(jnp.asarray, from_official(arrays, source)), initial_tau(cfg))
 
     def to_official(self) -> dict[str, np.ndarray]:
@@ -117,9 +118,9 @@ class TokenFormer:
         """
         cfg = dataclasses.replace(
             self.cfg,
-            qkv_tokens=qkv_tokens or self.cfg.qkv_tokens,
-            out_tokens=out_tokens or self.cfg.out_tokens,
-            ffn_tokens=ffn_tokens or self.cfg.ffn_tokens,
+            qkv_tokens=self.cfg.qkv_tokens if qkv_tokens is None else qkv_tokens,
+            out_tokens=self.cfg.out_tokens if out_tokens is None else out_tokens,
+            ffn_tokens=self.cfg.ffn_tokens if ffn_tokens is None else ffn_tokens,
         )
         check_growth(self.cfg, cfg)
         state = TrainState(
@@ -140,7 +141,9 @@ class TokenFormer:
         """
         how = sampling or Sampling()
         how.check()
-        stream = generate(self.cfg, self.params, self.tau, jnp.asarray(prompt_BL), max_tokens, how=how, seed=seed)
+        num_ids = self.tokenizer.vocab_size if self.tokenizer else None
+        prompt_BL = jnp.asarray(prompt_BL)
+        stream = generate(self.cfg, self.params, self.tau, prompt_BL, max_tokens, how=how, seed=seed, num_ids=num_ids)
         return jnp.stack(list(stream), axis=1)
 
 

@@ -18,9 +18,9 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def l2_normalize(x_BLN: jax.Array) -> jax.Array:
-    """x / ‖x‖₂ over the last axis; rows of zeros stay zeros, with a gradient of zero."""
+    """x / ‖x‖₂ over the last axis; rows shorter than 1e-12 give zeros, with a gradient of zero."""
     squares = jnp.sum(jnp.square(x_BLN), axis=-1, keepdims=True)
-    nonzero = squares > 0
+    nonzero = squares > 1e-24
     return x_BLN * jnp.where(nonzero, jax.lax.rsqrt(jnp.where(nonzero, squares, 1.0)), 0.0)
 
 

@@ -32,11 +32,22 @@ def summarise(name: str, workdir: pathlib.Path) -> list[dict[str, Any]]:
     """A run's last evaluation, and before it the one right after growth if the run began with a growth."""
     rows = evaluations(workdir)
     chosen = [(name, rows[-1])]
-    grown = workdir / "grow.json"
-    if grown.exists() and json.loads(grown.read_text())["step"] == rows[0]["step"] and len(rows) > 1:
+    if grew_at(workdir) == rows[0]["step"] and len(rows) > 1:
         chosen.insert(0, (f"{name}, right after growth", rows[0]))
     keys = ("step", "params", "train_flops", "eval_loss", "eval_perplexity", "eval_bits_per_byte")
     return [{"run": label} | {key: row[key] for key in keys} for label, row in chosen]
+
+
+def grew_at(workdir: pathlib.Path) -> int | None:
+    """The step at which the run began by growing; None where it did not."""
+    path = workdir / "grow.json"
+    try:
+        figures = json.loads(path.read_text())
+        return figures["step"] if figures["tokens_before"] != figures["tokens_after"] else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: cannot be read as what grow writes") from None
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -72,14 +83,18 @@ def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    runs = {}
+    runs: dict[str, pathlib.Path] = {}
     for item in _RUNS.value:
-        name, _, workdir = item.rpartition("=")
-        runs[name or pathlib.Path(workdir).name] = pathlib.Path(workdir)
+        name, _, path = item.rpartition("=")
+        workdir = pathlib.Path(path).expanduser()
+        name = name or workdir.name
+        if name in runs:
+            raise UserError(f"--runs: two runs are named {name!r}; --runs=one={runs[name]},two={workdir} would do")
+        runs[name] = workdir
     if not runs:
         raise UserError("--runs is missing; --runs=small=W,grown=W2 would do")
     rows = [row for name, workdir in runs.items() for row in summarise(name, workdir)]
-    out = pathlib.Path(_OUT.value)
+    out = pathlib.Path(_OUT.value).expanduser()
     replace_file(out / "report.json", json.dumps(rows, indent=2) + "\n")
     plot(runs, out / "loss.png")
     print(table(rows))

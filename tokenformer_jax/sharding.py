@@ -26,13 +26,18 @@ Axes = tuple[str | None, ...]
 
 
 def make_mesh(cfg: MeshConfig) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices. Raises UserError when their number differs."""
+    """A (data, fsdp, tensor) mesh over the first devices. Raises UserError where there are too few."""
     shape = (cfg.data, cfg.fsdp, cfg.tensor)
     size, devices = int(np.prod(shape)), jax.devices()
     if size > len(devices):
         raise UserError(f"mesh = {shape} (data, fsdp, tensor): needs {size} devices, but there are {len(devices)}")
     if size < len(devices) and jax.process_count() > 1:
         raise UserError(f"mesh = {shape} (data, fsdp, tensor): uses {size} of {len(devices)} devices; it must use all")
+    if jax.process_count() > 1 and jax.local_device_count() % cfg.tensor:
+        raise UserError(
+            f"mesh.tensor = {cfg.tensor}: must divide the {jax.local_device_count()} devices of a process, "
+            "since each process reads whole rows of the batch"
+        )
     grid = mesh_utils.create_device_mesh(shape, devices=devices[:size], allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 

@@ -180,3 +180,8 @@ def split_rows(x_BL: jax.Array, parts: int) -> jax.Array:
     """[B, L] -> [parts, B / parts, L]; strided, so that each device splits its own rows."""
     x = x_BL.reshape(x_BL.shape[0] // parts, parts, *x_BL.shape[1:]).swapaxes(0, 1)
     return constrain(x, None, "batch", None)
+
+
+def put_batch(step: Step, batch: Batch) -> Batch:
+    """This process's rows of a global batch -> arrays sharded over the mesh."""
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(step.batch, rows), batch)

@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -17,11 +18,20 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from tokenformer_jax.checkpoint import Checkpoints, Record
-from tokenformer_jax.config import Config, UserError, config_flag, load_config, require_empty, run_command, workdir_flag
+from tokenformer_jax.checkpoint import Checkpoints, DamagedError, Record
+from tokenformer_jax.config import (
+    FREE_MODEL_KEYS,
+    Config,
+    UserError,
+    config_flag,
+    load_config,
+    require_empty,
+    run_command,
+    workdir_flag,
+)
 from tokenformer_jax.corpus import Corpus, prepare
-from tokenformer_jax.data import keep_position, train_batches
-from tokenformer_jax.evaluate import count_params, evaluate_split, put_batch
+from tokenformer_jax.data import data_identity, keep_position, train_batches
+from tokenformer_jax.evaluate import evaluate_split
 from tokenformer_jax.metrics import (
     MetricsWriter,
     Profiler,
@@ -33,7 +43,8 @@ from tokenformer_jax.metrics import (
     train_flops_per_token,
 )
 from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import Metrics, Step, TrainState, make_step
+from tokenformer_jax.step import Metrics, Step, TrainState, make_step, put_batch
+from tokenformer_jax.transformer import count_params
 
 
 def train(cfg: Config, workdir: pathlib.Path) -> None:
@@ -88,7 +99,7 @@ def agree_with_workdir(cfg: Config, workdir: pathlib.Path) -> None:
     if path.exists():
         theirs = load_config(path).model
         for key, ours in dataclasses.asdict(cfg.model).items():
-            if getattr(theirs, key) != ours:
+            if getattr(theirs, key) != ours and key not in FREE_MODEL_KEYS:
                 raise UserError(
                     f"model.{key} = {ours!r}: {workdir} holds a run with {getattr(theirs, key)!r}; "
                     "use that, name another --workdir, or grow it"
@@ -131,27 +142,51 @@ class Run:
 
 def open_run(cfg: Config, workdir: pathlib.Path) -> Run:
     """Starts a run in an empty workdir, or takes it up where its newest checkpoint left it."""
-    mesh = make_mesh(cfg.mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoints_kept)
-    resuming = bool(checkpoints.steps)
-    start = checkpoints.choose(None) if resuming else 0
-    corpus = prepare(cfg, checkpoints.tokenizer(start) if resuming else None)
-    data = train_batches(corpus.train, cfg, process_index=jax.process_index(), process_count=jax.process_count())
-    if resuming:
-        record = checkpoints.record(start)
-        step = make_step(cfg, mesh, record.schedule_start)
-        state = checkpoints.restore(start, step.abstract_state)
-        checkpoints.restore_data(start, data)
-        keep_position(data, record.batch_size, cfg.batch_size)
-        record = dataclasses.replace(record, batch_size=cfg.batch_size)
-    else:
-        record = Record(model=dataclasses.asdict(cfg.model), batch_size=cfg.batch_size)
-        step = make_step(cfg, mesh)
-        state = step.init(jax.random.key(cfg.seed))
+    run = resume(cfg, workdir, checkpoints) if checkpoints.steps else begin(cfg, checkpoints)
     if jax.process_index() == 0:
         replace_file(workdir / "config.json", cfg.to_json())
         replace_file(workdir / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    return run
+
+
+def begin(cfg: Config, checkpoints: Checkpoints) -> Run:
+    step = make_step(cfg, make_mesh(cfg.mesh))
+    corpus = prepare(cfg)
+    record = Record(data_identity(corpus.train, cfg), cfg.batch_size)
+    return Run(
+        cfg, 0, step, step.init(jax.random.key(cfg.seed)), local_batches(corpus, cfg), corpus, checkpoints, record
+    )
+
+
+def resume(cfg: Config, workdir: pathlib.Path, checkpoints: Checkpoints) -> Run:
+    """Takes a run up at its newest checkpoint that can be read; others are set aside, which is said."""
+    start = checkpoints.choose(None)
+    try:
+        record = checkpoints.record(start)
+        step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start)
+        corpus = prepare(cfg, checkpoints.tokenizer(start))
+        identity = data_identity(corpus.train, cfg)
+        if record.data != identity:
+            raise UserError(
+                f"config.data or config.seed: {workdir} was trained on {record.data}, and this is {identity}; "
+                "use those, or go on with these in a new workdir, made from this one by grow"
+            )
+        data = local_batches(corpus, cfg)
+        state = checkpoints.restore(start, step.abstract_state)
+        checkpoints.restore_data(start, data)
+    except DamagedError as error:
+        if len(checkpoints.steps) == 1:
+            raise
+        print(f"warning: {error}; moved to {checkpoints.set_aside(start)}", file=sys.stderr)
+        return resume(cfg, workdir, checkpoints)
+    keep_position(data, record.batch_size, cfg.batch_size)
+    record = dataclasses.replace(record, batch_size=cfg.batch_size)
     return Run(cfg, start, step, state, data, corpus, checkpoints, record)
+
+
+def local_batches(corpus: Corpus, cfg: Config) -> Iterator[Any]:
+    return train_batches(corpus.train, cfg, process_index=jax.process_index(), process_count=jax.process_count())
 
 
 class Log:
@@ -164,27 +199,29 @@ class Log:
         self.progress = Progress(run.start, run.cfg.steps)
         self.step_tokens = run.cfg.batch_size * run.cfg.model.context_length
         self.last_step, self.last_time = run.start, time.monotonic()
-        begin = f"on from step {run.start}" if run.start else "from the start"
+        used = f", on {run.step.mesh.size} of {jax.device_count()} devices" if jax.device_count() > 1 else ""
         self.say(
-            f"{run.figures(0)['params']:,} parameters, {run.corpus.train.num_tokens:,} training tokens; "
-            f"{begin} to step {run.cfg.steps}"
+            f"{count_params(run.state.params):,} parameters, {run.corpus.train.num_tokens:,} training tokens, "
+            f"from step {run.start} to step {run.cfg.steps}{used}"
         )
 
     def step(self, n: int, metrics: Metrics) -> None:
         """Reads the metrics of step n, waiting for it; raises a UserError where its loss is not finite."""
         cfg = self.run.cfg
         figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not math.isfinite(figures["loss"]):
+        if not math.isfinite(figures["loss"] + figures["grad_norm"]):
             raise UserError(
-                f"the loss of step {n} is {figures['loss']}; nothing from this step on was saved; a lower "
-                f"optimizer.peak_learning_rate than {cfg.optimizer.peak_learning_rate:g} may do"
+                f"step {n} has loss {figures['loss']} and grad_norm {figures['grad_norm']}; nothing was saved since; "
+                f"a lower optimizer.peak_learning_rate than {cfg.optimizer.peak_learning_rate:g} may do"
             )
-        if not is_time(n, cfg.log_every, cfg.steps):
-            return
+        due = is_time(n, cfg.log_every, cfg.steps)
         now = time.monotonic()
         speed = (n - self.last_step) * self.step_tokens / (now - self.last_time)
-        self.last_step, self.last_time = n, now
-        peak = peak_flops()
+        if due or n == self.run.start + 1:  # the first step compiles: it is timed alone
+            self.last_step, self.last_time = n, now
+        if not due:
+            return
+        peak = peak_flops(self.run.step.mesh.size)
         utilisation = {"mfu": speed * train_flops_per_token(cfg.model) / peak} if peak else {}
         self.writer.write(self.run.figures(n) | figures | {"tokens_per_second": speed} | utilisation)
         rate = figures["learning_rate"]

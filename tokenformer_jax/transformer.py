@@ -119,10 +119,11 @@ class Block(nnx.Module):
         k_BLHK = self.key(h_BLD, tau.get("key")).reshape(heads)
         v_BLHK = self.value(h_BLD, tau.get("value")).reshape(heads)
         with jax.named_scope("attention"):
+            q_BLHK, k_BLHK, v_BLHK = (constrain(x, "batch", None, "heads", None) for x in (q_BLHK, k_BLHK, v_BLHK))
             q_BLHK = rotary(q_BLHK, positions_L, self.rotary_dims)
             k_BLHK = rotary(k_BLHK, positions_L, self.rotary_dims)
-            mixed_BLHK = attend(q_BLHK, k_BLHK, v_BLHK)
-        x_BLD += self.out(mixed_BLHK.reshape(B, L, D), tau.get("out"))
+            mixed_BLD = attend(q_BLHK, k_BLHK, v_BLHK).reshape(B, L, D)
+        x_BLD += self.out(constrain(mixed_BLD, "batch", None, None), tau.get("out"))
         x_BLD += self.ffn(layer_norm(x_BLD), tau.get("ffn"))
         return constrain(x_BLD, "batch", None, None)
 
@@ -249,3 +250,7 @@ def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params, Params]:
 
     axes = jax.tree.map(stacked_axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
     return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+
+
+def count_params(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

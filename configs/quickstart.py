@@ -1,7 +1,7 @@
 """A TokenFormer that trains in minutes on a laptop, and its grown successor: `launch/quickstart.sh` runs them all.
 
 Trains on: the Python standard library (3.6 M tokens of a 2048-token BPE), 128 tokens of context.
-Variants: small; grown (from small, four times the parameter tokens); continued (small, trained on for as many FLOPs as
+Variants: small; grown (from small, eight times the parameter tokens); continued (small, trained on for as many FLOPs as
 grown spends). The README shows what they reach.
 """
 
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from configs import base
 
 SMALL_STEPS, GROWN_STEPS = 500, 400
-CONTINUED_STEPS = 680  # a step of the small model costs 1 / 2.2 of the grown one's FLOPs
+CONTINUED_STEPS = 800  # a step of the grown model costs twice the FLOPs of a step of the small one
 
 
 def get_config(variant: str = "small") -> ConfigDict:

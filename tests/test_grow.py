@@ -214,7 +214,7 @@ def test_a_warm_up_longer_than_what_is_left_is_refused(source, tmp_path):
 
 
 def test_a_source_that_does_not_divide_by_the_mesh_is_named(source, tmp_path):
-    small, workdir = source
+    small, _ = source
     odd = tiny_config(model__ffn_tokens=97, steps=1, optimizer__warmup_steps=0)
     train(dataclasses.replace(odd, data=small.data), tmp_path / "odd")
     cfg = dataclasses.replace(tiny_config(**GROWN, mesh__tensor=4), data=small.data)

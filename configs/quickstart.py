@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-SMALL_STEPS, GROWN_STEPS = 500, 400
-CONTINUED_STEPS = 800  # a step of the grown model costs twice the FLOPs of a step of the small one
+SMALL_STEPS, GROWN_STEPS = 600, 600
+CONTINUED_STEPS = 1200  # a step of the grown model costs twice the FLOPs of a step of the small one
 
 
 def get_config(variant: str = "small") -> ConfigDict:

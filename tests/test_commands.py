@@ -75,6 +75,30 @@ def test_evaluate(folder):
     assert tokenizer.vocab_size <= 300
 
 
+def test_growth_is_reported_group_by_group(folder):
+    figures = json.loads((folder / "grown" / "grow.json").read_text())
+    before, after = figures["groups_before"], figures["groups_after"]
+    assert (before["ffn"]["tokens"], after["ffn"]["tokens"]) == (16, 24)
+    assert after["ffn"]["params"] == 2 * 2 * 24 * 16  # layers, keys and values, tokens, width
+    assert after["all"]["params"] == figures["params_after"] == sum(g["params"] for n, g in after.items() if n != "all")
+    state = Checkpoints(folder / "grown" / "checkpoints")._metadata(12).metadata
+    moments = [
+        a for tree in (state["params"], *(state["opt_state"][1][0][m] for m in ("mu", "nu"))) for a in leaves(tree)
+    ]
+    assert after["all"]["bytes"] == sum(4 * np.prod(a.shape) for a in moments)
+
+
+def leaves(tree):
+    return [leaf for value in tree.values() for leaf in leaves(value)] if isinstance(tree, dict) else [tree]
+
+
+def test_the_readmes_python_runs(folder):
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("runs/quickstart/grown", str(folder / "grown")).replace("ids, 40,", "ids, 4,")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
+
+
 def test_growth_by_nothing_goes_on_with_the_same_model(folder):
     config, workdir = f"--config={folder}/config.py:small", folder / "fork"
     out = run_well("grow", f"--source={folder}/small", config, "--config.steps=9", f"--workdir={workdir}")

@@ -229,8 +229,8 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
         "tokens_after": tokens_after,
         "params_before": count_params(old_state.params),
         "params_after": count_params(new_state.params),
-        "state_bytes_before": tree_bytes(old_state),
-        "state_bytes_after": tree_bytes(new_state),
+        "groups_before": group_sizes(old_state),
+        "groups_after": group_sizes(new_state),
         **measure(old_state, new_state, old_cfg, cfg, new_step, list(batches)),
     }
     verify(figures, cfg.grow.values)
@@ -248,26 +248,31 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
     return figures
 
 
-def tree_bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+def group_sizes(state: TrainState) -> dict[str, dict[str, int]]:
+    """Parameter tokens, parameters, and bytes with Adam's moments, of each part of a model and in all."""
+    tokens = token_counts(state)
+    groups = {name: tree for name, tree in state.params.items() if name != "blocks"} | state.params["blocks"]
+    sizes = {
+        name: {"tokens": tokens.get(name, 0), "params": count_params(tree), "bytes": 3 * 4 * count_params(tree)}
+        for name, tree in groups.items()
+    }
+    return sizes | {"all": {key: sum(size[key] for size in sizes.values()) for key in ("tokens", "params", "bytes")}}
 
 
 def describe(figures: dict[str, Any]) -> str:
     """The growth as a table for people."""
-    before, after = figures["tokens_before"], figures["tokens_after"]
-    gigabyte = 1e9
-    lines = [f"{'parameter tokens':<18}{'before':>14}{'after':>14}{'ratio':>8}"]
-    rows = [(name, before[name], after[name]) for name in after]
-    rows.append(("parameters", figures["params_before"], figures["params_after"]))
-    lines += [f"{name:<18}{a:>14,}{b:>14,}{b / a:>8.2f}" for name, a, b in rows]
-    a, b = (figures[f"state_bytes_{when}"] / gigabyte for when in ("before", "after"))
-    lines.append(f"{'training state':<18}{a:>11.3f} GB{b:>11.3f} GB{b / a:>8.2f}")
+    lines = [f"{'':<12}{'parameter tokens':^20}  {'parameters':^28}  {'with moments, MB':^20}"]
+    for name, after in figures["groups_after"].items():
+        before = figures["groups_before"][name]
+        tokens, params = (f"{before[key]:,} -> {after[key]:,}" for key in ("tokens", "params"))
+        memory = f"{before['bytes'] / 1e6:,.1f} -> {after['bytes'] / 1e6:,.1f}"
+        lines.append(f"{name:<12}{tokens if after['tokens'] else '':^20}  {params:^28}  {memory:^20}")
     lines.append(
         f"at step {figures['step']}: loss {figures['loss_before']:.5f} -> {figures['loss_after']:.5f}, largest change "
         f"of a logit {figures['max_logit_difference']:.2g} (largest logit {figures['max_logit']:.3g}), gradient norm "
         f"at new keys {figures['new_key_gradient_norm']:.3g}, at new values {figures['new_value_gradient_norm']:.3g}"
     )
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
     config.model = model = ConfigDict()
     model.projection = "pattention"  # or "linear": a plain Transformer in the same block
     model.normalizer = "l2_norm_gelu"  # or "gelu_l2_norm", "softmax"
+    model.gelu = "erf"  # exact, as in the authors' PyTorch code, or "tanh", the approximation of their TPU code
+    model.tau_tokens = 0  # tau is sqrt(this) in the attention and sqrt(4 * this) in the ffn; 0: sqrt(own tokens)
     model.vocab_size = 8192  # rows of the embedding; at least the tokenizer's size
     model.context_length = 1024
     model.num_layers = 12
@@ -32,6 +34,8 @@ def get_config() -> ConfigDict:
     model.out_tokens = 576  # parameter tokens of the attention's output projection
     model.ffn_tokens = 2304  # parameter tokens of the feed-forward; the hidden width of a "linear" one
     model.rotary_fraction = 0.25  # part of each head's dims that rotary turns
+    model.dropout = 0.0  # in training: rate on embedding, attention's output, ffn weights, final norm
+    model.stochastic_depth = 0.0  # in training: rate at which an example skips an attention or ffn, in every layer
     model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are always float32
     model.remat = "none"  # or "dots" (keep the contractions' results), "full" (keep the layers' inputs)
 

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from configs import ladder, pile, released, transformer
+from configs import ladder, pile, released, tpu, transformer
 from tokenformer_jax.config import read_config, validate
 from tokenformer_jax.grow import check_growth
 from tokenformer_jax.transformer import abstract_model, count_params
@@ -18,6 +18,7 @@ VARIANTS = {
     "pile": list(pile.VARIANTS),
     "ladder": list(ladder.TOKENS),
     "released": list(released.VARIANTS),
+    "tpu": list(tpu.VARIANTS),
     "transformer": transformer.VARIANTS,
 }
 PRESETS = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
@@ -36,6 +37,8 @@ SIZES = {
     "ladder_354m_mesh": (12, 768, 12, 2176, 2176, 8704),
     "ladder_757m_mesh": (12, 768, 12, 4864, 4864, 19456),
     "ladder_1b4_mesh": (12, 768, 12, 8704, 8704, 34816),
+    "tpu_124m": (12, 768, 12, 576, 576, 2304),
+    "tpu_354m": (12, 768, 12, 2140, 2140, 8560),
     "released_354m": (24, 1024, 16, 768, 768, 3072),
     "released_757m": (24, 1024, 16, 1792, 1792, 7168),
     "released_757m_120k": (24, 1024, 16, 1792, 1792, 7168),
@@ -125,6 +128,7 @@ def test_a_transformer_of_gpts_shape_is_as_near_as_said(variant):
         ("ladder", "124m", "354m_mesh"),
         ("ladder", "354m_mesh", "757m_mesh"),
         ("ladder", "757m_mesh", "1b4_mesh"),
+        ("tpu", "124m", "354m"),
         ("released", "354m", "757m"),
         ("released", "354m", "757m_120k"),
         ("quickstart", "small", "grown"),

@@ -27,6 +27,8 @@ class UserError(Exception):
 class ModelConfig:
     projection: str
     normalizer: str
+    gelu: str
+    tau_tokens: int
     vocab_size: int
     context_length: int
     num_layers: int
@@ -36,6 +38,8 @@ class ModelConfig:
     out_tokens: int
     ffn_tokens: int
     rotary_fraction: float
+    dropout: float
+    stochastic_depth: float
     dtype: str
     remat: str
 
@@ -173,11 +177,13 @@ def _divisors(n: int, near: int) -> str:
     return " or ".join(map(str, sorted(divisors[:2])))
 
 
-FREE_MODEL_KEYS = ("dtype", "remat")  # how to compute, not what: they may change from run to run
+# How to compute and to train, not what: they may change from run to run.
+FREE_MODEL_KEYS = ("dropout", "stochastic_depth", "dtype", "remat")
 
 CHOICES = {
     "model.projection": ("pattention", "linear"),
     "model.normalizer": ("l2_norm_gelu", "gelu_l2_norm", "softmax"),
+    "model.gelu": ("erf", "tanh"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "grow.values": ("initializer", "zeros"),
@@ -189,9 +195,10 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = (
     "optimizer.final_learning_rate optimizer.warmup_steps optimizer.weight_decay seed eval_every eval_batches "
-    "checkpoint_every profile_at model.qkv_tokens model.out_tokens"
+    "checkpoint_every profile_at model.qkv_tokens model.out_tokens model.tau_tokens"
 ).split()
-FRACTIONS = "model.rotary_fraction optimizer.beta1 optimizer.beta2 grow.tau_ramp".split()
+FRACTIONS = "model.rotary_fraction grow.tau_ramp".split()
+BELOW_ONE = "model.dropout model.stochastic_depth optimizer.beta1 optimizer.beta2".split()
 
 
 def validate(cfg: Config) -> None:
@@ -212,8 +219,8 @@ def validate(cfg: Config) -> None:
     for key in FRACTIONS:
         _require(0 <= get(key) <= 1, key, get(key), "must lie between 0 and 1")
     _require(cfg.seed < 2**63, "seed", cfg.seed, "must be below 2**63")
-    for key in ("optimizer.beta1", "optimizer.beta2"):
-        _require(get(key) < 1, key, get(key), "must be below 1")
+    for key in BELOW_ONE:
+        _require(0 <= get(key) < 1, key, get(key), "must be 0 or above, and below 1")
     validate_model(cfg.model)
     mesh = cfg.mesh
     for key in ("model.qkv_tokens", "model.out_tokens", "model.ffn_tokens", "model.vocab_size", "model.num_heads"):
@@ -246,6 +253,10 @@ def validate_model(model: ModelConfig) -> None:
         model.rotary_fraction,
         f"rotates {rotary_dims} of {model.head_dim} dims a head; it must be an even number",
     )
+    if model.projection == "linear":
+        _require(
+            model.tau_tokens == 0, "model.tau_tokens", model.tau_tokens, "a linear projection has no τ; set it to 0"
+        )
     for name in ("qkv_tokens", "out_tokens"):
         count = getattr(model, name)
         if model.projection == "linear":

@@ -59,7 +59,17 @@ PROJECTIONS = {
 }
 # What GPT-NeoX saves beside the parameters: tables and masks that follow from the sizes.
 BUFFERS = re.compile(r"sequential\.\d+\.attention\.(rotary_emb\.inv_freq|bias|masked_bias)")
-SIZES = ("projection", "vocab_size", "num_layers", "embed_dim", "qkv_tokens", "out_tokens", "ffn_tokens")
+FIXED = (
+    "projection",
+    "gelu",
+    "tau_tokens",
+    "vocab_size",
+    "num_layers",
+    "embed_dim",
+    "qkv_tokens",
+    "out_tokens",
+    "ffn_tokens",
+)
 
 
 class Slot(NamedTuple):
@@ -144,6 +154,8 @@ def model_config(
     return ModelConfig(
         projection="pattention",
         normalizer="l2_norm_gelu",
+        gelu="erf",
+        tau_tokens=0,
         vocab_size=vocab_size,
         context_length=context_length,
         num_layers=len(layers),
@@ -153,6 +165,8 @@ def model_config(
         out_tokens=shape("2.attention.proj.key_param_tokens")[0],
         ffn_tokens=shape("2.mlp.key_param_tokens")[0],
         rotary_fraction=rotary_fraction,
+        dropout=0.0,
+        stochastic_depth=0.0,
         dtype="float32",
         remat="none",
     )
@@ -278,7 +292,7 @@ def import_official(state_dict: StateDict, cfg: Config, workdir: pathlib.Path, s
     found = model_config(
         state_dict, model.num_heads, model.rotary_fraction, context_length=model.context_length, source=source
     )
-    differing = [key for key in SIZES if getattr(found, key) != getattr(model, key)]
+    differing = [key for key in FIXED if getattr(found, key) != getattr(model, key)]
     if differing:
         pairs = (f"model.{key} = {getattr(model, key)!r} for the file's {getattr(found, key)!r}" for key in differing)
         raise UserError(f"{source}: does not fit the config, which has {', '.join(pairs)}")
@@ -320,7 +334,7 @@ def export_official(workdir: pathlib.Path, path: pathlib.Path, step_number: int 
 
 def check_tau(tau: Mapping[str, Any], model: ModelConfig, source: str) -> None:
     """Raises a UserError where a τ is not √N: the official format has no place for it."""
-    for name, final in initial_tau(model).items():
+    for name, final in initial_tau(dataclasses.replace(model, tau_tokens=0)).items():
         if np.float32(tau[name]) != np.float32(final):
             raise UserError(
                 f"{source}: tau of {name} is {tau[name]:.6g}, but the official format takes it to be "

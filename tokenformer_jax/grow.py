@@ -52,7 +52,7 @@ def grow_state(
       cfg: the grown model's config.
       key: PRNG key of the new values.
       values: "initializer" draws them as at birth; with "zeros" the new tokens can never learn.
-      ramp_steps: steps over which τ goes from its value now to √N; 0 keeps it for good.
+      ramp_steps: steps over which τ goes from its value now to `initial_tau(cfg)`; 0 keeps it for good.
 
     Returns:
       The grown state. Its model computes what the smaller one computes, up to rounding.
@@ -199,7 +199,7 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
     new_step = make_step(cfg, mesh, record.schedule_start)
     old_state = checkpoints.restore(step_number, old_step.abstract_state)
 
-    ramp_steps = math.ceil(cfg.grow.tau_ramp * (cfg.steps - step_number))
+    ramp_steps = 0 if cfg.model.tau_tokens else math.ceil(cfg.grow.tau_ramp * (cfg.steps - step_number))
     grown_shardings = jax.tree.map(lambda a: a.sharding, new_step.abstract_state)
     key = jax.random.fold_in(jax.random.key(cfg.seed), step_number)
     with jax.set_mesh(mesh):

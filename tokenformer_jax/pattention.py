@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ from flax import nnx
 
 from tokenformer_jax.sharding import constrain
 
-Normalizer = Callable[[jax.Array, jax.Array], jax.Array]
+Gelu = Callable[[jax.Array], jax.Array]
+Normalizer = Callable[[jax.Array, jax.Array, Gelu], jax.Array]
 
-
-def gelu(x: jax.Array) -> jax.Array:
-    """The exact (erf) gelu; JAX's default is the tanh approximation."""
-    return jax.nn.gelu(x, approximate=False)
+# The exact gelu of the authors' PyTorch code, and the tanh approximation (JAX's default) of their TPU code.
+GELUS: dict[str, Gelu] = {
+    "erf": functools.partial(jax.nn.gelu, approximate=False),
+    "tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def l2_normalize(x_BLN: jax.Array) -> jax.Array:
@@ -24,16 +27,40 @@ def l2_normalize(x_BLN: jax.Array) -> jax.Array:
     return x_BLN * jnp.where(nonzero, jax.lax.rsqrt(jnp.where(nonzero, squares, 1.0)), 0.0)
 
 
-# Each maps float32 scores S [..., N] and τ to the weights of the N value tokens.
+# Each maps float32 scores S [..., N], τ and a gelu to the weights of the N value tokens.
 NORMALIZERS: dict[str, Normalizer] = {
-    "l2_norm_gelu": lambda scores, tau: gelu(tau * l2_normalize(scores)),  # equation 5
-    "gelu_l2_norm": lambda scores, tau: tau * l2_normalize(gelu(scores)),
-    "softmax": lambda scores, tau: tau**2 * jax.nn.softmax(scores),  # τ² = N at birth
+    "l2_norm_gelu": lambda scores, tau, gelu: gelu(tau * l2_normalize(scores)),  # equation 5
+    "gelu_l2_norm": lambda scores, tau, gelu: tau * l2_normalize(gelu(scores)),
+    "softmax": lambda scores, tau, gelu: tau**2 * jax.nn.softmax(scores),  # τ² = N at birth
 }
 
 
+def dropout(x: jax.Array, rate: float, key: jax.Array | None, shared: tuple[int, ...] = ()) -> jax.Array:
+    """x with its entries zeroed at `rate` and the others scaled by 1 / (1 - rate); x itself without key or rate.
+
+    Args:
+      x: any shape; computed in float32, returned in its dtype.
+      rate: the probability of a zero, in [0, 1).
+      key: PRNG key. The mask is a function of it and of the shape alone, on every mesh.
+      shared: axes along which one draw serves all entries.
+    """
+    if key is None or rate == 0:
+        return x
+    shape = [1 if axis in shared else size for axis, size in enumerate(x.shape)]
+    keep = jax.random.bernoulli(key, 1 - rate, shape)
+    return jnp.where(keep, x.astype(jnp.float32) / (1 - rate), 0.0).astype(x.dtype)
+
+
 def pattention(
-    x_BLD: jax.Array, keys_ND: jax.Array, values_NE: jax.Array, tau: jax.Array | float, normalizer: str = "l2_norm_gelu"
+    x_BLD: jax.Array,
+    keys_ND: jax.Array,
+    values_NE: jax.Array,
+    tau: jax.Array | float,
+    normalizer: str = "l2_norm_gelu",
+    gelu: str = "erf",
+    *,
+    dropout_rate: float = 0.0,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """Attends from inputs to N parameter tokens: Θ(x Kᵀ; τ) V, equations 4 and 5.
 
@@ -44,41 +71,52 @@ def pattention(
       tau: the scale τ, a scalar: √N when the layer is born. It is given, never read from the
         shape, since appending tokens must not change what the layer computes.
       normalizer: a key of NORMALIZERS.
+      gelu: a key of GELUS.
+      dropout_rate: of the weights Θ; one draw for a token and an example [B, 1, N], shared by all positions.
+      key: PRNG key of that dropout; none is applied without.
 
     Returns:
       Outputs [..., E] in the inputs' dtype.
     """
     keys_ND, values_NE = keys_ND.astype(x_BLD.dtype), values_NE.astype(x_BLD.dtype)
-    return _attend(x_BLD, keys_ND, values_NE, jnp.float32(tau), normalizer)
+    how = _How(normalizer, gelu, dropout_rate)
+    return _attend(x_BLD, keys_ND, values_NE, jnp.float32(tau), key, how)
 
 
-def _normalize(scores_BLN: jax.Array, tau: jax.Array, normalizer: str) -> jax.Array:
-    return NORMALIZERS[normalizer](scores_BLN.astype(jnp.float32), tau).astype(scores_BLN.dtype)
+class _How(NamedTuple):
+    normalizer: str
+    gelu: str
+    dropout_rate: float
+
+
+def _normalize(scores_BLN: jax.Array, tau: jax.Array, key: jax.Array | None, how: _How) -> jax.Array:
+    weights_BLN = NORMALIZERS[how.normalizer](scores_BLN.astype(jnp.float32), tau, GELUS[how.gelu])
+    return dropout(weights_BLN, how.dropout_rate, key, shared=(weights_BLN.ndim - 2,)).astype(scores_BLN.dtype)
 
 
 # The gradient is written out for two reasons. Of all that has N columns only the scores are kept for it, and the
-# weights are computed again. And both parameters' gradients contract over positions with the narrow array on the left,
-# where a CPU needs it transposed: half the time of a step otherwise.
+# weights, with their dropout, are computed again. And both parameters' gradients contract over positions with the
+# narrow array on the left, where a CPU needs it transposed: half the time of a step otherwise.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(x_BLD: jax.Array, keys_ND: jax.Array, values_NE: jax.Array, tau: jax.Array, normalizer: str) -> jax.Array:
-    return _attend_forward(x_BLD, keys_ND, values_NE, tau, normalizer)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(x_BLD, keys_ND, values_NE, tau, key, how: _How) -> jax.Array:
+    return _attend_forward(x_BLD, keys_ND, values_NE, tau, key, how)[0]
 
 
-def _attend_forward(x_BLD, keys_ND, values_NE, tau, normalizer):
+def _attend_forward(x_BLD, keys_ND, values_NE, tau, key, how):
     scores_BLN = jnp.einsum("...d,nd->...n", x_BLD, keys_ND)
-    weights_BLN = _normalize(scores_BLN, tau, normalizer)
-    return jnp.einsum("...n,ne->...e", weights_BLN, values_NE), (x_BLD, keys_ND, values_NE, tau, scores_BLN)
+    weights_BLN = _normalize(scores_BLN, tau, key, how)
+    return jnp.einsum("...n,ne->...e", weights_BLN, values_NE), (x_BLD, keys_ND, values_NE, tau, key, scores_BLN)
 
 
-def _attend_backward(normalizer, kept, dy_BLE):
-    x_BLD, keys_ND, values_NE, tau, scores_BLN = kept
-    weights_BLN, normalize_backward = jax.vjp(lambda s, t: _normalize(s, t, normalizer), scores_BLN, tau)
+def _attend_backward(how, kept, dy_BLE):
+    x_BLD, keys_ND, values_NE, tau, key, scores_BLN = kept
+    weights_BLN, normalize_backward = jax.vjp(lambda s, t: _normalize(s, t, key, how), scores_BLN, tau)
     dscores_BLN, dtau = normalize_backward(jnp.einsum("...e,ne->...n", dy_BLE, values_NE))
     dkeys_DN = _sum_outer(x_BLD, dscores_BLN)
     dvalues_EN = _sum_outer(dy_BLE, weights_BLN)
-    return jnp.einsum("...n,nd->...d", dscores_BLN, keys_ND), dkeys_DN.T, dvalues_EN.T, dtau
+    return jnp.einsum("...n,nd->...d", dscores_BLN, keys_ND), dkeys_DN.T, dvalues_EN.T, dtau, None
 
 
 def _sum_outer(a_BLI: jax.Array, b_BLJ: jax.Array) -> jax.Array:
@@ -100,20 +138,24 @@ class Pattention(nnx.Module):
         *,
         value_scale: float,
         normalizer: str,
+        gelu: str = "erf",
+        dropout: float = 0.0,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         """Draws keys from N(0, 0.02²) and values from N(0, value_scale²), as the authors do."""
-        self.normalizer, self.dtype = normalizer, dtype
+        self.normalizer, self.gelu, self.dropout, self.dtype = normalizer, gelu, dropout, dtype
         self.keys = parameter(rngs, (num_tokens, in_dim), 0.02, ("tokens", "embed"))
         self.values = parameter(rngs, (num_tokens, out_dim), value_scale, ("tokens", "embed"))
 
     @jax.named_scope("pattention")
-    def __call__(self, x_BLD: jax.Array, tau: jax.Array | float) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, tau: jax.Array | float, key: jax.Array | None = None) -> jax.Array:
         # Cast first, so that what fsdp gathers just before use is in the computation's dtype.
         keys_ND = constrain(self.keys[...].astype(self.dtype), "tokens", None)
         values_NE = constrain(self.values[...].astype(self.dtype), "tokens", None)
-        return pattention(x_BLD, keys_ND, values_NE, tau, self.normalizer)
+        return pattention(
+            x_BLD, keys_ND, values_NE, tau, self.normalizer, self.gelu, dropout_rate=self.dropout, key=key
+        )
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, axes: tuple[str, ...]) -> nnx.Param:

@@ -13,9 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 from tokenformer_jax.config import Config, ModelConfig, OptimizerConfig
 from tokenformer_jax.data import Batch
 from tokenformer_jax.sharding import batch_sharding, constrain, replicated, shardings, with_shardings
-from tokenformer_jax.transformer import Params, Tau, abstract_model, init_params, initial_tau
+from tokenformer_jax.transformer import Key, Params, Tau, abstract_model, init_params, initial_tau, subkey
 
 Metrics = dict[str, jax.Array]
+MASKS = 2**31  # folded into the seed for dropout; no step, which the keys of growth fold in, is that large
 
 
 class TauRamp(NamedTuple):
@@ -86,11 +87,21 @@ def init_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, key: j
     return TrainState(jnp.int32(0), params, optimizer.init(params), tau)
 
 
-def loss_sums(model: Any, tau: Tau, batch: Batch, mask_documents: bool) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of next-token losses in nats over the padded vocabulary, and the sum of weights."""
-    logits_BLV, _ = model(batch.tokens_BL, tau, segments_BL=batch.segments_BL if mask_documents else None)
+def loss_sums(model: Any, tau: Tau, batch: Batch, mask_documents: bool, key: Key = None) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of next-token losses in nats over the padded vocabulary, and the sum of weights.
+
+    With a key the model drops out; without, it is deterministic.
+    """
+    logits_BLV, _ = model(batch.tokens_BL, tau, segments_BL=batch.segments_BL if mask_documents else None, key=key)
     loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
     return jnp.sum(loss_BL * batch.weights_BL), jnp.sum(batch.weights_BL)
+
+
+def masks_key(cfg: Config, step: jax.Array | int) -> Key:
+    """The key of a step's dropout, a function of the seed and the step alone; None where nothing is dropped."""
+    if cfg.model.dropout == cfg.model.stochastic_depth == 0:
+        return None
+    return subkey(subkey(jax.random.key(cfg.seed), MASKS), step)
 
 
 def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0) -> Step:
@@ -108,25 +119,27 @@ def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0) -> Step:
     def init(key: jax.Array) -> TrainState:
         return init_state(cfg.model, optimizer, key)
 
-    def loss(params: Params, tau: Tau, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return loss_sums(nnx.merge(graphdef, params), tau, batch, cfg.data.mask_documents)
+    def loss(params: Params, tau: Tau, batch: Batch, key: Key = None) -> tuple[jax.Array, jax.Array]:
+        return loss_sums(nnx.merge(graphdef, params), tau, batch, cfg.data.mask_documents, key)
 
-    def gradients(params: Params, tau: Tau, batch: Batch) -> tuple[jax.Array, Params]:
+    def gradients(params: Params, tau: Tau, batch: Batch, key: Key) -> tuple[jax.Array, Params]:
         """Mean loss over the batch's real tokens and its gradient, worked through in `accumulation` parts."""
         total = jnp.maximum(jnp.sum(batch.weights_BL), 1.0)
-        mean_part = jax.value_and_grad(lambda params, part: loss(params, tau, part)[0] / total)
+        mean_part = jax.value_and_grad(lambda params, part, key: loss(params, tau, part, key)[0] / total)
         if cfg.accumulation == 1:
-            return mean_part(params, batch)
+            return mean_part(params, batch, subkey(key, 0))
         parts = jax.tree.map(lambda x: split_rows(x, cfg.accumulation), batch)
 
-        def add(sums: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, mean_part(params, part)), None
+        def add(sums: Any, inputs: tuple[Batch, Any]) -> tuple[Any, None]:
+            part, number = inputs
+            return jax.tree.map(jnp.add, sums, mean_part(params, part, subkey(key, number))), None
 
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(add, zeros, parts)[0]
+        numbers = None if key is None else jnp.arange(cfg.accumulation)
+        return jax.lax.scan(add, zeros, (parts, numbers))[0]
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        mean, grads = gradients(state.params, state.tau_now(), batch)
+        mean, grads = gradients(state.params, state.tau_now(), batch, masks_key(cfg, state.step))
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
-from tokenformer_jax.pattention import Pattention, gelu, parameter
+from tokenformer_jax.pattention import GELUS, Pattention, dropout, parameter
 from tokenformer_jax.sharding import Axes, constrain
 
 NORM_EPSILON = 1e-5
@@ -20,6 +20,7 @@ ROTARY_BASE = 10000.0
 
 Tau = dict[str, Any]  # projection name -> its τ, a scalar; empty for a plain Transformer
 Params = dict[str, Any]  # nested; arrays of a block are stacked over layers
+Key = jax.Array | None  # a PRNG key in training with dropout or stochastic depth; None computes without them
 
 
 class KVCache(NamedTuple):
@@ -56,6 +57,11 @@ def rotary(x_BLHK: jax.Array, positions_L: jax.Array, dims: int) -> jax.Array:
     return jnp.concatenate([*(t.astype(x_BLHK.dtype) for t in turned), rest], axis=-1)
 
 
+def subkey(key: Key, index: jax.Array | int) -> Key:
+    """Key number `index` of those that a key gives; None gives None."""
+    return None if key is None else jax.random.fold_in(key, index)
+
+
 class Linear(nnx.Module):
     """x W, the plain Transformer's projection."""
 
@@ -63,7 +69,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
         self.weight = parameter(rngs, (in_dim, out_dim), scale, axes)
 
-    def __call__(self, x_BLD: jax.Array, tau: None = None) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, tau: None = None, key: Key = None) -> jax.Array:
         axes = (axis if axis == "tokens" else None for axis in self.weight.axes)
         return jnp.einsum("...d,de->...e", x_BLD, constrain(self.weight[...].astype(self.dtype), *axes))
 
@@ -71,19 +77,27 @@ class Linear(nnx.Module):
 class MLP(nnx.Module):
     """gelu(x W₁) W₂, the plain Transformer's feed-forward."""
 
-    def __init__(self, dim: int, hidden: int, *, scale: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, dim: int, hidden: int, *, gelu: str, dropout: float, scale: float, dtype, rngs: nnx.Rngs):
+        self.gelu, self.dropout = gelu, dropout
         self.up = Linear(dim, hidden, ("embed", "tokens"), scale=0.02, dtype=dtype, rngs=rngs)
         self.down = Linear(hidden, dim, ("tokens", "embed"), scale=scale, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BLD: jax.Array, tau: None = None) -> jax.Array:
-        return self.down(gelu(self.up(x_BLD)))
+    def __call__(self, x_BLD: jax.Array, tau: None = None, key: Key = None) -> jax.Array:
+        hidden_BLN = GELUS[self.gelu](self.up(x_BLD))
+        return self.down(dropout(hidden_BLN, self.dropout, key, shared=(1,)))
 
 
 class Block(nnx.Module):
-    """One layer: x + Attention(LN(x)), then x + FFN(LN(x)); both norms without parameters."""
+    """One layer: x + Attention(LN(x)), then x + FFN(LN(x)); both norms without parameters.
+
+    In training, where the authors' TPU code does it: dropout on the output of the attention's output projection (every
+    entry for itself) and on the feed-forward's weights Θ or hidden layer (one draw for all positions of an example);
+    not on attention probabilities. Stochastic depth zeroes either branch for a whole example, at the same rate in
+    every layer, and scales what stays by 1 / (1 - rate).
+    """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.num_heads = cfg.num_heads
+        self.num_heads, self.dropout, self.stochastic_depth = cfg.num_heads, cfg.dropout, cfg.stochastic_depth
         self.rotary_dims = int(cfg.rotary_fraction * cfg.head_dim)
         dim, dtype = cfg.embed_dim, jnp.dtype(cfg.dtype)
         output_scale = 2 / cfg.num_layers / math.sqrt(dim)
@@ -96,11 +110,21 @@ class Block(nnx.Module):
                     dim,
                     value_scale=output_scale,
                     normalizer=cfg.normalizer,
+                    gelu=cfg.gelu,
+                    dropout=cfg.dropout if name == "ffn" else 0.0,
                     dtype=dtype,
                     rngs=rngs,
                 )
             if name == "ffn":
-                return MLP(dim, cfg.ffn_tokens, scale=output_scale, dtype=dtype, rngs=rngs)
+                return MLP(
+                    dim,
+                    cfg.ffn_tokens,
+                    gelu=cfg.gelu,
+                    dropout=cfg.dropout,
+                    scale=output_scale,
+                    dtype=dtype,
+                    rngs=rngs,
+                )
             axes = ("tokens", "embed") if name == "out" else ("embed", "tokens")
             return Linear(dim, dim, axes, scale=output_scale if name == "out" else 0.02, dtype=dtype, rngs=rngs)
 
@@ -109,7 +133,12 @@ class Block(nnx.Module):
         self.ffn = projection("ffn")
 
     def __call__(
-        self, x_BLD: jax.Array, tau: Tau, attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], positions_L
+        self,
+        x_BLD: jax.Array,
+        tau: Tau,
+        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        positions_L: jax.Array,
+        key: Key = None,
     ) -> jax.Array:
         """`attend(q, k, v)`, all [B, L, H, K], decides what each position sees."""
         B, L, D = x_BLD.shape
@@ -123,8 +152,11 @@ class Block(nnx.Module):
             q_BLHK = rotary(q_BLHK, positions_L, self.rotary_dims)
             k_BLHK = rotary(k_BLHK, positions_L, self.rotary_dims)
             mixed_BLD = attend(q_BLHK, k_BLHK, v_BLHK).reshape(B, L, D)
-        x_BLD += self.out(constrain(mixed_BLD, "batch", None, None), tau.get("out"))
-        x_BLD += self.ffn(layer_norm(x_BLD), tau.get("ffn"))
+        y_BLD = self.out(constrain(mixed_BLD, "batch", None, None), tau.get("out"))
+        y_BLD = dropout(y_BLD, self.dropout, subkey(key, 0))
+        x_BLD += dropout(y_BLD, self.stochastic_depth, subkey(key, 1), shared=(1, 2))
+        y_BLD = self.ffn(layer_norm(x_BLD), tau.get("ffn"), subkey(key, 2))
+        x_BLD += dropout(y_BLD, self.stochastic_depth, subkey(key, 3), shared=(1, 2))
         return constrain(x_BLD, "batch", None, None)
 
 
@@ -142,7 +174,11 @@ REMAT_POLICIES = {
 
 
 class LanguageModel(nnx.Module):
-    """Decoder-only language model with tied embeddings; no position table, no biases but the final norm's."""
+    """Decoder-only language model with tied embeddings; no position table, no biases but the final norm's.
+
+    Dropout, in training, is that of `Block`, and on the embedded tokens and the final norm's output, where all
+    positions of an example share a draw. A layer's masks are a function of the key and the layer's number.
+    """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -158,6 +194,7 @@ class LanguageModel(nnx.Module):
         *,
         segments_BL: jax.Array | None = None,
         cache: KVCache | None = None,
+        key: Key = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Next-token logits.
 
@@ -166,12 +203,13 @@ class LanguageModel(nnx.Module):
           tau: each projection's τ; `initial_tau(cfg)` at birth.
           segments_BL: int32; when given, a position attends only within its own segment.
           cache: positions before these; when given, the result holds them and these.
+          key: PRNG key of dropout and stochastic depth; without it the model is deterministic.
 
         Returns:
           float32 logits [B, L, V] and the cache that a next call continues from.
         """
-        x_BLD, cache = self.features(tokens_BL, tau, segments_BL=segments_BL, cache=cache)
-        return self.logits(x_BLD), cache
+        x_BLD, cache = self.features(tokens_BL, tau, segments_BL=segments_BL, cache=cache, key=key)
+        return self.logits(x_BLD, key), cache
 
     def features(
         self,
@@ -180,12 +218,14 @@ class LanguageModel(nnx.Module):
         *,
         segments_BL: jax.Array | None = None,
         cache: KVCache | None = None,
+        key: Key = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """The last layer's output [B, L, D], before the final norm; arguments as for a call."""
         length = tokens_BL.shape[1]
         with jax.named_scope("embed"):
             table_VD = constrain(self.embed[...].astype(self.cfg.dtype), None, None)
             x_BLD = constrain(table_VD[tokens_BL], "batch", None, None)
+            x_BLD = dropout(x_BLD, self.cfg.dropout, subkey(key, self.cfg.num_layers), shared=(1,))
         start = 0 if cache is None else cache.length
         positions_L = start + jnp.arange(length)
         if cache is not None:  # a query sees what is cached and itself
@@ -196,8 +236,8 @@ class LanguageModel(nnx.Module):
             mask = None
         graphdef, blocks = nnx.split(self.blocks)
 
-        def layer(x_BLD: jax.Array, inputs: tuple[Any, Any]) -> tuple[jax.Array, Any]:
-            params, seen = inputs
+        def layer(x_BLD: jax.Array, inputs: tuple[Any, Any, Any]) -> tuple[jax.Array, Any]:
+            params, seen, number = inputs
 
             def attend(q, k, v):
                 nonlocal seen
@@ -207,19 +247,21 @@ class LanguageModel(nnx.Module):
                 seen = insert(seen[0], k), insert(seen[1], v)
                 return jax.nn.dot_product_attention(q, *seen, mask=mask)
 
-            return nnx.merge(graphdef, params)(x_BLD, tau, attend, positions_L), seen
+            return nnx.merge(graphdef, params)(x_BLD, tau, attend, positions_L, subkey(key, number)), seen
 
         if self.cfg.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.cfg.remat])
+        numbers = None if key is None else jnp.arange(self.cfg.num_layers)
         if cache is None:
-            return jax.lax.scan(layer, x_BLD, (blocks, None))[0], None
-        x_BLD, (key, value) = jax.lax.scan(layer, x_BLD, (blocks, (cache.key, cache.value)))
-        return x_BLD, KVCache(key, value, cache.length + length)
+            return jax.lax.scan(layer, x_BLD, (blocks, None, numbers))[0], None
+        x_BLD, (keys, values) = jax.lax.scan(layer, x_BLD, (blocks, (cache.key, cache.value), numbers))
+        return x_BLD, KVCache(keys, values, cache.length + length)
 
     @jax.named_scope("logits")
-    def logits(self, x_BLD: jax.Array) -> jax.Array:
+    def logits(self, x_BLD: jax.Array, key: Key = None) -> jax.Array:
         """The final norm, then the tied embedding: float32 [B, L, V]."""
         h_BLD = layer_norm(x_BLD) * self.norm_scale[...] + self.norm_bias[...]
+        h_BLD = dropout(h_BLD, self.cfg.dropout, subkey(key, self.cfg.num_layers + 1), shared=(1,))
         table_VD = constrain(self.embed[...].astype(self.cfg.dtype), "vocab", None)
         logits_BLV = jnp.einsum(
             "bld,vd->blv", h_BLD.astype(self.cfg.dtype), table_VD, preferred_element_type=jnp.float32
@@ -228,8 +270,13 @@ class LanguageModel(nnx.Module):
 
 
 def initial_tau(cfg: ModelConfig) -> dict[str, float]:
-    """τ = √N for each projection's N parameter tokens: its value at birth and after a ramp."""
-    return {name: math.sqrt(count) for name, count in cfg.tokens.items()}
+    """Each projection's τ at birth and after a ramp: √N for its N parameter tokens by default.
+
+    With n = `cfg.tau_tokens` > 0 it depends on n alone, and growth leaves it as it is: √n in the attention and √(4n) in
+    the feed-forward, whose scale the authors' TPU code sets for four times as many tokens (its `zoom_dim` is n).
+    """
+    n = cfg.tau_tokens
+    return {name: math.sqrt((4 * n if name == "ffn" else n) or count) for name, count in cfg.tokens.items()}
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:

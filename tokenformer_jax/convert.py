@@ -323,8 +323,11 @@ def export_official(workdir: pathlib.Path, path: pathlib.Path, step_number: int 
       UserError: where the format cannot hold the model, or the file cannot be written.
     """
     check_file_name(path)
-    if load_config(workdir / "config.json").model.projection == "linear":
+    model = load_config(workdir / "config.json").model
+    if model.projection == "linear":
         raise UserError(f"{workdir}: model.projection = 'linear': the official format holds no plain Transformer")
+    if model.gelu != "erf":
+        raise UserError(f"{workdir}: model.gelu = {model.gelu!r}: the official code would compute with erf")
     run = load_trained(workdir, step_number)
     check_tau(run.state.tau_now(), run.cfg.model, str(workdir))
     if jax.process_index() == 0:

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from tests.helpers import assert_trees_equal, golden_model, tiny_linear_config, write_corpus
+from tests.helpers import assert_trees_equal, golden_model, tiny_config, tiny_linear_config, write_corpus
 from tokenformer_jax import convert
 from tokenformer_jax.checkpoint import Checkpoints
 from tokenformer_jax.config import MeshConfig, UserError, load_config
@@ -405,6 +405,13 @@ def test_a_plain_transformer_cannot_be_exported(tmp_path):
     with pytest.raises(UserError) as error:
         export_official(tmp_path, tmp_path / "model.npz")
     assert "model.projection = 'linear'" in line(error)
+
+
+def test_a_tanh_gelu_cannot_be_exported(tmp_path):
+    (tmp_path / "config.json").write_text(tiny_config(model__gelu="tanh").to_json())
+    with pytest.raises(UserError) as error:
+        export_official(tmp_path, tmp_path / "model.npz")
+    assert "model.gelu = 'tanh'" in line(error)
 
 
 # The command.

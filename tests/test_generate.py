@@ -8,7 +8,8 @@ from flax import nnx
 
 from tests.helpers import tiny_config
 from tokenformer_jax.config import UserError
-from tokenformer_jax.generate import Sampling, generate, sample
+from tokenformer_jax.generate import Sampling, generate, readable, sample
+from tokenformer_jax.tokenizer import train_tokenizer
 from tokenformer_jax.transformer import abstract_model, init_params, initial_tau
 
 
@@ -75,3 +76,13 @@ def test_excluded_ids_are_never_drawn(model):
 def test_longer_than_the_context_is_refused(model):
     with pytest.raises(UserError, match=r"max_tokens = 14.* 13 would do"):
         continuation(model, [1, 2, 3], 14)
+
+
+def test_text_is_shown_as_it_comes_in_whole_characters_and_once():
+    tokenizer = train_tokenizer(["a"], 257)  # a token for each byte
+    for text in ["€uro", "aé€b", "plain"]:
+        pieces = list(readable(tokenizer.decode, tokenizer.encode(text)))
+        assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+        assert len(pieces) == len(text) + 1
+    assert "".join(readable(tokenizer.decode, tokenizer.encode("a€")[:-1])).startswith("a\ufffd")  # never whole
+    assert list(readable(tokenizer.decode, [])) == [""]

@@ -5,10 +5,12 @@ python -m tokenformer_jax.generate --workdir=W --prompt='def main(' [--temperatu
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from flax import nnx
 
@@ -95,12 +97,29 @@ def generate(
             f"{cfg.context_length}; {max(cfg.context_length - length, 0)} would do"
         )
     decode = make_decoder(cfg, how, num_ids)
-    cache = KVCache.empty(cfg, batch, length + max_tokens)
-    tokens_BL, key = prompt_BL, jax.random.key(seed)
-    for i in range(max_tokens):
-        tokens_B, cache = decode(params, tau, tokens_BL, cache, jax.random.fold_in(key, i))
-        yield tokens_B
-        tokens_BL = tokens_B[:, None]
+    key = jax.random.key(seed)
+
+    def stream() -> Iterator[jax.Array]:
+        tokens_BL, cache = prompt_BL, KVCache.empty(cfg, batch, length + max_tokens)
+        for i in range(max_tokens):
+            tokens_B, cache = decode(params, tau, tokens_BL, cache, jax.random.fold_in(key, i))
+            yield tokens_B
+            tokens_BL = tokens_B[:, None]
+
+    return stream()
+
+
+def readable(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
+    """The text of ids as they come; a character that takes several is held back until it is whole."""
+    seen: list[int] = []
+    shown = ""
+    for token in ids:
+        seen.append(token)
+        text = decode(seen)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield decode(seen)[len(shown) :]
 
 
 def main() -> None:
@@ -124,30 +143,23 @@ def main() -> None:
         seed=_SEED.value,
         num_ids=tokenizer.vocab_size,
     )
-    samples: list[list[int]] = [[] for _ in range(_SAMPLES.value)]
-    ended: set[int] = set()
-    shown = ""
     with jax.set_mesh(run.step.mesh):
+        if _SAMPLES.value == 1:  # shown as it comes
+            print(text, end="")
+            ids = itertools.takewhile(lambda token: token != end, (int(tokens_B[0]) for tokens_B in stream))
+            for piece in readable(tokenizer.decode, ids):
+                print(piece, end="", flush=True)
+            print()
+            return
+        rows, ended = [], np.zeros(_SAMPLES.value, bool)
         for tokens_B in stream:
-            for i, token in enumerate(tokens_B.tolist()):
-                if token == end:
-                    ended.add(i)
-                elif i not in ended:
-                    samples[i].append(token)
-            if len(ended) == len(samples):
+            rows.append(np.asarray(tokens_B))
+            ended |= rows[-1] == end
+            if ended.all():
                 break
-            if len(samples) == 1:  # shown as it comes
-                if not shown:
-                    print(text, end="")
-                decoded = tokenizer.decode(samples[0])
-                if not decoded.endswith("\ufffd"):  # a character may take several tokens
-                    print(decoded[len(shown) :], end="", flush=True)
-                    shown = decoded
-    if len(samples) == 1:
-        print((text if not shown else "") + tokenizer.decode(samples[0])[len(shown) :])
-    else:
-        for i, sample_ids in enumerate(samples):
-            print(f"--- sample {i + 1} ---\n{text}{tokenizer.decode(sample_ids)}")
+    for i, column in enumerate(np.stack(rows, axis=1).tolist()):
+        continuation = list(itertools.takewhile(lambda token: token != end, column))
+        print(f"--- sample {i + 1} ---\n{text}{tokenizer.decode(continuation)}")
 
 
 if __name__ == "__main__":

@@ -113,9 +113,9 @@ class Checkpoints:
         saved = self._metadata(step).metadata
         if saved is None:  # Orbax only warns of what it could not read; reading it raises the reason
             return self._load(step, "state", abstract)
-        for path, wanted in jax.tree_util.tree_flatten_with_path(abstract)[0]:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            found = _look_up(saved, path)
+        saved = _by_name(saved)
+        for name, wanted in _by_name(abstract).items():
+            found = saved.get(name)
             if found is None:
                 raise UserError(f"{self.directory / str(step)}: holds no array {name}")
             if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
@@ -179,16 +179,10 @@ def _reason(error: BaseException) -> str:
     return lines[0].split(" [tensorstore_spec")[0]
 
 
-def _look_up(tree: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        name = str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))))
-        if isinstance(tree, list | tuple) and name.isdigit() and int(name) < len(tree):
-            tree = tree[int(name)]
-        elif isinstance(tree, dict) and name in tree:
-            tree = tree[name]
-        else:
-            return None
-    return tree
+def _by_name(tree: Any) -> dict[str, Any]:
+    """The leaves by their path, which is the same for a NamedTuple and for the dict that Orbax makes of it."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def write_workdir(

@@ -39,7 +39,7 @@ from tokenformer_jax.config import (
 from tokenformer_jax.corpus import prepare
 from tokenformer_jax.data import data_identity, train_batches
 from tokenformer_jax.evaluate import load_trained
-from tokenformer_jax.sharding import make_mesh
+from tokenformer_jax.sharding import make_mesh, this_process
 from tokenformer_jax.step import make_step
 from tokenformer_jax.tokenizer import load_tokenizer
 from tokenformer_jax.transformer import Params, abstract_model, count_params, initial_tau
@@ -305,7 +305,7 @@ def import_official(state_dict: StateDict, cfg: Config, workdir: pathlib.Path, s
     params = from_official(state_dict, source)
     step = make_step(cfg, make_mesh(cfg.mesh))
     corpus = prepare(cfg)
-    data = train_batches(corpus.train, cfg, process_index=jax.process_index(), process_count=jax.process_count())
+    data = train_batches(corpus.train, cfg, **this_process())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state.params)
     state = step.init(jax.random.key(cfg.seed))._replace(params=jax.device_put(params, shardings))
     record = Record(data_identity(corpus.train, cfg), cfg.batch_size)

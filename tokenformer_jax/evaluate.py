@@ -17,7 +17,7 @@ from tokenformer_jax.config import Config, MeshConfig, UserError, load_config, r
 from tokenformer_jax.corpus import Corpus, TokenSplit, prepare
 from tokenformer_jax.data import eval_batches
 from tokenformer_jax.metrics import Progress, replace_file
-from tokenformer_jax.sharding import make_mesh
+from tokenformer_jax.sharding import make_mesh, this_process
 from tokenformer_jax.step import Step, TrainState, make_step, put_batch
 from tokenformer_jax.tokenizer import Tokenizer
 from tokenformer_jax.transformer import count_params
@@ -36,8 +36,7 @@ def evaluate_split(
         cfg.batch_size // cfg.accumulation,
         cfg.model.context_length,
         max_batches=max_batches,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        **this_process(),
     )
     bar = Progress(0, len(batches), "batch") if progress else None
     sums: list[Any] = []
@@ -93,8 +92,7 @@ def load_trained(
     validate(cfg)
     record = checkpoints.record(step_number)
     step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start)
-    part = step.abstract_state._replace(opt_state=())._asdict()
-    part.pop("opt_state")
+    part = {name: tree for name, tree in step.abstract_state._asdict().items() if name != "opt_state"}
     state = TrainState(**checkpoints.restore(step_number, part), opt_state=())
     trained = Trained(
         cfg, step_number, record, checkpoints.tokenizer(step_number), step, state, count_params(state.params)

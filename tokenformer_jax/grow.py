@@ -33,7 +33,7 @@ from tokenformer_jax.config import (
 )
 from tokenformer_jax.corpus import prepare
 from tokenformer_jax.data import Batch, data_identity, eval_batches, keep_position, train_batches
-from tokenformer_jax.sharding import make_mesh
+from tokenformer_jax.sharding import make_mesh, this_process
 from tokenformer_jax.step import Step, TauRamp, TrainState, loss_sums, make_step, put_batch
 from tokenformer_jax.transformer import Params, abstract_model, count_params, init_params, initial_tau
 
@@ -96,7 +96,7 @@ def check_growth(old: ModelConfig, new: ModelConfig) -> None:
             raise UserError(
                 f"model.{field.name} = {after!r}: the source has {before!r}; growth changes token counts only"
             )
-    if old != new and any(getattr(old, size) != getattr(new, size) for size in sizes):
+    if any(getattr(old, size) != getattr(new, size) for size in sizes):
         if new.projection == "linear":
             raise UserError("model.projection = 'linear': a plain Transformer has no parameter tokens to grow")
         if new.normalizer == "softmax":
@@ -210,14 +210,13 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
         new_state = pad(old_state, key)
 
     corpus = prepare(cfg, tokenizer)
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     shards = cfg.mesh.data * cfg.mesh.fsdp
     batches = eval_batches(
         corpus.validation,
         shards * max(1, CHECKED_ROWS // shards),
         cfg.model.context_length,
         max_batches=CHECKED_BATCHES,
-        **processes,
+        **this_process(),
     )
     tokens_before, tokens_after = source_cfg.model.tokens, cfg.model.tokens
     figures = {
@@ -235,7 +234,7 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
     }
     verify(figures, cfg.grow.values)
 
-    data = train_batches(corpus.train, cfg, **processes)
+    data = train_batches(corpus.train, cfg, **this_process())
     identity = data_identity(corpus.train, cfg)
     if record.data == identity:  # other data begin at their beginning
         checkpoints.restore_data(step_number, data)

@@ -42,6 +42,11 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def this_process() -> dict[str, int]:
+    """Which part of the data this process reads: the keywords of `data.train_batches` and `data.eval_batches`."""
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
 def partition_spec(axes: Axes) -> P:
     """Logical axis names of an array's dimensions -> their mesh axes."""
     return P(*(RULES.get(axis) if axis else None for axis in axes))

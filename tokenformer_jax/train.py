@@ -42,7 +42,7 @@ from tokenformer_jax.metrics import (
     replace_file,
     train_flops_per_token,
 )
-from tokenformer_jax.sharding import make_mesh
+from tokenformer_jax.sharding import make_mesh, this_process
 from tokenformer_jax.step import Metrics, Step, TrainState, make_step, put_batch
 from tokenformer_jax.transformer import count_params
 
@@ -154,9 +154,9 @@ def begin(cfg: Config, checkpoints: Checkpoints) -> Run:
     step = make_step(cfg, make_mesh(cfg.mesh))
     corpus = prepare(cfg)
     record = Record(data_identity(corpus.train, cfg), cfg.batch_size)
-    return Run(
-        cfg, 0, step, step.init(jax.random.key(cfg.seed)), local_batches(corpus, cfg), corpus, checkpoints, record
-    )
+    state = step.init(jax.random.key(cfg.seed))
+    data = train_batches(corpus.train, cfg, **this_process())
+    return Run(cfg, 0, step, state, data, corpus, checkpoints, record)
 
 
 def resume(cfg: Config, workdir: pathlib.Path, checkpoints: Checkpoints) -> Run:
@@ -172,7 +172,7 @@ def resume(cfg: Config, workdir: pathlib.Path, checkpoints: Checkpoints) -> Run:
                 f"config.data or config.seed: {workdir} was trained on {record.data}, and this is {identity}; "
                 "use those, or go on with these in a new workdir, made from this one by grow"
             )
-        data = local_batches(corpus, cfg)
+        data = train_batches(corpus.train, cfg, **this_process())
         state = checkpoints.restore(start, step.abstract_state)
         checkpoints.restore_data(start, data)
     except DamagedError as error:
@@ -183,10 +183,6 @@ def resume(cfg: Config, workdir: pathlib.Path, checkpoints: Checkpoints) -> Run:
     keep_position(data, record.batch_size, cfg.batch_size)
     record = dataclasses.replace(record, batch_size=cfg.batch_size)
     return Run(cfg, start, step, state, data, corpus, checkpoints, record)
-
-
-def local_batches(corpus: Corpus, cfg: Config) -> Iterator[Any]:
-    return train_batches(corpus.train, cfg, process_index=jax.process_index(), process_count=jax.process_count())
 
 
 class Log:

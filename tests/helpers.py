@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from configs import base
 from tokenformer_jax.config import Config, read_config
@@ -29,12 +30,17 @@ TINY = {
 }
 
 
-def tiny_config(**overrides: Any) -> Config:
+def tiny_tree(**overrides: Any) -> ConfigDict:
     """A 2-layer model on 8 x 16 tokens; keys are written with __ for the dot: model__num_layers=3."""
     tree = base.get_config()
     for key, value in (TINY | {k.replace("__", "."): v for k, v in overrides.items()}).items():
         tree.update_from_flattened_dict({key: value})
-    return read_config(tree.to_dict())
+    return tree
+
+
+def tiny_config(**overrides: Any) -> Config:
+    """The same, read and checked."""
+    return read_config(tiny_tree(**overrides).to_dict())
 
 
 def tiny_linear_config(**overrides: Any) -> Config:

@@ -15,8 +15,11 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+
+DEAD_AFTER = 20  # seconds without a sign of life of a process, after which the others end
 
 
 class UserError(Exception):
@@ -334,7 +337,16 @@ def _key_names(cls: Any, prefix: str = "") -> list[str]:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command's `main` under absl: a UserError becomes one line on stderr and exit code 2."""
+    """Runs a command's `main` under absl: a UserError becomes one line on stderr and exit code 2.
+
+    Defines `--distributed`, with which the command is one process of several.
+    """
+    distributed = flags.DEFINE_boolean(
+        "distributed",
+        False,
+        "this is one process of several: found out on TPU VMs, Slurm, Open MPI and Kubernetes; elsewhere told by "
+        "JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    )
 
     def parse(argv: list[str]) -> list[str]:
         with _config_errors():
@@ -344,6 +356,8 @@ def run_command(main: Callable[[], None]) -> None:
             return extra
 
     def guarded(_: list[str]) -> None:
+        if distributed.value:
+            _join_processes()
         main()
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what is handled here; --verbosity=0 shows it
@@ -356,6 +370,18 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _join_processes() -> None:
+    numbers = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+    if not all(number is None or number.isdecimal() for number in numbers):
+        raise UserError(f"JAX_NUM_PROCESSES, JAX_PROCESS_ID = {numbers}: must be two numbers, such as 2 and 0")
+    count, index = (None if number is None else int(number) for number in numbers)
+    try:
+        jax.distributed.initialize(num_processes=count, process_id=index, heartbeat_timeout_seconds=DEAD_AFTER)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--distributed: the processes did not find each other ({reason})") from None
 
 
 def workdir_flag(name: str = "workdir", help_text: str = "the run's directory") -> Callable[[], pathlib.Path]:

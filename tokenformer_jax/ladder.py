@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tokenformer_jax.config import FREE_MODEL_KEYS, Config, ModelConfig, UserError, read_config
+from tokenformer_jax.config import FREE_MODEL_KEYS, Config, ModelConfig, UserError, read_config, validate
 from tokenformer_jax.recipes import RECIPES
 
 RUNG_KEYS = (
@@ -61,6 +61,10 @@ def _check_rung(before: Config, stage: Config, length: int) -> None:
     check_growth(before.model, stage.model, stage.grow.recipe)
     if before.model.tokens == stage.model.tokens:
         raise UserError("model: no token count changes; a rung makes one larger, such as model.ffn_tokens")
+    try:
+        validate(dataclasses.replace(stage, model=before.model))
+    except UserError as error:
+        raise UserError(f"the model that is to grow: {error}") from None
     if not stage.grow.restart_schedule:
         raise UserError("grow.restart_schedule = False: each rung has a learning-rate schedule of its own; use True")
     warmup = stage.optimizer.warmup_steps

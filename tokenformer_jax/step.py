@@ -228,4 +228,5 @@ def split_rows(x_BL: jax.Array, parts: int) -> jax.Array:
 
 def put_batch(step: Step, batch: Batch) -> Batch:
     """This process's rows of a global batch -> arrays sharded over the mesh."""
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(step.batch, rows), batch)
+    with jax.transfer_guard_host_to_device("allow"):  # the one transfer of a step that is meant
+        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(step.batch, rows), batch)

@@ -26,7 +26,6 @@ from tokenformer_jax.config import (
     load_config,
     require_empty,
     run_command,
-    validate,
     workdir_flag,
 )
 from tokenformer_jax.corpus import Corpus, prepare
@@ -172,6 +171,8 @@ class Run:
 def open_run(cfg: Config, workdir: pathlib.Path) -> Run:
     """Starts a run in an empty workdir, or takes it up where its newest checkpoint left it."""
     plan = stages(cfg)
+    for stage in plan:
+        make_mesh(stage.mesh)  # now, rather than in days: a rung's mesh may not be
     checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoints_kept)
     run = resume(plan, workdir, checkpoints) if checkpoints.steps else begin(plan, checkpoints)
     if jax.process_index() == 0:
@@ -248,10 +249,6 @@ def climb(run: Run) -> Run:
     n, rung = int(run.state.step), run.record.rung + 1
     cfg = shifted(run.plan[rung], run.plan[rung - 1].steps, n)
     old_cfg = dataclasses.replace(cfg, model=run.cfg.model)
-    try:
-        validate(old_cfg)  # the former model, too, must divide by the mesh
-    except UserError as error:
-        raise UserError(f"rungs[{rung - 1}]: before it grows, {error}") from None
     record = dataclasses.replace(
         run.record_at(n),
         model=dataclasses.asdict(cfg.model),

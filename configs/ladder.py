@@ -6,10 +6,18 @@ override --config.steps. tfds has no OpenWebText (its c4/webtextlike is another 
 addresses): unpack a copy to .txt or .jsonl and name it, with a tokenizer.json of at most 50304 ids, such as GPT-2's or
 GPT-NeoX-20B's:
 
-    python -m tokenformer_jax.train --config=configs/ladder.py:124m --workdir=A --config.mesh.fsdp=16 \
+    python -m tokenformer_jax.train --config=configs/ladder.py:all_mesh --workdir=W --config.mesh.fsdp=16 \
         --config.data.path=OPENWEBTEXT --config.data.tokenizer=TOKENIZER.json
+
+trains 124m, grows it to each next rung on its way, and keeps the last checkpoint of every rung (`--step` of grow,
+evaluate and generate names it). `all` and `all_mesh` are the whole ladder in one run; the other variants are its rungs
+one by one, with `grow` between them:
+
     python -m tokenformer_jax.grow --source=A --workdir=B --config=configs/ladder.py:354m_mesh …
     python -m tokenformer_jax.train --config=configs/ladder.py:354m_mesh --workdir=B …
+
+A rung may have a learning rate, batch, mesh or recipe of its own: add them to its group in `rungs`. Over a run's rungs,
+`--config.grow.patience=5` begins the next one early, once five evaluations in a row brought no improvement.
 
 `mesh.tensor` must divide the parameter tokens and the 12 heads. The paper's counts (2140, 4850, 8620) divide by 2
 alone on all rungs, and fill no tile of 128 lanes. The rungs of `_mesh` are the next multiples of 128, with 1.5 % more
@@ -43,14 +51,16 @@ TOKENS = {
     "1b4_mesh": 8704,
 }
 RUNGS = ("124m", "354m", "757m", "1b4")
+NEXT = {"": RUNGS[1:], "mesh": [f"{rung}_mesh" for rung in RUNGS[1:]]}
 FIRST_STEPS, RUNG_STEPS = 600_000, 60_000
 
 
 def get_config(variant: str = "124m") -> ConfigDict:
-    if variant not in TOKENS:
-        raise ValueError(f"variant {variant!r} must be one of {', '.join(TOKENS)}")
+    if variant not in (*TOKENS, "all", "all_mesh"):
+        raise ValueError(f"variant {variant!r} must be one of {', '.join(TOKENS)}, all, all_mesh")
+    name, _, column = variant.partition("_")
     config = base.get_config()
-    rung = RUNGS.index(variant.removesuffix("_mesh"))
+    rung = 0 if name == "all" else RUNGS.index(name)
     config.steps = FIRST_STEPS + rung * RUNG_STEPS
     config.batch_size = 512
     config.accumulation = 4
@@ -58,10 +68,20 @@ def get_config(variant: str = "124m") -> ConfigDict:
     config.eval_every = 5000
     config.eval_batches = 100
     config.checkpoint_every = 1000
-    tokens = TOKENS[variant]
-    config.model.update(qkv_tokens=tokens, out_tokens=tokens, ffn_tokens=4 * tokens)
-    config.model.update(vocab_size=50304, dtype="bfloat16", remat="full")
+    config.model.update(vocab_size=50304, dtype="bfloat16", remat="full", **sizes("124m" if name == "all" else variant))
     config.data.dataset = "text_files"
     # 1 % of the rung's own steps: grow.restart_schedule lets each rung warm up and decay anew.
     config.optimizer.warmup_steps = RUNG_STEPS // 100 if rung else FIRST_STEPS // 100
+    if name == "all":
+        starts = [FIRST_STEPS + i * RUNG_STEPS for i in range(len(RUNGS))]
+        config.steps = starts.pop()
+        config.rungs = tuple(
+            {"step": step, "model": sizes(next_rung), "optimizer": {"warmup_steps": RUNG_STEPS // 100}}
+            for step, next_rung in zip(starts, NEXT[column], strict=True)
+        )
     return config
+
+
+def sizes(rung: str) -> dict[str, int]:
+    tokens = TOKENS[rung]
+    return {"qkv_tokens": tokens, "out_tokens": tokens, "ffn_tokens": 4 * tokens}

@@ -8,7 +8,7 @@ import pytest
 
 from configs import ladder, pile, released, tpu, transformer
 from tokenformer_jax.config import read_config, validate
-from tokenformer_jax.ladder import check_growth
+from tokenformer_jax.ladder import check_growth, stages
 from tokenformer_jax.transformer import abstract_model, count_params
 
 FILES = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -16,7 +16,7 @@ VARIANTS = {
     "base": [None],
     "quickstart": ["small", "grown", "continued"],
     "pile": list(pile.VARIANTS),
-    "ladder": list(ladder.TOKENS),
+    "ladder": [*ladder.TOKENS, "all", "all_mesh"],
     "released": list(released.VARIANTS),
     "tpu": list(tpu.VARIANTS),
     "transformer": transformer.VARIANTS,
@@ -153,3 +153,12 @@ def test_an_unknown_variant_names_the_known_ones(name):
     with pytest.raises(ValueError) as error:
         load(name, "huge")
     assert "'huge'" in str(error.value) and all(variant in str(error.value) for variant in VARIANTS[name])
+
+
+@pytest.mark.parametrize("column", ["", "_mesh"])
+def test_the_ladder_in_one_run_is_that_of_its_rungs(column):
+    plan = stages(load("ladder", f"all{column}"))
+    rungs = [load("ladder", name) for name in ("124m", f"354m{column}", f"757m{column}", f"1b4{column}")]
+    assert [stage.model for stage in plan] == [rung.model for rung in rungs]
+    assert [stage.steps for stage in plan] == [rung.steps for rung in rungs]
+    assert [stage.optimizer for stage in plan] == [rung.optimizer for rung in rungs]

@@ -17,37 +17,33 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def evaluations(workdir: pathlib.Path) -> list[Row]:
-    """The evaluation rows of a run. Raises UserError where it has none."""
+def read_run(workdir: pathlib.Path) -> tuple[list[Row], list[Row]]:
+    """The evaluations of a run and its growths. Raises UserError where it has no evaluation."""
     try:
-        rows = [row for row in read_metrics(workdir) if "eval_loss" in row]
+        rows = read_metrics(workdir)
     except OSError:
         raise UserError(f"{workdir}: no metrics.jsonl here; is it the directory of a training run?") from None
-    if not rows:
+    evaluations = [row for row in rows if "eval_loss" in row]
+    if not evaluations:
         raise UserError(f"{workdir}/metrics.jsonl: no evaluation yet")
-    return rows
+    return evaluations, [row for row in rows if "growth" in row and row["growth"]["from"] != row["growth"]["to"]]
 
 
 def summarise(name: str, workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """A run's last evaluation, and before it the one right after growth if the run began with a growth."""
-    rows = evaluations(workdir)
-    chosen = [(name, rows[-1])]
-    if grew_at(workdir) == rows[0]["step"] and len(rows) > 1:
-        chosen.insert(0, (f"{name}, right after growth", rows[0]))
+    """A run's evaluations on both sides of each growth, and its last one."""
+    evaluations, growths = read_run(workdir)
+    chosen = []
+    for number, growth in enumerate(growths, 1):
+        at_growth = [row for row in evaluations if row["step"] == growth["step"]]
+        which = f" {number}" if len(growths) > 1 else ""
+        for row in at_growth:
+            side = "right after" if row["params"] == growth["params"] else "before"
+            chosen.append((f"{name}, {side} growth{which}", row))
+    chosen.append((name, evaluations[-1]))
+    if len(evaluations) == 1:
+        chosen = chosen[-1:]
     keys = ("step", "params", "train_flops", "eval_loss", "eval_perplexity", "eval_bits_per_byte")
     return [{"run": label} | {key: row[key] for key in keys} for label, row in chosen]
-
-
-def grew_at(workdir: pathlib.Path) -> int | None:
-    """The step at which the run began by growing; None where it did not."""
-    path = workdir / "grow.json"
-    try:
-        figures = json.loads(path.read_text())
-        return figures["step"] if figures["tokens_before"] != figures["tokens_after"] else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: cannot be read as what grow writes") from None
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -64,17 +60,22 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
-    """Validation loss against cumulative training FLOPs, a line a run."""
+    """Validation loss against cumulative training FLOPs, a line a run, with a star at each growth."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, workdir in runs.items():
-        rows = evaluations(workdir)
-        axes.plot(
+        rows, growths = read_run(workdir)
+        (line,) = axes.plot(
             [row["train_flops"] for row in rows],
             [row["eval_loss"] for row in rows],
             marker="o",
             markersize=3,
             label=f"{name} ({rows[-1]['params'] / 1e6:.2f}M parameters)",
         )
+        for growth in growths:
+            evaluated = (row["eval_loss"] for row in rows if row["step"] == growth["step"])
+            place = growth["train_flops"], next(evaluated, growth["growth"]["loss_after"])
+            axes.plot(*place, marker="*", markersize=12, color=line.get_color())
+            axes.annotate(f"{growth['params'] / 1e6:.2f}M", place, xytext=(4, 8), textcoords="offset points")
     axes.set(xlabel="cumulative training FLOPs", ylabel="validation loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()

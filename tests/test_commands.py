@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -140,6 +142,30 @@ def test_growth_with_zero_values_warns(folder):
     out = run_well("grow", f"--source={folder}/small", config, f"--workdir={workdir}", "--recipe=zero_padding")
     assert "warning" in out and "never learn" in out
     assert json.loads((workdir / "grow.json").read_text())["new_key_gradient_norm"] == 0
+
+
+@pytest.mark.slow
+def test_growth_killed_at_any_moment_leaves_nothing_or_a_whole_workdir(folder, tmp_path):
+    """Nine kills spread over the time that a whole growth takes, then one that is left alone."""
+    args = f"--source={folder}/small", f"--config={folder}/config.py:grown"
+    line = [sys.executable, "-m", "tokenformer_jax.grow", *args, f"--workdir={tmp_path}/w"]
+    began = time.monotonic()
+    run_well("grow", *args, f"--workdir={tmp_path}/whole")
+    whole = time.monotonic() - began
+    kept = {path: path.read_bytes() for path in (folder / "small").rglob("*") if path.is_file()}
+    left = []
+    for part in np.linspace(0.5, 1.0, 9):
+        with subprocess.Popen(line, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL) as process:
+            time.sleep(part * whole)
+            process.kill()
+        left.append((tmp_path / "w").exists())
+        if left[-1]:
+            run_well("train", f"--config={folder}/config.py:grown", f"--workdir={tmp_path}/w")
+            shutil.rmtree(tmp_path / "w")
+    assert not all(left)
+    run_well("grow", *args, f"--workdir={tmp_path}/w")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w", "whole"]
+    assert kept == {path: path.read_bytes() for path in (folder / "small").rglob("*") if path.is_file()}
 
 
 def test_an_older_step_can_be_grown(folder):

@@ -6,7 +6,8 @@ A token's usefulness is ‖kᵢ‖·‖vᵢ‖, the product of its key's and its
 that adds to the output with the other. It needs no data, and is exactly zero for what `zero_keys`, `isometric`,
 `random_keys` and `zero_padding` have just appended; of equally useful tokens the latest go first. So a rung dropped
 right after a lossless growth gives back the former parameters and moments, bit for bit. Not after `split`, which
-divides the former values, nor after `released`, which is not lossless.
+divides the former values, nor after `released`, which is not lossless. (Half the tokens of quickstart's grown model,
+trained, cost 0.12 nats a token; chosen by first-order estimates of the loss on data 0.25, at random 1.7 to 2.0.)
 
 A Pattention normalises its scores: with fewer of them the weights that stay would grow. They keep their size if τ falls
 as ‖K x‖ does, which for inputs x that point everywhere alike is by √(Σ‖k‖² of the tokens kept / Σ‖k‖² of all), taken

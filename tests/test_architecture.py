@@ -6,7 +6,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1] / "tokenformer_jax"
 ORDER = """
     config recipes ladder sharding tokenizer metrics corpus data pattention transformer step checkpoint
-    evaluate generate grow convert model report train
+    evaluate generate successor shrink grow convert model report train
 """.split()
 
 

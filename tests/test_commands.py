@@ -174,6 +174,14 @@ def test_an_older_step_can_be_grown(folder):
     assert Checkpoints(workdir / "checkpoints").steps == [3]
 
 
+def test_shrinking_tells_the_loss_before_and_after(folder):
+    config, workdir = f"--config={folder}/config.py:small", folder / "smaller"
+    args = f"--source={folder}/grown", config, "--config.steps=15", f"--workdir={workdir}", "--shrink"
+    assert "24 -> 16" in (out := run_well("grow", *args))
+    figures = json.loads((workdir / "shrink.json").read_text())
+    assert f"{figures['loss_before']:.5f} -> {figures['loss_after']:.5f} nats" in out
+
+
 WRONG = [
     ("train", "--config={f}/config.py --config.modle.num_heads=3 --workdir={f}/w", "model.num_heads"),
     ("train", "--config={f}/config.py --config.stepz=3 --workdir={f}/w", "did you mean 'steps'"),
@@ -206,10 +214,12 @@ WRONG = [
     ),
     ("grow", "--source={f}/none --config={f}/config.py:grown --workdir={f}/w", "none/config.json"),
     ("grow", "--source={f}/text --config={f}/config.py:grown --workdir={f}/w", "text/config.json"),
-    ("grow", "--source={f}/small --config={f}/config.py:grown --workdir={f}/grown", "holds something already"),
+    ("grow", "--source={f}/small --config={f}/config.py:grown --workdir={f}/grown", "train goes on with it"),
     ("grow", "--source={f}/small --config={f}/config.py:grown --config.steps=6 --workdir={f}/w", "steps = 6"),
     ("grow", "--source={f}/small --config={f}/config.py:grown --workdir={f}/w --step=5", "--step=5"),
     ("grow", "--source={f}/small --config={f}/config.py:grown --workdir={f}/w --recipe=random", "grow.recipe"),
+    ("grow", "--source={f}/small --config={f}/config.py:grown --workdir={f}/w --shrink", "model.qkv_tokens = 12"),
+    ("grow", "--source={f}/grown --config={f}/config.py:small --workdir={f}/w --shrink --recipe=split", "--recipe"),
     ("evaluate", "--workdir={f}/none", "none/config.json"),
     ("evaluate", "--workdir={f}/small --split=test", "--split=test"),
     ("evaluate", "--workdir={f}/small --step=4", "--step=4"),

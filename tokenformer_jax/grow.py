@@ -1,13 +1,13 @@
 """Grows a trained model: more parameter tokens, the same function, verified before anything is written.
 
 python -m tokenformer_jax.grow --source=W --config=configs/quickstart.py:grown --workdir=W2 [--step=N] [--recipe=split]
+python -m tokenformer_jax.grow --source=W2 --config=configs/quickstart.py:small --workdir=W3 --shrink [--step=N]
 
 `recipes.py` says what new tokens hold; Adam's moments are padded with zeros. On a mesh each device pads its own part of
 every array, and moments are read straight into the larger arrays.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any
@@ -19,25 +19,17 @@ import optax
 from absl import flags
 from flax import nnx
 
-from tokenformer_jax.checkpoint import Checkpoints, write_workdir
-from tokenformer_jax.config import (
-    Config,
-    ModelConfig,
-    UserError,
-    config_flag,
-    require_empty,
-    run_command,
-    validate,
-    workdir_flag,
-)
-from tokenformer_jax.corpus import TokenSplit, prepare
-from tokenformer_jax.data import Batch, data_identity, eval_batches, keep_position, train_batches
-from tokenformer_jax.evaluate import trained_config
-from tokenformer_jax.ladder import check_growth, stages
+from tokenformer_jax.config import Config, ModelConfig, UserError, config_flag, run_command, validate, workdir_flag
+from tokenformer_jax.corpus import TokenSplit
+from tokenformer_jax.data import Batch, eval_batches
+from tokenformer_jax.ladder import check_growth
 from tokenformer_jax.recipes import RECIPES, Growth
-from tokenformer_jax.sharding import make_mesh, this_process
-from tokenformer_jax.step import Step, TauRamp, TrainState, make_step, put_batch, sum_losses
-from tokenformer_jax.transformer import Params, abstract_model, count_params, init_params, initial_tau
+from tokenformer_jax.sharding import this_process
+from tokenformer_jax.shrink import describe as describe_shrinking
+from tokenformer_jax.shrink import shrink
+from tokenformer_jax.step import Step, TauRamp, TrainState, put_batch, sum_losses
+from tokenformer_jax.successor import Succession, size_figures, size_table, token_counts
+from tokenformer_jax.transformer import Params, abstract_model, init_params, initial_tau
 
 LOGIT_BOUND = 5e-6  # of the largest logit; float32 rounding in other reduction orders stays below it
 CHECKED_BATCHES, CHECKED_ROWS = 2, 4
@@ -101,11 +93,6 @@ def forget_moments(opt_state: Any) -> Any:
     return jax.tree.map(
         lambda part: jax.tree.map(jnp.zeros_like, part) if is_adam(part) else part, opt_state, is_leaf=is_adam
     )
-
-
-def token_counts(state: TrainState) -> dict[str, int]:
-    """Parameter tokens of each projection."""
-    return {name: state.params["blocks"][name]["keys"].shape[1] for name in state.tau}
 
 
 def measure(
@@ -213,10 +200,7 @@ def grow_model(
         "tau_ramp_steps": ramp_steps if RECIPES[cfg.grow.recipe].ramps else 0,
         "tokens_before": old_cfg.model.tokens,
         "tokens_after": cfg.model.tokens,
-        "params_before": count_params(old.params),
-        "params_after": count_params(new.params),
-        "groups_before": group_sizes(old),
-        "groups_after": group_sizes(new),
+        **size_figures(old, new),
         **measure(old, new, old_cfg, cfg, step, list(batches)),
     }
     verify(figures, cfg.grow.recipe)
@@ -259,89 +243,40 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
     Raises:
       UserError: where the two models do not fit, the target is taken, or a check fails; nothing is written then.
     """
-    files = {"config.json": cfg.to_json()}
-    cfg = stages(cfg)[0]
-    checkpoints = Checkpoints(source / "checkpoints")
-    step_number = checkpoints.choose(step_number)
-    record, tokenizer = checkpoints.record(step_number), checkpoints.tokenizer(step_number)
-    old_cfg = dataclasses.replace(cfg, model=trained_config(source, record).model)
-    check_growth(old_cfg.model, cfg.model, cfg.grow.recipe)
-    require_empty(workdir, "holds something already")
-    if cfg.steps <= step_number:
-        raise UserError(
-            f"steps = {cfg.steps}: the source was trained for {step_number} already; a larger number would do"
-        )
-    validate(old_cfg)  # the source, too, must divide by the mesh
-    if cfg.grow.restart_schedule:
-        record = dataclasses.replace(record, schedule_start=step_number)
-        if cfg.optimizer.warmup_steps >= cfg.steps - step_number:
-            raise UserError(
-                f"optimizer.warmup_steps = {cfg.optimizer.warmup_steps}: must be below the {cfg.steps - step_number} "
-                f"steps from the source's {step_number} to steps = {cfg.steps}"
-            )
-    step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start)
-    old_step = make_step(old_cfg, step.mesh)
-    corpus = prepare(cfg, tokenizer)
-
-    old = TrainState(**checkpoints.restore(step_number, old_step.abstract_state.without_moments()), opt_state=())
-    new, figures = grow_model(old, old_cfg, cfg, step, corpus.validation)
+    plan = Succession.open(source, cfg, workdir, step_number, lambda old, new: check_growth(old, new, cfg.grow.recipe))
+    step_number, step = plan.step_number, plan.step
+    abstract = plan.old_step.abstract_state.without_moments()
+    old = TrainState(**plan.checkpoints.restore(step_number, abstract), opt_state=())
+    new, figures = grow_model(old, plan.old_cfg, plan.cfg, step, plan.corpus.validation)
     figures = {"source": str(source), **figures}
     del old  # the moments need its memory
     wanted = {"opt_state": step.abstract_state.opt_state}
-    opt_state = checkpoints.restore(step_number, wanted, padded=True)["opt_state"]
-    if RECIPES[cfg.grow.recipe].resets_optimizer:
+    opt_state = plan.checkpoints.restore(step_number, wanted, padded=True)["opt_state"]
+    if RECIPES[plan.cfg.grow.recipe].resets_optimizer:
         opt_state = forget_moments(opt_state)
-    new = new._replace(opt_state=opt_state)
-
-    data = train_batches(corpus.train, cfg, **this_process())
-    identity = data_identity(corpus.train, cfg)
-    if record.data == identity:  # other data begin at their beginning
-        checkpoints.restore_data(step_number, data)
-        keep_position(data, record.batch_size, cfg.batch_size)
-    checkpoints.close()
-    record = dataclasses.replace(
-        record,
-        model=dataclasses.asdict(cfg.model),
-        data=identity,
-        batch_size=cfg.batch_size,
-        growth=[*record.growth, history(figures)],
-        rung=0,
-        plateau={},
-    )
-    files["grow.json"] = json.dumps(figures, indent=2) + "\n"
-    write_workdir(workdir, step_number, (new, data, tokenizer, record), files)
+    plan.write(workdir, new._replace(opt_state=opt_state), history(figures), "grow.json", figures)
     return figures
-
-
-def group_sizes(state: TrainState) -> dict[str, dict[str, int]]:
-    """Parameter tokens, parameters, and bytes with Adam's moments, of each part of a model and in all."""
-    tokens = token_counts(state)
-    groups = {name: tree for name, tree in state.params.items() if name != "blocks"} | state.params["blocks"]
-    sizes = {
-        name: {"tokens": tokens.get(name, 0), "params": count_params(tree), "bytes": 3 * 4 * count_params(tree)}
-        for name, tree in groups.items()
-    }
-    return sizes | {"all": {key: sum(size[key] for size in sizes.values()) for key in ("tokens", "params", "bytes")}}
 
 
 def describe(figures: dict[str, Any]) -> str:
     """The growth as a table for people."""
-    lines = [f"{'':<12}{'parameter tokens':^20}  {'parameters':^28}  {'with moments, MB':^20}"]
-    for name, after in figures["groups_after"].items():
-        before = figures["groups_before"][name]
-        tokens, params = (f"{before[key]:,} -> {after[key]:,}" for key in ("tokens", "params"))
-        memory = f"{before['bytes'] / 1e6:,.1f} -> {after['bytes'] / 1e6:,.1f}"
-        lines.append(f"{name:<12}{tokens if after['tokens'] else '':^20}  {params:^28}  {memory:^20}")
-    lines.append(
+    return (
+        f"{size_table(figures)}\n"
         f"at step {figures['step']}: loss {figures['loss_before']:.5f} -> {figures['loss_after']:.5f}, largest change "
         f"of a logit {figures['max_logit_difference']:.2g} (largest logit {figures['max_logit']:.3g}), gradient norm "
         f"at new keys {figures['new_key_gradient_norm']:.3g}, at new values {figures['new_value_gradient_norm']:.3g}"
     )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def main() -> None:
     cfg = _CONFIG()
+    if _SHRINK.value:
+        if _RECIPE.value:
+            raise UserError(f"--recipe={_RECIPE.value}: says what new tokens hold, and --shrink makes none")
+        figures = shrink(_SOURCE(), cfg, _WORKDIR(), _STEP.value)
+        if jax.process_index() == 0:
+            print(describe_shrinking(figures))
+        return
     if _RECIPE.value:
         cfg = dataclasses.replace(cfg, grow=dataclasses.replace(cfg.grow, recipe=_RECIPE.value))
         validate(cfg)
@@ -363,4 +298,5 @@ if __name__ == "__main__":
     _WORKDIR = workdir_flag(help_text="the new directory, which train then resumes")
     _STEP = flags.DEFINE_integer("step", None, "which checkpoint of the source; by default the newest")
     _RECIPE = flags.DEFINE_string("recipe", None, f"{', '.join(RECIPES)}; overrides config.grow.recipe")
+    _SHRINK = flags.DEFINE_boolean("shrink", False, "drop parameter tokens instead, the least useful first")
     run_command(main)

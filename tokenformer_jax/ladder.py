@@ -74,16 +74,11 @@ def _check_rung(before: Config, stage: Config, length: int) -> None:
 
 def check_growth(old: ModelConfig, new: ModelConfig, recipe: str) -> None:
     """Raises a UserError unless `new` is `old` with more parameter tokens (or as many), which the recipe can append."""
-    for field in dataclasses.fields(ModelConfig):
-        before, after = getattr(old, field.name), getattr(new, field.name)
-        if field.name in SIZES and after < before:
-            raise UserError(
-                f"model.{field.name} = {after}: the source has {before} already; growing takes that or more"
-            )
-        if field.name not in (*SIZES, *FREE_MODEL_KEYS) and after != before:
-            raise UserError(
-                f"model.{field.name} = {after!r}: the source has {before!r}; growth changes token counts only"
-            )
+    check_same_but_sizes(old, new, "growth")
+    for size in SIZES:
+        before, after = getattr(old, size), getattr(new, size)
+        if after < before:
+            raise UserError(f"model.{size} = {after}: the source has {before} already; growing takes that or more")
     if all(getattr(old, size) == getattr(new, size) for size in SIZES):
         return
     if new.projection == "linear":
@@ -109,6 +104,16 @@ def check_growth(old: ModelConfig, new: ModelConfig, recipe: str) -> None:
         if recipe == "isometric" and before < after < least:
             raise UserError(
                 f"model.{size} = {after}: grow.recipe = 'isometric' takes the source's {before} or at least {least}"
+            )
+
+
+def check_same_but_sizes(old: ModelConfig, new: ModelConfig, what: str) -> None:
+    """Raises a UserError where two models differ in more than token counts and what may always change."""
+    for field in dataclasses.fields(ModelConfig):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if field.name not in (*SIZES, *FREE_MODEL_KEYS) and after != before:
+            raise UserError(
+                f"model.{field.name} = {after!r}: the source has {before!r}; {what} changes token counts only"
             )
 
 

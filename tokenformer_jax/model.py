@@ -17,6 +17,7 @@ from tokenformer_jax.evaluate import load_trained
 from tokenformer_jax.generate import Sampling, generate
 from tokenformer_jax.grow import grow_state
 from tokenformer_jax.ladder import check_growth
+from tokenformer_jax.shrink import check_shrinking, shrink_state
 from tokenformer_jax.step import TauRamp, TrainState
 from tokenformer_jax.tokenizer import Tokenizer
 from tokenformer_jax.transformer import Params, abstract_model, init_params, initial_tau
@@ -117,19 +118,39 @@ class TokenFormer:
 
         >>> larger = model.grow(ffn_tokens=4 * model.cfg.ffn_tokens)
         """
-        cfg = dataclasses.replace(
+        cfg = self._resized(qkv_tokens, out_tokens, ffn_tokens)
+        check_growth(self.cfg, cfg, "zero_keys")
+        state = self._state()
+        abstract = state._replace(params=abstract_model(cfg)[1])
+        grown = grow_state(state, abstract, cfg, jax.random.key(seed), "zero_keys", ramp_steps=0)
+        return dataclasses.replace(self, cfg=cfg, params=grown.params)
+
+    def shrink(
+        self, qkv_tokens: int | None = None, out_tokens: int | None = None, ffn_tokens: int | None = None
+    ) -> "TokenFormer":
+        """A model without the least useful parameter tokens; right after `grow` it is the former model.
+
+        Raises UserError where a count would grow, or none would shrink. `shrink.py` says what useful means.
+
+        >>> smaller = model.shrink(ffn_tokens=model.cfg.ffn_tokens // 2)
+        """
+        cfg = self._resized(qkv_tokens, out_tokens, ffn_tokens)
+        check_shrinking(self.cfg, cfg)
+        state = shrink_state(self._state(), cfg, ramp_steps=0)
+        tau = {name: float(value) for name, value in state.tau_now().items()}
+        return dataclasses.replace(self, cfg=cfg, params=state.params, tau=tau)
+
+    def _resized(self, qkv_tokens: int | None, out_tokens: int | None, ffn_tokens: int | None) -> ModelConfig:
+        return dataclasses.replace(
             self.cfg,
             qkv_tokens=self.cfg.qkv_tokens if qkv_tokens is None else qkv_tokens,
             out_tokens=self.cfg.out_tokens if out_tokens is None else out_tokens,
             ffn_tokens=self.cfg.ffn_tokens if ffn_tokens is None else ffn_tokens,
         )
-        check_growth(self.cfg, cfg, "zero_keys")
-        state = TrainState(
-            jnp.int32(0), self.params, (), {name: TauRamp.constant(tau) for name, tau in self.tau.items()}
-        )
-        abstract = state._replace(params=abstract_model(cfg)[1])
-        grown = grow_state(state, abstract, cfg, jax.random.key(seed), "zero_keys", ramp_steps=0)
-        return dataclasses.replace(self, cfg=cfg, params=grown.params)
+
+    def _state(self) -> TrainState:
+        tau = {name: TauRamp.constant(value) for name, value in self.tau.items()}
+        return TrainState(jnp.int32(0), self.params, (), tau)
 
     def generate(
         self, prompt_BL: jax.Array, max_tokens: int, sampling: Sampling | None = None, seed: int = 0

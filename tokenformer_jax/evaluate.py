@@ -81,10 +81,17 @@ class Trained:
     num_params: int
 
 
-def trained_config(workdir: pathlib.Path, record: Record) -> Config:
-    """The config of a run, with the model that a checkpoint of it holds: on a ladder, each rung has its own."""
+def open_checkpoint(workdir: pathlib.Path, step_number: int | None) -> tuple[Config, Checkpoints, int, Record]:
+    """A run's config, with the model of its newest (or given) checkpoint, and that checkpoint's number and record.
+
+    On a ladder each rung has a model of its own.
+    """
     cfg = load_config(workdir / "config.json")
-    return read_config(dataclasses.asdict(cfg) | {"model": record.model}, str(workdir / "checkpoints"))
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    step_number = checkpoints.choose(step_number)
+    record = checkpoints.record(step_number)
+    cfg = read_config(dataclasses.asdict(cfg) | {"model": record.model}, str(workdir / "checkpoints"))
+    return cfg, checkpoints, step_number, record
 
 
 def load_trained(
@@ -97,10 +104,7 @@ def load_trained(
       step_number: which checkpoint.
       mesh: (data, fsdp, tensor); by default the run's own if there are as many devices, else a single device.
     """
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    step_number = checkpoints.choose(step_number)
-    record = checkpoints.record(step_number)
-    cfg = trained_config(workdir, record)
+    cfg, checkpoints, step_number, record = open_checkpoint(workdir, step_number)
     if mesh is not None:
         cfg = dataclasses.replace(cfg, mesh=MeshConfig(*mesh))
     elif math.prod(dataclasses.astuple(cfg.mesh)) > jax.device_count():

@@ -10,7 +10,7 @@ from tokenformer_jax.checkpoint import Checkpoints, Record, write_workdir
 from tokenformer_jax.config import Config, ModelConfig, UserError, require_empty, validate
 from tokenformer_jax.corpus import Corpus, prepare
 from tokenformer_jax.data import data_identity, keep_position, train_batches
-from tokenformer_jax.evaluate import trained_config
+from tokenformer_jax.evaluate import open_checkpoint
 from tokenformer_jax.ladder import stages
 from tokenformer_jax.sharding import make_mesh, this_process
 from tokenformer_jax.step import Step, TrainState, make_step
@@ -56,10 +56,8 @@ class Succession:
           UserError: the two do not fit, or the target is taken.
         """
         written_cfg, cfg = cfg, stages(cfg)[0]
-        checkpoints = Checkpoints(source / "checkpoints")
-        step_number = checkpoints.choose(step_number)
-        record, tokenizer = checkpoints.record(step_number), checkpoints.tokenizer(step_number)
-        old_cfg = dataclasses.replace(cfg, model=trained_config(source, record).model)
+        source_cfg, checkpoints, step_number, record = open_checkpoint(source, step_number)
+        old_cfg = dataclasses.replace(cfg, model=source_cfg.model)
         check(old_cfg.model, cfg.model)
         for name in ("grow.json", "shrink.json"):
             if (workdir / name).exists():
@@ -79,6 +77,7 @@ class Succession:
                     f"steps from the source's {step_number} to steps = {cfg.steps}"
                 )
         step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start)
+        tokenizer = checkpoints.tokenizer(step_number)
         old_step, corpus = make_step(old_cfg, step.mesh), prepare(cfg, tokenizer)
         return cls(
             source, checkpoints, step_number, record, tokenizer, corpus, written_cfg, cfg, old_cfg, step, old_step

@@ -95,7 +95,7 @@ def leaves(tree):
 
 
 def test_the_readmes_python_runs(folder):
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = (ROOT / "README.md").read_text().split("## From Python\n\n```python\n")[1].split("```")[0]
     code = code.replace("runs/quickstart/grown", str(folder / "grown")).replace("ids, 40,", "ids, 4,")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)

@@ -6,10 +6,15 @@ python -m tokenformer_jax.grow --source=W --config=configs/quickstart.py:grown -
 every array, and moments are read straight into the larger arrays.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import pathlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,6 +23,7 @@ import numpy as np
 import optax
 from absl import flags
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from tokenformer_jax.checkpoint import Checkpoints, write_workdir
 from tokenformer_jax.config import (
@@ -35,19 +41,28 @@ from tokenformer_jax.data import Batch, data_identity, eval_batches, keep_positi
 from tokenformer_jax.evaluate import trained_config
 from tokenformer_jax.ladder import check_growth, stages
 from tokenformer_jax.recipes import RECIPES, Growth
-from tokenformer_jax.sharding import make_mesh, this_process
+from tokenformer_jax.sharding import constrain, make_mesh, this_process
 from tokenformer_jax.step import Step, TauRamp, TrainState, make_step, put_batch, sum_losses
 from tokenformer_jax.transformer import Params, abstract_model, count_params, init_params, initial_tau
 
 LOGIT_BOUND = 5e-6  # of the largest logit; float32 rounding in other reduction orders stays below it
-CHECKED_BATCHES, CHECKED_ROWS = 2, 4
+CHECKED_BATCHES, CHECKED_ROWS, CHECKED_LENGTH = 2, 4, 64  # the function of every position, so a few hundred will do
 
 
 def pad(old: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
-    """The array with zeros appended, up to the new shape."""
+    """The array with zeros appended, up to the new shape.
+
+    Tokens are sharded, and an appended one moves all borders between devices. So each device first gets all tokens of
+    fewer columns, in one exchange, and appends to those; padding in place would gather whole columns on all of them.
+    """
     if old.shape == new.shape:
         return old
-    return jnp.pad(old, [(0, after - before) for before, after in zip(old.shape, new.shape, strict=True)])
+    widths = [(0, after - before) for before, after in zip(old.shape, new.shape, strict=True)]
+    return by_columns(jnp.pad(by_columns(old), widths))
+
+
+def by_columns(x_LND: jax.Array) -> jax.Array:
+    return constrain(x_LND, None, None, "columns")
 
 
 def grow_state(
@@ -119,11 +134,16 @@ def measure(
     """
 
     def model(cfg: Config) -> Any:
-        graphdef, _, _ = abstract_model(dataclasses.replace(cfg.model, dtype="float32"))
+        graphdef, _, _ = abstract_model(dataclasses.replace(cfg.model, dtype="float32", remat="none"))
         return lambda params: nnx.merge(graphdef, params)
 
     old_model, new_model = model(old_cfg), model(cfg)
     grown = {name: count for name, count in token_counts(old).items() if cfg.model.tokens[name] > count}
+    shardings = jax.tree.map(lambda a: a.sharding, step.abstract_state.params)
+
+    def norm_of_new(gradient_LND: jax.Array, tokens: int) -> jax.Array:
+        is_new_N1 = jnp.arange(gradient_LND.shape[1])[:, None] >= tokens
+        return jnp.linalg.norm(jnp.where(is_new_N1, gradient_LND, 0.0))  # a slice would move what is sharded
 
     def compare(old: TrainState, new: TrainState, batch: Batch) -> dict[str, Any]:
         segments = batch.segments_BL if cfg.data.mask_documents else None
@@ -138,8 +158,9 @@ def measure(
             return mean_loss(after), after
 
         (loss, after), gradients = jax.value_and_grad(loss_after, has_aux=True)(new.params)
+        gradients = jax.lax.with_sharding_constraint(gradients, shardings)
         norms = {
-            name: jax.tree.map(lambda g, count=count: jnp.linalg.norm(g[:, count:]), gradients["blocks"][name])
+            name: jax.tree.map(lambda g, count=count: norm_of_new(g, count), gradients["blocks"][name])
             for name, count in grown.items()
         }
         return {
@@ -198,15 +219,18 @@ def grow_model(
     ramp_steps = 0 if cfg.model.tau_tokens else math.ceil(cfg.grow.tau_ramp * (cfg.steps - step_number))
     abstract = step.abstract_state._replace(opt_state=())
     key = jax.random.fold_in(jax.random.key(cfg.seed), step_number)
-    with jax.set_mesh(step.mesh):
+    seconds: dict[str, float] = {}
+    with timed(seconds, "append"), jax.set_mesh(step.mesh):
         append = jax.jit(
             lambda state, key: grow_state(state, abstract, cfg.model, key, cfg.grow.recipe, ramp_steps),
             out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
         )
-        new = append(old, key)
+        new = jax.block_until_ready(append(old, key))
     shards = cfg.mesh.data * cfg.mesh.fsdp
-    rows = shards * max(1, CHECKED_ROWS // shards)
-    batches = eval_batches(validation, rows, cfg.model.context_length, max_batches=CHECKED_BATCHES, **this_process())
+    rows, length = shards * max(1, CHECKED_ROWS // shards), min(CHECKED_LENGTH, cfg.model.context_length)
+    batches = eval_batches(validation, rows, length, max_batches=CHECKED_BATCHES, **this_process())
+    with timed(seconds, "verify"):
+        measured = measure(old, new, old_cfg, cfg, step, list(batches))
     figures = {
         "step": step_number,
         "recipe": cfg.grow.recipe,
@@ -217,10 +241,25 @@ def grow_model(
         "params_after": count_params(new.params),
         "groups_before": group_sizes(old),
         "groups_after": group_sizes(new),
-        **measure(old, new, old_cfg, cfg, step, list(batches)),
+        **measured,
+        "seconds": seconds,
     }
     verify(figures, cfg.grow.recipe)
     return new, figures
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Adds the seconds that a phase takes; it must wait for what it computes."""
+    began = time.monotonic()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - began
+
+
+def peak_host_bytes() -> int:
+    """The most memory that a process of the run held so far, in this machine's count of resident pages."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(np.max(multihost_utils.process_allgather(np.float32(peak))))
 
 
 def grow_moments(opt_state: Any, step: Step, recipe: str) -> Any:
@@ -283,15 +322,20 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
     old_step = make_step(old_cfg, step.mesh)
     corpus = prepare(cfg, tokenizer)
 
-    old = TrainState(**checkpoints.restore(step_number, old_step.abstract_state.without_moments()), opt_state=())
+    restoring: dict[str, float] = {}
+    with timed(restoring, "restore"):
+        wanted = old_step.abstract_state.without_moments()
+        old = TrainState(**jax.block_until_ready(checkpoints.restore(step_number, wanted)), opt_state=())
     new, figures = grow_model(old, old_cfg, cfg, step, corpus.validation)
     figures = {"source": str(source), **figures}
     del old  # the moments need its memory
-    wanted = {"opt_state": step.abstract_state.opt_state}
-    opt_state = checkpoints.restore(step_number, wanted, padded=True)["opt_state"]
+    with timed(restoring, "restore"):
+        wanted = {"opt_state": step.abstract_state.opt_state}
+        opt_state = jax.block_until_ready(checkpoints.restore(step_number, wanted, padded=True)["opt_state"])
     if RECIPES[cfg.grow.recipe].resets_optimizer:
         opt_state = forget_moments(opt_state)
     new = new._replace(opt_state=opt_state)
+    figures["seconds"] = seconds = restoring | figures["seconds"]
 
     data = train_batches(corpus.train, cfg, **this_process())
     identity = data_identity(corpus.train, cfg)
@@ -308,8 +352,14 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
         rung=0,
         plateau={},
     )
-    files["grow.json"] = json.dumps(figures, indent=2) + "\n"
-    write_workdir(workdir, step_number, (new, data, tokenizer, record), files)
+    began = time.monotonic()
+
+    def finish() -> dict[str, str]:
+        seconds["write"] = time.monotonic() - began
+        figures["peak_host_bytes"] = peak_host_bytes()
+        return files | {"grow.json": json.dumps(figures, indent=2) + "\n"}
+
+    write_workdir(workdir, step_number, (new, data, tokenizer, record), finish)
     return figures
 
 
@@ -337,6 +387,9 @@ def describe(figures: dict[str, Any]) -> str:
         f"of a logit {figures['max_logit_difference']:.2g} (largest logit {figures['max_logit']:.3g}), gradient norm "
         f"at new keys {figures['new_key_gradient_norm']:.3g}, at new values {figures['new_value_gradient_norm']:.3g}"
     )
+    if "peak_host_bytes" in figures:
+        spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in figures["seconds"].items())
+        lines.append(f"{spent}; peak host memory {figures['peak_host_bytes'] / 1e9:.2f} GB")
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -14,7 +14,7 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -46,7 +46,7 @@ from tokenformer_jax.step import Step, TauRamp, TrainState, make_step, put_batch
 from tokenformer_jax.transformer import Params, abstract_model, count_params, init_params, initial_tau
 
 LOGIT_BOUND = 5e-6  # of the largest logit; float32 rounding in other reduction orders stays below it
-CHECKED_BATCHES, CHECKED_ROWS, CHECKED_LENGTH = 2, 4, 64  # the function of every position, so a few hundred will do
+CHECKED_BATCHES, CHECKED_ROWS, CHECKED_LENGTH = 2, 4, 32  # the function of every position, so a few hundred will do
 
 
 def pad(old: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
@@ -132,13 +132,27 @@ def measure(
       The figures of `grow.json`: the largest difference of logits and the largest logit, the losses in nats a token,
       and the gradient norms at the new key and value tokens of each projection that grew.
     """
+    with jax.set_mesh(step.mesh), jax.default_matmul_precision("highest"):
+        compiled = jax.jit(comparison(old_cfg, cfg, step))
+        each = jax.device_get([compiled(old, new, put_batch(step, batch)) for batch in batches])
+    figures = jax.tree.map(lambda *values: float(np.mean(values)), *each)
+    for name in ("max_logit_difference", "max_logit"):
+        figures[name] = max(float(row[name]) for row in each)
+    for kind in ("key", "value"):
+        norms = [norms[f"{kind}s"] for norms in figures["gradient_norms"].values()]
+        figures[f"new_{kind}_gradient_norm"] = math.hypot(*norms)
+    return figures
+
+
+def comparison(old_cfg: Config, cfg: Config, step: Step) -> Callable[[TrainState, TrainState, Batch], dict[str, Any]]:
+    """What `measure` compiles: both models on one batch. A device holds no more of a stack than a layer at a time."""
 
     def model(cfg: Config) -> Any:
-        graphdef, _, _ = abstract_model(dataclasses.replace(cfg.model, dtype="float32", remat="none"))
+        graphdef, _, _ = abstract_model(dataclasses.replace(cfg.model, dtype="float32", remat="full"))
         return lambda params: nnx.merge(graphdef, params)
 
     old_model, new_model = model(old_cfg), model(cfg)
-    grown = {name: count for name, count in token_counts(old).items() if cfg.model.tokens[name] > count}
+    grown = {name: count for name, count in old_cfg.model.tokens.items() if cfg.model.tokens[name] > count}
     shardings = jax.tree.map(lambda a: a.sharding, step.abstract_state.params)
 
     def norm_of_new(gradient_LND: jax.Array, tokens: int) -> jax.Array:
@@ -171,16 +185,7 @@ def measure(
             "gradient_norms": norms,
         }
 
-    with jax.set_mesh(step.mesh), jax.default_matmul_precision("highest"):
-        compiled = jax.jit(compare)
-        each = jax.device_get([compiled(old, new, put_batch(step, batch)) for batch in batches])
-    figures = jax.tree.map(lambda *values: float(np.mean(values)), *each)
-    for name in ("max_logit_difference", "max_logit"):
-        figures[name] = max(float(row[name]) for row in each)
-    for kind in ("key", "value"):
-        norms = [norms[f"{kind}s"] for norms in figures["gradient_norms"].values()]
-        figures[f"new_{kind}_gradient_norm"] = math.hypot(*norms)
-    return figures
+    return compare
 
 
 def verify(figures: dict[str, Any], recipe: str) -> None:

@@ -49,8 +49,9 @@ def test_no_device_holds_a_whole_array_that_is_sharded(recipe, fsdp, tensor):
 
 def test_a_stack_of_layers_is_stored_a_layer_at_a_time(tmp_path):
     """So that a reader of a part never needs the whole."""
-    with _storage():
-        ocp.save(tmp_path / "saved", {"blocks": np.ones((3, 40, 8)), "embed": np.ones((40, 8))})
+    state = {"blocks": np.ones((3, 40, 8)), "embed": np.ones((40, 8))}
+    with _storage(state):
+        ocp.save(tmp_path / "saved", state)
     stored = ocp.metadata(tmp_path / "saved").metadata
     assert stored["blocks"].storage_metadata.chunk_shape == (1, 40, 8)
     assert stored["embed"].storage_metadata.chunk_shape == (40, 8)

@@ -42,7 +42,7 @@ class Record:
 
 
 _CHUNK_BYTES = 64 << 20  # what is read or written at once
-_READ_BYTES = 1 << 30  # read ahead of what is on its devices already; a larger array is read alone
+_AHEAD_BYTES = 1 << 29  # read or written beside what is in its place already; a larger array goes alone
 
 
 class DamagedError(UserError):
@@ -97,7 +97,7 @@ class Checkpoints:
         if step in self.steps:
             return
         items = {"state": state, "data": data, "tokenizer": {"json": tokenizer.to_json()}}
-        with self._writing(), _storage(), jax.transfer_guard("allow"):  # copying to the host is what a save is
+        with self._writing(), _storage(state), jax.transfer_guard("allow"):  # copying to the host is what a save is
             self._checkpointer.save_checkpointables_async(
                 step, items, force=True, custom_metadata=dataclasses.asdict(record)
             )
@@ -149,7 +149,7 @@ class Checkpoints:
                 )
             largest = max(largest, math.prod(found.shape) * found.dtype.itemsize)
         context = ocp.Context()
-        context.memory.read_concurrent_bytes = 1 + max(_READ_BYTES, largest)  # it must exceed what is read at once
+        context.memory.read_concurrent_bytes = _ahead(largest)
         context.pytree.loading.partial_load = True
         context.array.loading.enable_padding_and_truncation = padded  # nothing is truncated: shapes were compared
         with context:
@@ -214,13 +214,19 @@ class _Keep:
         ]
 
 
-def _storage() -> ocp.Context:
+def _ahead(largest: int) -> int:
+    """A limit of bytes in flight, which must exceed each array's."""
+    return 1 + max(_AHEAD_BYTES, largest)
+
+
+def _storage(state: Any) -> ocp.Context:
     """How arrays are stored: uncompressed, stacks of layers a layer at a time.
 
-    So a save copies nothing that the host holds already, and a reader with another mesh reads at most a layer beside
-    its own shard. Compression made float32 a seventh smaller, at three times the time of a save.
+    A reader with another mesh then reads at most a layer beside its own shard. Compression made float32 a seventh
+    smaller, at three times the time of a save; and without a limit, Orbax holds a second copy of the whole state.
     """
     context = ocp.Context()
+    context.memory.write_concurrent_bytes = _ahead(max(leaf.nbytes for leaf in jax.tree.leaves(state)))
     saving = context.array.saving
     saving.use_compression = False
     saving.storage_options.chunk_byte_size = _CHUNK_BYTES

@@ -42,7 +42,6 @@ class Record:
 
 
 _CHUNK_BYTES = 64 << 20  # what is read or written at once
-_AHEAD_BYTES = 1 << 29  # read or written beside what is in its place already; a larger array goes alone
 
 
 class DamagedError(UserError):
@@ -132,7 +131,7 @@ class Checkpoints:
         saved = self._metadata(step).metadata
         if saved is None:  # Orbax only warns of what it could not read; reading it raises the reason
             return self._load(step, "state", abstract)
-        saved, largest = _by_name(saved), 0
+        saved, sizes = _by_name(saved), []
         for name, wanted in _by_name(abstract).items():
             found = saved.get(name)
             if found is None:
@@ -147,9 +146,9 @@ class Checkpoints:
                     f"{self.directory / str(step)}: {name} is {found.dtype}{list(found.shape)}, "
                     f"but the config asks for {wanted.dtype}{list(wanted.shape)}"
                 )
-            largest = max(largest, math.prod(found.shape) * found.dtype.itemsize)
+            sizes.append(math.prod(found.shape) * found.dtype.itemsize)
         context = ocp.Context()
-        context.memory.read_concurrent_bytes = _ahead(largest)
+        context.memory.read_concurrent_bytes = _in_flight(sizes)
         context.pytree.loading.partial_load = True
         context.array.loading.enable_padding_and_truncation = padded  # nothing is truncated: shapes were compared
         with context:
@@ -214,9 +213,12 @@ class _Keep:
         ]
 
 
-def _ahead(largest: int) -> int:
-    """A limit of bytes in flight, which must exceed each array's."""
-    return 1 + max(_AHEAD_BYTES, largest)
+def _in_flight(sizes: list[int]) -> int:
+    """A limit of the bytes that are read or written at once and are not in their place: little beside the whole.
+
+    Orbax wants it above every single array's.
+    """
+    return 1 + max(*sizes, sum(sizes) // 32)
 
 
 def _storage(state: Any) -> ocp.Context:
@@ -226,7 +228,7 @@ def _storage(state: Any) -> ocp.Context:
     smaller, at three times the time of a save; and without a limit, Orbax holds a second copy of the whole state.
     """
     context = ocp.Context()
-    context.memory.write_concurrent_bytes = _ahead(max(leaf.nbytes for leaf in jax.tree.leaves(state)))
+    context.memory.write_concurrent_bytes = _in_flight([leaf.nbytes for leaf in jax.tree.leaves(state)])
     saving = context.array.saving
     saving.use_compression = False
     saving.storage_options.chunk_byte_size = _CHUNK_BYTES

@@ -309,7 +309,7 @@ def import_official(state_dict: StateDict, cfg: Config, workdir: pathlib.Path, s
     shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state.params)
     state = step.init(jax.random.key(cfg.seed))._replace(params=jax.device_put(params, shardings))
     record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
-    write_workdir(workdir, 0, (state, data, corpus.tokenizer, record), {"config.json": cfg.to_json()})
+    write_workdir(workdir, 0, (state, data, corpus.tokenizer, record), lambda: {"config.json": cfg.to_json()})
     return count_params(params)
 
 

@@ -10,6 +10,7 @@ every array, and moments are read straight into the larger arrays.
 import dataclasses
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,22 +25,31 @@ from tokenformer_jax.corpus import TokenSplit
 from tokenformer_jax.data import Batch, eval_batches
 from tokenformer_jax.ladder import check_growth
 from tokenformer_jax.recipes import RECIPES, Growth
-from tokenformer_jax.sharding import this_process
+from tokenformer_jax.sharding import constrain, this_process
 from tokenformer_jax.shrink import describe as describe_shrinking
 from tokenformer_jax.shrink import shrink
 from tokenformer_jax.step import Step, TauRamp, TrainState, put_batch, sum_losses
-from tokenformer_jax.successor import Succession, size_figures, size_table, token_counts
+from tokenformer_jax.successor import Succession, size_figures, size_table, spent, timed, token_counts
 from tokenformer_jax.transformer import Params, abstract_model, init_params, initial_tau
 
 LOGIT_BOUND = 5e-6  # of the largest logit; float32 rounding in other reduction orders stays below it
-CHECKED_BATCHES, CHECKED_ROWS = 2, 4
+CHECKED_BATCHES, CHECKED_ROWS, CHECKED_LENGTH = 2, 4, 32  # the function of every position, so a few hundred will do
 
 
 def pad(old: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
-    """The array with zeros appended, up to the new shape."""
+    """The array with zeros appended, up to the new shape.
+
+    Tokens are sharded, and an appended one moves all borders between devices. So each device first gets all tokens of
+    fewer columns, in one exchange, and appends to those; padding in place would gather whole columns on all of them.
+    """
     if old.shape == new.shape:
         return old
-    return jnp.pad(old, [(0, after - before) for before, after in zip(old.shape, new.shape, strict=True)])
+    widths = [(0, after - before) for before, after in zip(old.shape, new.shape, strict=True)]
+    return by_columns(jnp.pad(by_columns(old), widths))
+
+
+def by_columns(x_LND: jax.Array) -> jax.Array:
+    return constrain(x_LND, None, None, "columns")
 
 
 def grow_state(
@@ -104,13 +114,32 @@ def measure(
       The figures of `grow.json`: the largest difference of logits and the largest logit, the losses in nats a token,
       and the gradient norms at the new key and value tokens of each projection that grew.
     """
+    with jax.set_mesh(step.mesh), jax.default_matmul_precision("highest"):
+        compiled = jax.jit(comparison(old_cfg, cfg, step))
+        each = jax.device_get([compiled(old, new, put_batch(step, batch)) for batch in batches])
+    figures = jax.tree.map(lambda *values: float(np.mean(values)), *each)
+    for name in ("max_logit_difference", "max_logit"):
+        figures[name] = max(float(row[name]) for row in each)
+    for kind in ("key", "value"):
+        norms = [norms[f"{kind}s"] for norms in figures["gradient_norms"].values()]
+        figures[f"new_{kind}_gradient_norm"] = math.hypot(*norms)
+    return figures
+
+
+def comparison(old_cfg: Config, cfg: Config, step: Step) -> Callable[[TrainState, TrainState, Batch], dict[str, Any]]:
+    """What `measure` compiles: both models on one batch. A device holds no more of a stack than a layer at a time."""
 
     def model(cfg: Config) -> Any:
-        graphdef, _, _ = abstract_model(dataclasses.replace(cfg.model, dtype="float32"))
+        graphdef, _, _ = abstract_model(dataclasses.replace(cfg.model, dtype="float32", remat="full"))
         return lambda params: nnx.merge(graphdef, params)
 
     old_model, new_model = model(old_cfg), model(cfg)
-    grown = {name: count for name, count in token_counts(old).items() if cfg.model.tokens[name] > count}
+    grown = {name: count for name, count in old_cfg.model.tokens.items() if cfg.model.tokens[name] > count}
+    shardings = jax.tree.map(lambda a: a.sharding, step.abstract_state.params)
+
+    def norm_of_new(gradient_LND: jax.Array, tokens: int) -> jax.Array:
+        is_new_N1 = jnp.arange(gradient_LND.shape[1])[:, None] >= tokens
+        return jnp.linalg.norm(jnp.where(is_new_N1, gradient_LND, 0.0))  # a slice would move what is sharded
 
     def compare(old: TrainState, new: TrainState, batch: Batch) -> dict[str, Any]:
         segments = batch.segments_BL if cfg.data.mask_documents else None
@@ -125,8 +154,9 @@ def measure(
             return mean_loss(after), after
 
         (loss, after), gradients = jax.value_and_grad(loss_after, has_aux=True)(new.params)
+        gradients = jax.lax.with_sharding_constraint(gradients, shardings)
         norms = {
-            name: jax.tree.map(lambda g, count=count: jnp.linalg.norm(g[:, count:]), gradients["blocks"][name])
+            name: jax.tree.map(lambda g, count=count: norm_of_new(g, count), gradients["blocks"][name])
             for name, count in grown.items()
         }
         return {
@@ -137,16 +167,7 @@ def measure(
             "gradient_norms": norms,
         }
 
-    with jax.set_mesh(step.mesh), jax.default_matmul_precision("highest"):
-        compiled = jax.jit(compare)
-        each = jax.device_get([compiled(old, new, put_batch(step, batch)) for batch in batches])
-    figures = jax.tree.map(lambda *values: float(np.mean(values)), *each)
-    for name in ("max_logit_difference", "max_logit"):
-        figures[name] = max(float(row[name]) for row in each)
-    for kind in ("key", "value"):
-        norms = [norms[f"{kind}s"] for norms in figures["gradient_norms"].values()]
-        figures[f"new_{kind}_gradient_norm"] = math.hypot(*norms)
-    return figures
+    return compare
 
 
 def verify(figures: dict[str, Any], recipe: str) -> None:
@@ -185,15 +206,18 @@ def grow_model(
     ramp_steps = 0 if cfg.model.tau_tokens else math.ceil(cfg.grow.tau_ramp * (cfg.steps - step_number))
     abstract = step.abstract_state._replace(opt_state=())
     key = jax.random.fold_in(jax.random.key(cfg.seed), step_number)
-    with jax.set_mesh(step.mesh):
+    seconds: dict[str, float] = {}
+    with timed(seconds, "append"), jax.set_mesh(step.mesh):
         append = jax.jit(
             lambda state, key: grow_state(state, abstract, cfg.model, key, cfg.grow.recipe, ramp_steps),
             out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
         )
-        new = append(old, key)
+        new = jax.block_until_ready(append(old, key))
     shards = cfg.mesh.data * cfg.mesh.fsdp
-    rows = shards * max(1, CHECKED_ROWS // shards)
-    batches = eval_batches(validation, rows, cfg.model.context_length, max_batches=CHECKED_BATCHES, **this_process())
+    rows, length = shards * max(1, CHECKED_ROWS // shards), min(CHECKED_LENGTH, cfg.model.context_length)
+    batches = eval_batches(validation, rows, length, max_batches=CHECKED_BATCHES, **this_process())
+    with timed(seconds, "verify"):
+        measured = measure(old, new, old_cfg, cfg, step, list(batches))
     figures = {
         "step": step_number,
         "recipe": cfg.grow.recipe,
@@ -201,7 +225,8 @@ def grow_model(
         "tokens_before": old_cfg.model.tokens,
         "tokens_after": cfg.model.tokens,
         **size_figures(old, new),
-        **measure(old, new, old_cfg, cfg, step, list(batches)),
+        **measured,
+        "seconds": seconds,
     }
     verify(figures, cfg.grow.recipe)
     return new, figures
@@ -244,16 +269,20 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
       UserError: where the two models do not fit, the target is taken, or a check fails; nothing is written then.
     """
     plan = Succession.open(source, cfg, workdir, step_number, lambda old, new: check_growth(old, new, cfg.grow.recipe))
-    step_number, step = plan.step_number, plan.step
-    abstract = plan.old_step.abstract_state.without_moments()
-    old = TrainState(**plan.checkpoints.restore(step_number, abstract), opt_state=())
+    step = plan.step
+    seconds: dict[str, float] = {}
+    with timed(seconds, "restore"):
+        wanted = plan.old_step.abstract_state.without_moments()
+        old = TrainState(**jax.block_until_ready(plan.checkpoints.restore(plan.step_number, wanted)), opt_state=())
     new, figures = grow_model(old, plan.old_cfg, plan.cfg, step, plan.corpus.validation)
-    figures = {"source": str(source), **figures}
     del old  # the moments need its memory
-    wanted = {"opt_state": step.abstract_state.opt_state}
-    opt_state = plan.checkpoints.restore(step_number, wanted, padded=True)["opt_state"]
+    with timed(seconds, "restore"):
+        wanted = {"opt_state": step.abstract_state.opt_state}
+        restored = plan.checkpoints.restore(plan.step_number, wanted, padded=True)
+        opt_state = jax.block_until_ready(restored["opt_state"])
     if RECIPES[plan.cfg.grow.recipe].resets_optimizer:
         opt_state = forget_moments(opt_state)
+    figures = {"source": str(source), **figures, "seconds": seconds | figures["seconds"]}
     plan.write(workdir, new._replace(opt_state=opt_state), history(figures), "grow.json", figures)
     return figures
 
@@ -265,6 +294,7 @@ def describe(figures: dict[str, Any]) -> str:
         f"at step {figures['step']}: loss {figures['loss_before']:.5f} -> {figures['loss_after']:.5f}, largest change "
         f"of a logit {figures['max_logit_difference']:.2g} (largest logit {figures['max_logit']:.3g}), gradient norm "
         f"at new keys {figures['new_key_gradient_norm']:.3g}, at new values {figures['new_value_gradient_norm']:.3g}"
+        f"{spent(figures)}"
     )
 
 

@@ -1,7 +1,7 @@
 """Growth recipes: what appended parameter tokens hold at first, and what τ is then.
 
-Each recipe is a function of one projection's tokens. All are written for arrays that are sharded over tokens: they pad,
-mask and contract over tokens, and none but `split` gathers them.
+Each recipe is a function of one projection's tokens. Arrays come sharded over their columns, so that each device has
+all tokens of its own; none makes a device gather what is sharded.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from tokenformer_jax.sharding import constrain
 
 
 class Growth(NamedTuple):
@@ -61,21 +63,21 @@ def isometric(g: Growth) -> Grown:
     weights stay as they are, and zero values add nothing. The values have a gradient at once. Needs N - n ≥ min(n, D).
     """
     rank = min(g.tokens, g.keys_LND.shape[-1])
-    power_LD, axes_LDD = jnp.linalg.eigh(_gram(g.keys_LND))
+    keys_LND = _by_rows(g.keys_LND)
+    power_LD, axes_LDD = jnp.linalg.eigh(_gram(keys_LND))
     root_LRD = jnp.sqrt(jnp.maximum(power_LD, 0))[:, -rank:, None] * axes_LDD.swapaxes(1, 2)[:, -rank:]
-    basis_LNR = jax.random.normal(g.key, (*g.keys_LND.shape[:2], rank)) * g.is_new_N1
+    basis_LNR = _by_rows(jax.random.normal(g.key, (*keys_LND.shape[:2], rank)) * g.is_new_N1)
     for _ in range(2):  # a second pass takes out the first one's rounding
         power_LR, axes_LRR = jnp.linalg.eigh(_gram(basis_LNR))
-        basis_LNR = _product(basis_LNR, axes_LRR) * jax.lax.rsqrt(power_LR)[:, None]
+        basis_LNR = _by_rows(_product(basis_LNR, axes_LRR)) * jax.lax.rsqrt(power_LR)[:, None]
     stretch = jnp.sqrt(jnp.square(g.target / g.tau) - 1)
-    return Grown(g.keys_LND + stretch * _product(basis_LNR, root_LRD), g.values_LNE, g.target)
+    return Grown(keys_LND + stretch * _by_rows(_product(basis_LNR, root_LRD)), g.values_LNE, g.target)
 
 
 def split(g: Growth) -> Grown:
     """r = N / n copies of each key, values V / r with noise that sums to zero over the copies, τ·√r.
 
-    Every score comes r times, so the norm grows by √r and the copies' weights add up to the former one. Gathers the
-    layers' tokens on each device.
+    Every score comes r times, so the norm grows by √r and the copies' weights add up to the former one.
     """
     copies = g.keys_LND.shape[1] // g.tokens
 
@@ -100,6 +102,11 @@ def released(g: Growth) -> Grown:
     """As the authors' PyTorch code: all from the initialiser, τ = √N at once, no optimizer state. Not lossless."""
     keys_LND = jnp.where(g.is_new_N1, g.drawn_keys_LND, g.keys_LND)
     return Grown(keys_LND, jnp.where(g.is_new_N1, g.drawn_values_LNE, g.values_LNE), g.target)
+
+
+def _by_rows(x_LND: jax.Array) -> jax.Array:
+    """Shards over tokens alone: products of columns with each other then need one sum over devices."""
+    return constrain(x_LND, None, "rows", None)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -20,6 +20,8 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "heads": "tensor",
     "vocab": "tensor",
     "embed": "fsdp",
+    "columns": ("fsdp", "tensor"),  # embed_dim while tokens are appended: a device has all tokens of its columns
+    "rows": ("fsdp", "tensor"),  # tokens, where columns are multiplied with each other
 }
 
 Axes = tuple[str | None, ...]

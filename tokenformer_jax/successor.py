@@ -1,10 +1,17 @@
 """A new workdir made from a checkpoint of another run, with other token counts: what growing and shrinking share."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import numpy as np
+from jax.experimental import multihost_utils
 
 from tokenformer_jax.checkpoint import Checkpoints, Record, write_workdir
 from tokenformer_jax.config import Config, ModelConfig, UserError, require_empty, validate
@@ -83,10 +90,12 @@ class Succession:
             source, checkpoints, step_number, record, tokenizer, corpus, written_cfg, cfg, old_cfg, step, old_step
         )
 
-    def write(self, workdir: pathlib.Path, state: TrainState, history: dict[str, Any], name: str, figures: Any) -> None:
+    def write(
+        self, workdir: pathlib.Path, state: TrainState, history: dict[str, Any], name: str, figures: dict[str, Any]
+    ) -> None:
         """Writes the successor whole or not at all: `state`, the data position, and a record with `history` added.
 
-        `figures` go to the file `name`.
+        `figures` go to the file `name`, with the seconds that writing took and the peak of memory.
         """
         cfg, record = self.cfg, self.record
         data = train_batches(self.corpus.train, cfg, **this_process())
@@ -104,8 +113,36 @@ class Succession:
             rung=0,
             plateau={},
         )
-        files = {"config.json": self.written_cfg.to_json(), name: json.dumps(figures, indent=2) + "\n"}
+        began = time.monotonic()
+
+        def files() -> dict[str, str]:
+            figures["seconds"] = figures.get("seconds", {}) | {"write": time.monotonic() - began}
+            figures["peak_host_bytes"] = peak_host_bytes()
+            return {"config.json": self.written_cfg.to_json(), name: json.dumps(figures, indent=2) + "\n"}
+
         write_workdir(workdir, self.step_number, (state, data, self.tokenizer, record), files)
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Adds the seconds that a phase takes; it must wait for what it computes."""
+    began = time.monotonic()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - began
+
+
+def peak_host_bytes() -> int:
+    """The most memory that a process of the run held so far, in this machine's count of resident pages."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(np.max(multihost_utils.process_allgather(np.float32(peak))))
+
+
+def spent(figures: dict[str, Any]) -> str:
+    """A line with the seconds of each phase and the peak of memory; nothing where they were not measured."""
+    if "peak_host_bytes" not in figures:
+        return ""
+    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in figures["seconds"].items())
+    return f"\n{phases}; peak host memory {figures['peak_host_bytes'] / 1e9:.2f} GB"
 
 
 def _what_is_there(path: pathlib.Path) -> str:

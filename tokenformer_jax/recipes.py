@@ -64,11 +64,11 @@ def isometric(g: Growth) -> Grown:
     """
     rank = min(g.tokens, g.keys_LND.shape[-1])
     keys_LND = _by_rows(g.keys_LND)
-    power_LD, axes_LDD = jnp.linalg.eigh(_gram(keys_LND))
+    power_LD, axes_LDD = _eigh(_gram(keys_LND))
     root_LRD = jnp.sqrt(jnp.maximum(power_LD, 0))[:, -rank:, None] * axes_LDD.swapaxes(1, 2)[:, -rank:]
     basis_LNR = _by_rows(jax.random.normal(g.key, (*keys_LND.shape[:2], rank)) * g.is_new_N1)
     for _ in range(2):  # a second pass takes out the first one's rounding
-        power_LR, axes_LRR = jnp.linalg.eigh(_gram(basis_LNR))
+        power_LR, axes_LRR = _eigh(_gram(basis_LNR))
         basis_LNR = _by_rows(_product(basis_LNR, axes_LRR)) * jax.lax.rsqrt(power_LR)[:, None]
     stretch = jnp.sqrt(jnp.square(g.target / g.tau) - 1)
     return Grown(keys_LND + stretch * _by_rows(_product(basis_LNR, root_LRD)), g.values_LNE, g.target)
@@ -111,6 +111,11 @@ def _by_rows(x_LND: jax.Array) -> jax.Array:
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision="highest")
+
+
+def _eigh(x_LDD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues and vectors, a layer at a time: on CPUs, batches of decompositions side by side can lock up."""
+    return jax.lax.map(jnp.linalg.eigh, x_LDD)
 
 
 def _gram(x_LND: jax.Array) -> jax.Array:

@@ -11,49 +11,45 @@ growth_study.json and growth_study.png in --out; docs/growth_study.md says why t
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import math
 import multiprocessing
 import os
 import pathlib
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-import matplotlib
-import numpy as np
 from absl import flags
 
+from benchmarks.growth_report import Record, report
 from configs import base
 from tokenformer_jax.config import Config, UserError, read_config, run_command, workdir_flag
 from tokenformer_jax.grow import grow
 from tokenformer_jax.metrics import read_metrics, replace_file, train_flops_per_token
 from tokenformer_jax.train import train
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 SEEDS = (0, 1, 2)
-SEARCH_STEPS = 5_000  # at which the rates of what is large and trained from scratch are searched
-SMALL_SEARCH_STEPS = 20_000
+FIRST_RATE = 4e-3  # where a search begins
 GROWTH_STEPS = (2_500, 5_000)
 FAILED = "failed.txt"  # in the workdir of a run that diverged
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A width, and the parameter tokens of the two sizes: n in the attention's projections, 4 n in the feed-forward."""
+    """A width, and the parameter tokens of the two sizes: n in the attention's projections, 4 n in the feed-forward.
+
+    Budgets are steps of runs, each with a cosine of its own; a tuple of them shares the rate that is best for its first.
+    """
 
     name: str
     width: int
-    small: int
-    large: int
+    small_tokens: int
+    large_tokens: int
     recipes: tuple[str, ...]
-    small_steps: int
-    scratch_steps: tuple[int, ...]  # of the large model; each is a run with a cosine of its own
-    transformer_steps: tuple[int, ...] = ()  # of the plain one with as many parameters
+    small: tuple[int, ...]
+    scratch: tuple[tuple[int, ...], ...]  # of the large model
+    transformer: tuple[tuple[int, ...], ...] = ()  # of the plain one with as many parameters
 
 
 # What a recipe's name stands for: grow.recipe and grow.tau_ramp.
@@ -65,15 +61,24 @@ RECIPES = {
     "released (lossy)": ("released", 0.0),
 }
 STUDIES = (
-    Study("n < d", 64, 16, 64, tuple(RECIPES), 40_000, (2_500, 5_000, 10_000, 20_000), (5_000, 10_000)),
+    Study(
+        "n < d",
+        64,
+        16,
+        64,
+        tuple(RECIPES),
+        small=(20_000, 40_000),
+        scratch=((5_000, 2_500), (10_000, 20_000)),
+        transformer=((5_000, 10_000),),
+    ),
     Study(
         "n >= d",
         32,
         32,
         128,
         ("zero keys, fast ramp", "isometric", "random keys (lossy)"),
-        20_000,
-        (2_500, 5_000, 10_000),
+        small=(20_000,),
+        scratch=((5_000, 2_500, 10_000),),
     ),
 )
 
@@ -95,7 +100,7 @@ class Run:
         recipe = "".join(c if c.isalnum() else "_" for c in self.recipe)
         parts = [self.kind, recipe, str(self.steps), f"{self.rate:g}"]
         parts += [f"from_{self.parent.steps}_{self.parent.rate:g}"] if self.parent else []
-        return f"{self.study.width}-{self.study.large}/" + "-".join(filter(None, [*parts, f"seed{self.seed}"]))
+        return f"{self.study.width}-{self.study.large_tokens}/" + "-".join(filter(None, [*parts, f"seed{self.seed}"]))
 
     @property
     def config(self) -> Config:
@@ -108,7 +113,7 @@ class Run:
         config.eval_batches = 128  # 65 536 tokens, the same for all
         config.checkpoint_every = 2500
         config.checkpoints_kept = 1
-        n = self.study.small if self.kind in ("small", "continued") else self.study.large
+        n = self.study.small_tokens if self.kind in ("small", "continued") else self.study.large_tokens
         config.model.update(vocab_size=512, context_length=64, num_layers=2, num_heads=2, embed_dim=self.study.width)
         config.model.update(qkv_tokens=n, out_tokens=n, ffn_tokens=4 * n)
         if self.kind == "transformer":  # as many parameters: 4 D² + 2 D h in a layer
@@ -142,13 +147,12 @@ def last_loss(run: Run, root: pathlib.Path) -> float | None:
 
 
 def with_seeds(run: Run, steps: tuple[int, ...]) -> list[Run]:
-    return [
-        dataclasses.replace(
-            run, steps=count, seed=seed, parent=run.parent and dataclasses.replace(run.parent, seed=seed)
-        )
-        for seed in SEEDS
-        for count in steps
-    ]
+    """The run with every seed (of its parent, too) and every number of steps."""
+    runs = []
+    for seed in SEEDS:
+        parent = run.parent and dataclasses.replace(run.parent, seed=seed)
+        runs += [dataclasses.replace(run, steps=count, seed=seed, parent=parent) for count in steps]
+    return runs
 
 
 def search(run: Run, loss: Loss) -> tuple[list[Run], Run | None]:
@@ -156,53 +160,53 @@ def search(run: Run, loss: Loss) -> tuple[list[Run], Run | None]:
     rates = [run.rate / 2, run.rate, run.rate * 2]
     while True:
         runs = [dataclasses.replace(run, rate=rate) for rate in rates]
-        losses = [loss(each) for each in runs]
-        if any(value is None for value in losses):
+        losses = [value for value in map(loss, runs) if value is not None]
+        if len(losses) < len(runs):
             return runs, None
-        best = min(range(len(runs)), key=lambda i: losses[i] or 0.0)
+        best = losses.index(min(losses))
         if 0 < best < len(runs) - 1:
             return runs, runs[best]
         rates = [rates[0] / 2, *rates] if best == 0 else [*rates, rates[-1] * 2]
 
 
-@dataclasses.dataclass
 class Plan:
-    """What a study needs, as far as the results so far tell: `groups` name the runs to report, `searches` the rest."""
+    """All runs that a study needs, as far as the results so far tell; the most urgent first."""
 
-    groups: dict[str, list[Run]]
-    searches: dict[str, list[Run]]
+    def __init__(self, study: Study, loss: Loss):
+        self.study, self.loss = study, loss
+        self.searches: dict[str, list[Run]] = {}
+        self.groups: dict[str, list[Run]] = {}  # what is reported
+        self.runs: list[Run] = []
+        small = self.seek("small", "small", study.small)
+        self.seek("scratch", "scratch", *study.scratch)
+        if small:
+            for recipe in study.recipes:
+                self.seek(recipe, "grown", GROWTH_STEPS, parent=small, recipe=recipe)
+            ratio = cost(study, "grown") / cost(study, "small")
+            self.seek("continued", "continued", tuple(math.ceil(n * ratio) for n in GROWTH_STEPS), parent=small)
+        self.seek("transformer", "transformer", *study.transformer)
 
-    @property
-    def runs(self) -> list[Run]:
-        """All, the most urgent first."""
-        return [run for name, runs in self.searches.items() for run in (*runs, *self.groups.get(name, ()))]
-
-
-def make_plan(study: Study, loss: Loss) -> Plan:
-    plan = Plan({}, {})
-
-    def seek(name: str, run: Run, steps: tuple[int, ...]) -> Run | None:
-        plan.searches[name], best = search(run, loss)
-        if best:
-            plan.groups[name] = with_seeds(best, steps)
-        return best
-
-    small = seek("small", Run(study, "small", SMALL_SEARCH_STEPS, 8e-3), (study.small_steps,))
-    seek("scratch", Run(study, "scratch", SEARCH_STEPS, 4e-3), study.scratch_steps)
-    if small:
-        parent = dataclasses.replace(small, steps=study.small_steps)
-        for recipe in study.recipes:
-            seek(recipe, Run(study, "grown", GROWTH_STEPS[0], 4e-3, parent=parent, recipe=recipe), GROWTH_STEPS)
-        equal = [math.ceil(steps * cost(study, "grown") / cost(study, "small")) for steps in GROWTH_STEPS]
-        seek("continued", Run(study, "continued", equal[0], 4e-3, parent=parent), tuple(equal))
-    if study.transformer_steps:
-        seek("transformer", Run(study, "transformer", SEARCH_STEPS, 4e-3), study.transformer_steps)
-    return plan
+    def seek(
+        self, group: str, kind: str, *budgets: tuple[int, ...], parent: Run | None = None, recipe: str = ""
+    ) -> Any:
+        """Wants runs of all budgets, and returns the last; those of a tuple share a rate, searched at its first."""
+        best = None
+        for steps in budgets:
+            start = Run(self.study, kind, steps[0], best.rate if best else FIRST_RATE, 0, parent, recipe)
+            tried, best = search(start, self.loss)
+            self.searches[f"{group}, {steps[0]} steps"] = tried
+            self.runs += tried
+            if best is None:
+                return None
+            found = with_seeds(best, steps[-1:] if kind == "small" else steps)
+            self.groups[group] = self.groups.get(group, []) + found
+            self.runs += found
+        return best and dataclasses.replace(best, steps=steps[-1])
 
 
 def cost(study: Study, kind: str) -> float:
     """Training FLOPs of a token."""
-    return train_flops_per_token(Run(study, kind, 1000, 1e-3).config.model)
+    return train_flops_per_token(Run(study, kind, 1000, FIRST_RATE).config.model)
 
 
 # Running it.
@@ -258,142 +262,23 @@ def work(plans: Callable[[], dict[str, Plan]], loss: Loss, root: pathlib.Path, w
                 print(f"{run.name}: {value:.4f} after {time.monotonic() - since:.0f} s", file=sys.stderr, flush=True)
 
 
-# The report.
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """What so much training from scratch reaches: the loss falls with the cost, interpolated over log cost."""
-
-    costs: list[float]
-    losses: list[float]
-
-    @classmethod
-    def of(cls, runs: list[Run], seed: int, root: pathlib.Path) -> "Curve":
-        ends = sorted((own_cost(run), last_loss(run, root)) for run in runs if run.seed == seed)
-        return cls([c for c, _ in ends], list(np.minimum.accumulate([loss for _, loss in ends])))
-
-    def cost_of(self, loss: float) -> float:
-        """The cost of a loss; for one beyond the longest or shortest run, that run's cost, which is a bound."""
-        return float(np.exp(np.interp(-loss, -np.array(self.losses), np.log(self.costs))))
-
-    def loss_at(self, cost: float) -> float:
-        return float(np.interp(np.log(cost), np.log(self.costs), self.losses))
-
-
-def own_cost(run: Run) -> float:
-    return run.steps * run.config.batch_size * run.config.model.context_length * cost(run.study, run.kind)
-
-
-def total_cost(run: Run) -> float:
-    return own_cost(run) + (total_cost(run.parent) if run.parent else 0.0)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
-
-
-def done_runs(runs: list[Run], root: pathlib.Path) -> list[Run]:
-    return [run for run in runs if math.isfinite(last_loss(run, root) or math.inf)]
-
-
-def summarise(plan: Plan, root: pathlib.Path) -> dict[str, Any]:
-    """The searches, and for every group and number of steps the seeds' losses and fractions of the scratch cost."""
-    searches = {
-        name: {f"{run.rate:g}": last_loss(run, root) for run in sorted(runs, key=lambda run: run.rate)}
-        for name, runs in plan.searches.items()
+def record(group: str, run: Run, root: pathlib.Path) -> Record:
+    """A finished run, as the report wants it."""
+    curve = [(row["train_flops"], row["eval_loss"]) for row in rows(run, root)]
+    total, loss = curve[-1]
+    tokens = run.steps * run.config.batch_size * run.config.model.context_length
+    own = tokens * train_flops_per_token(run.config.model)
+    return {
+        "group": group,
+        "seed": run.seed,
+        "steps": run.steps,
+        "peak_learning_rate": run.rate,
+        "parameters": rows(run, root)[-1]["params"],
+        "own_flops": own,
+        "cumulative_flops": total,
+        "loss": loss,
+        "curve": [(flops, round(value, 5)) for flops, value in curve],
     }
-    groups = {name: done_runs(runs, root) for name, runs in plan.groups.items()}
-    results = []
-    for name, runs in groups.items():
-        for steps in sorted({run.steps for run in runs}):
-            chosen = [run for run in runs if run.steps == steps]
-            losses = {run.seed: rows(run, root)[-1]["eval_loss"] for run in chosen}
-            own, total = own_cost(chosen[0]), total_cost(chosen[0])
-            result: dict[str, Any] = {
-                "run": name,
-                "steps": steps,
-                "peak_learning_rate": chosen[0].rate,
-                "parameters": rows(chosen[0], root)[-1]["params"],
-                "own_flops": own,
-                "cumulative_flops": total,
-                "losses": losses,
-                "loss": spread(list(losses.values())),
-            }
-            for control in ("scratch", "transformer"):
-                curves = {seed: Curve.of(groups.get(control, []), seed, root) for seed in losses}
-                if name == control or not all(len(curve.costs) > 1 for curve in curves.values()):
-                    continue
-                costs = {seed: curves[seed].cost_of(loss) for seed, loss in losses.items()}
-                result[control] = {
-                    "marginal_fraction": spread([own / costs[seed] for seed in losses]),
-                    "cumulative_fraction": spread([total / costs[seed] for seed in losses]),
-                    "loss_at_cumulative_cost": spread([curves[seed].loss_at(total) for seed in losses]),
-                    "seeds_below_its_lowest_loss": sum(losses[seed] < min(curves[seed].losses) for seed in losses),
-                    "seeds_above_its_highest_loss": sum(losses[seed] > max(curves[seed].losses) for seed in losses),
-                }
-            results.append(result)
-    return {"searches": searches, "results": results}
-
-
-def table(summary: dict[str, Any]) -> str:
-    """The results for people; < and > mark bounds, where no scratch run has so low or high a loss."""
-    lines = [
-        "run                    steps  peak lr  own FLOPs  cumulative    loss (range of seeds)  marginal (range) cumul."
-    ]
-    for row in summary["results"]:
-        mean, low, high = row["loss"].values()
-        line = f"{row['run']:<21}{row['steps']:>7,}{row['peak_learning_rate']:>9g}{row['own_flops']:>11.2e}"
-        line += f"{row['cumulative_flops']:>12.2e}  {mean:>7.3f} ({low:.3f} .. {high:.3f})"
-        if scratch := row.get("scratch"):
-            bound = (
-                "<"
-                if scratch["seeds_below_its_lowest_loss"]
-                else ">"
-                if scratch["seeds_above_its_highest_loss"]
-                else ""
-            )
-            mean, low, high = scratch["marginal_fraction"].values()
-            line += f"{bound + format(mean, '.0%'):>8} ({low:.0%} .. {high:.0%})"
-            line += f"{bound + format(scratch['cumulative_fraction']['mean'], '.0%'):>8}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def plot(plans: dict[str, Plan], root: pathlib.Path, path: pathlib.Path) -> None:
-    """Loss against all training FLOPs and, below, those after the small model: mean and range of seeds."""
-    figure, axes = plt.subplots(2, len(plans), figsize=(7 * len(plans), 9), layout="constrained", squeeze=False)
-    for column, (title, plan) in enumerate(plans.items()):
-        lowest = math.inf
-        for name, group in plan.groups.items():
-            runs = done_runs(group, root)
-            curves = [rows(run, root) for run in runs if run.steps == max(each.steps for each in runs)]
-            if name in (
-                "scratch",
-                "transformer",
-            ):  # a point for each run: its end, since each has a schedule of its own
-                seeds = [[rows(run, root)[-1] for run in runs if run.seed == seed] for seed in SEEDS]
-                length = max(map(len, seeds))
-                curves = [curve for curve in seeds if length and len(curve) == length]
-            if not curves:
-                continue
-            points = list(zip(*curves, strict=True))
-            losses = [[row["eval_loss"] for row in point] for point in points]
-            lowest = min(lowest, *map(min, losses))
-            for row, start in enumerate((0.0, points[0][0]["train_flops"] if runs[0].parent else 0.0)):
-                costs = [point[0]["train_flops"] - start for point in points]
-                style = "o--" if not runs[0].parent and name != "small" else "-"
-                (line,) = axes[row, column].plot(costs, [statistics.fmean(each) for each in losses], style, label=name)
-                bounds = [min(each) for each in losses], [max(each) for each in losses]
-                axes[row, column].fill_between(costs, *bounds, color=line.get_color(), alpha=0.2)
-        for axis, given in zip(axes[:, column], ("", ", the small model given"), strict=True):
-            axis.set(xlabel=f"training FLOPs{given}", ylabel="validation loss (nats a token)", title=title)
-            if math.isfinite(lowest):
-                axis.set_ylim(lowest - 0.03, lowest + 0.5)
-            axis.grid(alpha=0.3)
-            axis.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -401,15 +286,18 @@ def main() -> None:
     loss = functools.partial(last_loss, root=root)
 
     def plans() -> dict[str, Plan]:
-        return {study.name: make_plan(study, loss) for study in STUDIES}
+        return {study.name: Plan(study, loss) for study in STUDIES}
 
     if not _REPORT_ONLY.value:
         work(plans, loss, root, _WORKERS.value)
-    summaries = {name: summarise(plan, root) for name, plan in plans().items()}
-    replace_file(out / "growth_study.json", json.dumps(summaries, indent=1) + "\n")
-    plot(plans(), root, out / "growth_study.png")
-    for name, summary in summaries.items():
-        print(f"{name}\n{table(summary)}\n")
+    studies = {}
+    for name, plan in plans().items():
+        finished = [
+            (group, run) for group, runs in plan.groups.items() for run in runs if math.isfinite(loss(run) or math.inf)
+        ]
+        searches = {what: {f"{run.rate:g}": loss(run) for run in runs} for what, runs in plan.searches.items()}
+        studies[name] = {"searches": searches, "runs": [record(group, run, root) for group, run in finished]}
+    report(studies, out)
 
 
 if __name__ == "__main__":

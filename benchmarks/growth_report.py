@@ -1,0 +1,129 @@
+"""What benchmarks/growth_study.py found: fractions of the scratch cost, a table, a plot."""
+
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from tokenformer_jax.metrics import replace_file
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+Record = dict[str, Any]  # of a run: group, seed, steps, own_flops, cumulative_flops, loss, curve, …
+CONTROLS = ("scratch", "transformer")  # each run of theirs has a schedule of its own
+
+
+class Frontier:
+    """What training from scratch reaches at a cost: runs of one seed, interpolated over log cost."""
+
+    def __init__(self, runs: Iterable[Record]):
+        ends = sorted((run["cumulative_flops"], run["loss"]) for run in runs)
+        self.log_costs = np.log([cost for cost, _ in ends])
+        self.losses = np.minimum.accumulate([loss for _, loss in ends])
+
+    def cost_of(self, loss: float) -> float:
+        """The cost of a loss; of one that no run spans, the nearest run's cost, which is a bound."""
+        return float(np.exp(np.interp(-loss, -self.losses, self.log_costs)))
+
+    def loss_at(self, cost: float) -> float:
+        return float(np.interp(np.log(cost), self.log_costs, self.losses))
+
+    def bound(self, loss: float) -> str:
+        """Whether a fraction of `cost_of(loss)` is at most ("<") or at least (">") what it seems."""
+        return "<" if loss < self.losses[-1] else ">" if loss > self.losses[0] else ""
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    values = list(values)
+    return {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
+
+
+def summarise(runs: list[Record]) -> list[dict[str, Any]]:
+    """Every group and budget over its seeds: losses, and the cost as a fraction of each control's at the same loss."""
+    found: dict[tuple[str, int], dict[int, Record]] = {}
+    for run in runs:
+        found.setdefault((run["group"], run["steps"]), {})[run["seed"]] = run
+    rows = []
+    for (group, steps), seeds in sorted(found.items(), key=lambda item: [r["group"] for r in runs].index(item[0][0])):
+        first = next(iter(seeds.values()))
+        row = {"group": group, "steps": steps, "seeds": len(seeds)}
+        row |= {key: first[key] for key in ("peak_learning_rate", "parameters", "own_flops", "cumulative_flops")}
+        row["loss"] = spread(run["loss"] for run in seeds.values())
+        for control in CONTROLS:
+            theirs = {seed: [run for run in runs if (run["group"], run["seed"]) == (control, seed)] for seed in seeds}
+            if group == control or min(map(len, theirs.values())) < 2:
+                continue
+            pairs = [(run, Frontier(theirs[seed])) for seed, run in seeds.items()]
+            row[control] = {
+                "marginal": spread(run["own_flops"] / line.cost_of(run["loss"]) for run, line in pairs),
+                "cumulative": spread(run["cumulative_flops"] / line.cost_of(run["loss"]) for run, line in pairs),
+                "bounds": [line.bound(run["loss"]) for run, line in pairs],
+                "its_loss_at_cumulative_flops": spread(line.loss_at(run["cumulative_flops"]) for run, line in pairs),
+            }
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The summary as Markdown; < and > mark bounds, where no run of the control has so low or high a loss."""
+    lines = [
+        "| run | steps | peak lr | own FLOPs | cumulative FLOPs | validation loss (seeds) "
+        "| marginal: own / scratch's | cumulative / scratch's | own / Transformer's |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        loss = row["loss"]
+        cells = [row["group"], f"{row['steps']:,}", f"{row['peak_learning_rate']:g}"]
+        cells += [f"{row[key]:.2e}" for key in ("own_flops", "cumulative_flops")]
+        cells += [f"{loss['mean']:.3f} ({loss['min']:.3f} .. {loss['max']:.3f})"]
+        for control, kind in (("scratch", "marginal"), ("scratch", "cumulative"), ("transformer", "marginal")):
+            cells.append("")
+            if control in row:
+                bound, part = max(row[control]["bounds"]), row[control][kind]
+                cells[-1] = f"{bound}{part['mean']:.0%} ({part['min']:.0%} .. {part['max']:.0%})"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(studies: dict[str, list[Record]], path: pathlib.Path) -> None:
+    """Loss against all training FLOPs and, below, those after the small model: mean and range of seeds."""
+    figure, axes = plt.subplots(2, len(studies), figsize=(7 * len(studies), 9), layout="constrained", squeeze=False)
+    for column, (title, runs) in enumerate(studies.items()):
+        for group in dict.fromkeys(run["group"] for run in runs):
+            ours = [run for run in runs if run["group"] == group]
+            longest = [run for run in ours if run["steps"] == max(run["steps"] for run in ours)]
+            curves = [run["curve"] for run in longest]
+            if group in CONTROLS:  # the ends of all runs of a seed
+                curves = [sorted(run["curve"][-1] for run in ours if run["seed"] == one["seed"]) for one in longest]
+            length = min(map(len, curves))
+            costs = np.array([cost for cost, _ in curves[0][:length]])
+            losses = np.array([[loss for _, loss in curve[:length]] for curve in curves])
+            given = longest[0]["cumulative_flops"] - longest[0]["own_flops"]
+            for axis, start in zip(axes[:, column], (0.0, given), strict=True):
+                (line,) = axis.plot(costs - start, losses.mean(0), "o--" if group in CONTROLS else "-", label=group)
+                axis.fill_between(costs - start, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2)
+        lowest = min((run["loss"] for run in runs), default=math.nan)
+        for axis, given in zip(axes[:, column], ("", " (grown, continued: those after the small model)"), strict=True):
+            axis.set(title=title, xlabel=f"training FLOPs{given}", ylabel="validation loss (nats a token)")
+            if runs:
+                axis.set_ylim(lowest - 0.03, lowest + 0.5)
+                axis.legend()
+            axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def report(studies: dict[str, dict[str, Any]], out: pathlib.Path) -> None:
+    """Writes growth_study.json and growth_study.png and prints the tables."""
+    for study in studies.values():
+        study["summary"] = summarise(study["runs"])
+    replace_file(out / "growth_study.json", json.dumps(studies, indent=1) + "\n")
+    plot({name: study["runs"] for name, study in studies.items()}, out / "growth_study.png")
+    for name, study in studies.items():
+        print(f"{name}\n\n{table(study['summary'])}\n")

@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +32,6 @@ from tokenformer_jax.train import train
 
 SEEDS = (0, 1, 2)
 FIRST_RATE = 4e-3  # where a search begins
-GROWTH_STEPS = (2_500, 5_000)
 FAILED = "failed.txt"  # in the workdir of a run that diverged
 
 
@@ -39,7 +39,7 @@ FAILED = "failed.txt"  # in the workdir of a run that diverged
 class Study:
     """A width, and the parameter tokens of the two sizes: n in the attention's projections, 4 n in the feed-forward.
 
-    Budgets are steps of runs, each with a cosine of its own; a tuple of them shares the rate that is best for its first.
+    Budgets are steps of runs, each with a cosine of its own. A tuple of them shares the rate best for its first.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Study:
     large_tokens: int
     recipes: tuple[str, ...]
     small: tuple[int, ...]
+    growth: tuple[int, ...]
     scratch: tuple[tuple[int, ...], ...]  # of the large model
     transformer: tuple[tuple[int, ...], ...] = ()  # of the plain one with as many parameters
 
@@ -68,6 +69,7 @@ STUDIES = (
         64,
         tuple(RECIPES),
         small=(20_000, 40_000),
+        growth=(2_500, 5_000),
         scratch=((5_000, 2_500), (10_000, 20_000)),
         transformer=((5_000, 10_000),),
     ),
@@ -77,8 +79,9 @@ STUDIES = (
         32,
         128,
         ("zero keys, fast ramp", "isometric", "random keys (lossy)"),
-        small=(20_000,),
-        scratch=((5_000, 2_500, 10_000),),
+        small=(10_000,),
+        growth=(2_500,),
+        scratch=((5_000, 2_500),),
     ),
 )
 
@@ -181,9 +184,9 @@ class Plan:
         self.seek("scratch", "scratch", *study.scratch)
         if small:
             for recipe in study.recipes:
-                self.seek(recipe, "grown", GROWTH_STEPS, parent=small, recipe=recipe)
+                self.seek(recipe, "grown", study.growth, parent=small, recipe=recipe)
             ratio = cost(study, "grown") / cost(study, "small")
-            self.seek("continued", "continued", tuple(math.ceil(n * ratio) for n in GROWTH_STEPS), parent=small)
+            self.seek("continued", "continued", tuple(math.ceil(n * ratio) for n in study.growth), parent=small)
         self.seek("transformer", "transformer", *study.transformer)
 
     def seek(
@@ -231,7 +234,7 @@ def execute(run: Run, root: pathlib.Path) -> None:
         replace_file(workdir / FAILED, f"{error}\n")
 
 
-def work(plans: Callable[[], dict[str, Plan]], loss: Loss, root: pathlib.Path, workers: int) -> None:
+def work(plans: Callable[[], dict[str, Plan]], loss: Loss, root: pathlib.Path, workers: int, only: str) -> None:
     """Runs whatever the plans want, parents first, until they want nothing more."""
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
@@ -245,9 +248,8 @@ def work(plans: Callable[[], dict[str, Plan]], loss: Loss, root: pathlib.Path, w
     with concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (cores,)) as pool:
         while True:
             running = [run for run, _ in began.values()]
-            open_runs = [run for plan in plans().values() for run in plan.runs if loss(run) is None]
-            if not hasattr(base.get_config().grow, "recipe"):
-                open_runs = [r for r in open_runs if not r.recipe]  # TEMP
+            wanted = [run for plan in plans().values() for run in plan.runs if re.search(only, run.name)]
+            open_runs = [run for run in wanted if loss(run) is None]
             ready = [run for run in open_runs if run not in running and not (run.parent and loss(run.parent) is None)]
             for run in list(dict.fromkeys(ready))[: workers - len(running)]:
                 began[pool.submit(execute, run, root)] = run, time.monotonic()
@@ -289,7 +291,7 @@ def main() -> None:
         return {study.name: Plan(study, loss) for study in STUDIES}
 
     if not _REPORT_ONLY.value:
-        work(plans, loss, root, _WORKERS.value)
+        work(plans, loss, root, _WORKERS.value, _ONLY.value)
     studies = {}
     for name, plan in plans().items():
         finished = [
@@ -304,5 +306,6 @@ if __name__ == "__main__":
     _WORKDIR = workdir_flag(help_text="holds all runs")
     _OUT = flags.DEFINE_string("out", "docs", "directory for growth_study.json and growth_study.png")
     _WORKERS = flags.DEFINE_integer("workers", len(os.sched_getaffinity(0)), "runs at a time, each on one core")
+    _ONLY = flags.DEFINE_string("only", "", "a regular expression: only such runs (WORKDIR/STUDY/RUN) are made now")
     _REPORT_ONLY = flags.DEFINE_bool("report_only", False, "report what is done, and run nothing")
     run_command(main)

@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
     config.checkpoints_kept = 2
     config.profile_at = 0  # step whose next 5 steps are written as a profile to WORKDIR/tensorboard; 0: none
 
+    config.rungs = ()  # growths on the way: (dict(step=1000, model=dict(ffn_tokens=4096)), …); see configs/ladder.py
+
     config.model = model = ConfigDict()
     model.projection = "pattention"  # or "linear": a plain Transformer in the same block
     model.normalizer = "l2_norm_gelu"  # or "gelu_l2_norm", "softmax"
@@ -60,9 +62,12 @@ def get_config() -> ConfigDict:
     optimizer.clip_norm = 1.0  # of the whole gradient
 
     config.grow = grow = ConfigDict()
-    grow.values = "initializer"  # of new value tokens; "zeros" gives tokens that never learn
-    grow.tau_ramp = 0.25  # part of the steps after growth over which tau goes to sqrt(tokens); 0 keeps it for good
+    grow.recipe = "zero_keys"  # or "isometric", "split", both lossless too; "random_keys", "released", "zero_padding"
+    grow.tau_ramp = 0.25  # zero_keys: part of the steps after growth in which tau goes to sqrt(tokens); 0 keeps it
     grow.restart_schedule = True  # the learning rate warms up and decays anew over the steps after growth
+    grow.freeze_steps = 0  # steps after growth in which only the new tokens learn in projections that grew
+    grow.patience = 0  # evaluations without improvement after which the next rung begins early; 0: never early
+    grow.min_improvement = 0.01  # nats by which a validation loss must beat the best one to count as improvement
 
     config.mesh = mesh = ConfigDict()
     mesh.data = 1  # devices that hold other examples and the same parameters

@@ -5,7 +5,7 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1] / "tokenformer_jax"
 ORDER = """
-    config sharding tokenizer metrics corpus data pattention transformer step checkpoint
+    config recipes ladder sharding tokenizer metrics corpus data pattention transformer step checkpoint
     evaluate generate grow convert model report train
 """.split()
 

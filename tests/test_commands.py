@@ -137,7 +137,7 @@ def test_report_draws_the_plot_and_lists_the_stages(folder):
 
 def test_growth_with_zero_values_warns(folder):
     config, workdir = f"--config={folder}/config.py:grown", folder / "zeros"
-    out = run_well("grow", f"--source={folder}/small", config, f"--workdir={workdir}", "--values=zeros")
+    out = run_well("grow", f"--source={folder}/small", config, f"--workdir={workdir}", "--recipe=zero_padding")
     assert "warning" in out and "never learn" in out
     assert json.loads((workdir / "grow.json").read_text())["new_key_gradient_norm"] == 0
 
@@ -183,7 +183,7 @@ WRONG = [
     ("grow", "--source={f}/small --config={f}/config.py:grown --workdir={f}/grown", "holds something already"),
     ("grow", "--source={f}/small --config={f}/config.py:grown --config.steps=6 --workdir={f}/w", "steps = 6"),
     ("grow", "--source={f}/small --config={f}/config.py:grown --workdir={f}/w --step=5", "--step=5"),
-    ("grow", "--source={f}/small --config={f}/config.py:grown --workdir={f}/w --values=random", "grow.values"),
+    ("grow", "--source={f}/small --config={f}/config.py:grown --workdir={f}/w --recipe=random", "grow.recipe"),
     ("evaluate", "--workdir={f}/none", "none/config.json"),
     ("evaluate", "--workdir={f}/small --split=test", "--split=test"),
     ("evaluate", "--workdir={f}/small --step=4", "--step=4"),

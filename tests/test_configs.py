@@ -8,7 +8,7 @@ import pytest
 
 from configs import ladder, pile, released, tpu, transformer
 from tokenformer_jax.config import read_config, validate
-from tokenformer_jax.grow import check_growth
+from tokenformer_jax.ladder import check_growth
 from tokenformer_jax.transformer import abstract_model, count_params
 
 FILES = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -136,7 +136,7 @@ def test_a_transformer_of_gpts_shape_is_as_near_as_said(variant):
 )
 def test_a_rung_grows_from_the_one_below_with_steps_to_spare(name, small, large):
     before, after = load(name, small), load(name, large)
-    check_growth(before.model, after.model)
+    check_growth(before.model, after.model, after.grow.recipe)
     assert after.steps > before.steps
     assert after.optimizer.warmup_steps < after.steps - before.steps
 

@@ -12,7 +12,8 @@ from tests.helpers import assert_trees_equal, random_batch, tiny_config, tiny_li
 from tokenformer_jax.checkpoint import Checkpoints
 from tokenformer_jax.config import UserError, load_config
 from tokenformer_jax.evaluate import load_trained
-from tokenformer_jax.grow import check_growth, grow, grow_state, measure, verify
+from tokenformer_jax.grow import grow, grow_state, measure, verify
+from tokenformer_jax.ladder import check_growth
 from tokenformer_jax.sharding import make_mesh
 from tokenformer_jax.step import learning_rate, make_step, put_batch
 from tokenformer_jax.train import train
@@ -32,7 +33,7 @@ def grown(small_cfg, cfg, ramp_steps=4):
     _, state = trained(small_cfg)
     step = make_step(cfg, make_mesh(cfg.mesh))
     pad = jax.jit(
-        lambda s: grow_state(s, step.abstract_state, cfg.model, jax.random.key(5), cfg.grow.values, ramp_steps)
+        lambda s: grow_state(s, step.abstract_state, cfg.model, jax.random.key(5), cfg.grow.recipe, ramp_steps)
     )
     return step, state, pad(state)
 
@@ -44,7 +45,7 @@ def test_grown_model_equals_the_former_and_its_new_tokens_can_learn(normalizer, 
     step, before, after = grown(small, large)
     batches = [random_batch(small, 7), random_batch(small, 8)]
     figures = measure(before, after, small, large, step, batches)
-    verify(figures, "initializer")
+    verify(figures, "zero_keys")
     assert figures["max_logit_difference"] <= 5e-6 * figures["max_logit"]
     assert figures["loss_after"] == pytest.approx(figures["loss_before"], abs=1e-6)
     assert figures["new_key_gradient_norm"] > 1e-4
@@ -84,13 +85,13 @@ def test_new_tokens_learn_and_tau_is_ramped_to_the_root_of_the_count():
 
 
 def test_zero_values_are_dead_for_ever():
-    small, large = tiny_config(), tiny_config(**GROWN, grow__values="zeros")
+    small, large = tiny_config(), tiny_config(**GROWN, grow__recipe="zero_padding")
     step, before, state = grown(small, large)
     figures = measure(before, state, small, large, step, [random_batch(small)])
     assert figures["new_key_gradient_norm"] == figures["new_value_gradient_norm"] == 0
-    verify(figures, "zeros")
+    verify(figures, "zero_padding")
     with pytest.raises(UserError, match="no gradient reaches the new tokens of"):
-        verify(figures, "initializer")
+        verify(figures, "zero_keys")
     for i in range(3):
         state, _ = step.train(state, put_batch(step, random_batch(large, i)))
     ffn = state.params["blocks"]["ffn"]
@@ -102,17 +103,17 @@ def test_a_moved_function_is_refused():
     step, before, after = grown(small, large)
     jumped = after._replace(tau={name: ramp._replace(start=1.1 * ramp.start) for name, ramp in after.tau.items()})
     with pytest.raises(UserError, match="logits differ by"):
-        verify(measure(before, jumped, small, large, step, [random_batch(small)]), "initializer")
+        verify(measure(before, jumped, small, large, step, [random_batch(small)]), "zero_keys")
 
 
 def test_growing_twice_equals_the_first_model():
     small, middle, large = tiny_config(), tiny_config(**GROWN), tiny_config(model__ffn_tokens=300, **GROWN_QKV)
     step, first, second = grown(small, middle, ramp_steps=2)
     step = make_step(large, make_mesh(large.mesh))
-    third = jax.jit(lambda s: grow_state(s, step.abstract_state, large.model, jax.random.key(6), "initializer", 2))(
+    third = jax.jit(lambda s: grow_state(s, step.abstract_state, large.model, jax.random.key(6), "zero_keys", 2))(
         second
     )
-    verify(measure(first, third, small, large, step, [random_batch(small)]), "initializer")
+    verify(measure(first, third, small, large, step, [random_batch(small)]), "zero_keys")
 
 
 def test_growing_in_the_middle_of_a_ramp_holds_each_tau_where_it_is():
@@ -126,9 +127,9 @@ def test_growing_in_the_middle_of_a_ramp_holds_each_tau_where_it_is():
     assert 96**0.5 < now["ffn"] < 200**0.5
     step = make_step(large, make_mesh(large.mesh))
     key = jax.random.key(6)
-    bigger = jax.jit(lambda s: grow_state(s, step.abstract_state, large.model, key, "initializer", 10))(state)
+    bigger = jax.jit(lambda s: grow_state(s, step.abstract_state, large.model, key, "zero_keys", 10))(state)
     assert {name: float(tau) for name, tau in bigger.tau_now().items()} == now
-    verify(measure(state, bigger, middle, large, step, [random_batch(middle)]), "initializer")
+    verify(measure(state, bigger, middle, large, step, [random_batch(middle)]), "zero_keys")
     later = bigger._replace(step=bigger.step + 10).tau_now()
     assert float(later["ffn"]) == pytest.approx(300**0.5)
     assert float(later["query"]) == pytest.approx(48**0.5)
@@ -148,16 +149,18 @@ GROWN_QKV = {"model__qkv_tokens": 64, "model__out_tokens": 64}
 )
 def test_what_is_no_growth_is_named(key, cfg):
     with pytest.raises(UserError, match=key):
-        check_growth(tiny_config().model, cfg.model)
+        check_growth(tiny_config().model, cfg.model, "zero_keys")
 
 
 def test_softmax_and_plain_transformers_do_not_grow():
     with pytest.raises(UserError, match="softmax"):
         check_growth(
-            tiny_config(model__normalizer="softmax").model, tiny_config(model__normalizer="softmax", **GROWN).model
+            tiny_config(model__normalizer="softmax").model,
+            tiny_config(model__normalizer="softmax", **GROWN).model,
+            "zero_keys",
         )
     with pytest.raises(UserError, match="plain Transformer"):
-        check_growth(tiny_linear_config().model, tiny_linear_config(model__ffn_tokens=128).model)
+        check_growth(tiny_linear_config().model, tiny_linear_config(model__ffn_tokens=128).model, "zero_keys")
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +188,8 @@ def test_command_writes_a_whole_workdir_that_train_goes_on_with(source, tmp_path
     assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}  # only read
     assert [path.name for path in tmp_path.iterdir()] == ["grown"]
     record = Checkpoints(tmp_path / "grown" / "checkpoints").record(8)
-    assert record.growth == [{"step": 8, "from": small.model.tokens, "to": cfg.model.tokens}]
+    (growth,) = record.growth
+    assert (growth["step"], growth["from"], growth["to"]) == (8, small.model.tokens, cfg.model.tokens)
     assert record.schedule_start == 8 and record.tokens == 8 * 8 * 16 and record.train_flops > 0
     train(cfg, tmp_path / "grown")
     rows = [json.loads(line) for line in (tmp_path / "grown" / "metrics.jsonl").read_text().splitlines()]

@@ -264,7 +264,7 @@ def test_training_on_after_growth_is_that_of_the_larger_model():
 
     step = make_step(grown_cfg, make_mesh(cfg.mesh), schedule_start=3)
     key, ramp_steps = jax.random.key(5), 4
-    grow = jax.jit(lambda s: grow_state(s, step.abstract_state, grown_cfg.model, key, "initializer", ramp_steps))
+    grow = jax.jit(lambda s: grow_state(s, step.abstract_state, grown_cfg.model, key, "zero_keys", ramp_steps))
     state = grow(state)
     blocks = state.params["blocks"]
     new_values = {name: np.float64(blocks[name]["values"][:, n:]) for name, n in cfg.model.tokens.items()}

@@ -27,12 +27,15 @@ from tokenformer_jax.tokenizer import Tokenizer, tokenizer_from_json
 class Record:
     """What a checkpoint says of its run, beside the arrays; stored as JSON."""
 
+    model: dict[str, Any]  # its config
     data: str  # identity of the training tokens and their order
     batch_size: int  # sequences a step, the unit of the data position
     tokens: int = 0  # seen in training, by this model and the smaller ones it grew from
     train_flops: float = 0.0  # spent on them
     schedule_start: int = 0  # step from which the learning-rate schedule counts
-    growth: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # step, tokens before and after
+    growth: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # step, tokens before and after, checks
+    rung: int = 0  # of the ladder, how many were climbed
+    plateau: dict[str, Any] = dataclasses.field(default_factory=dict)  # `ladder.Plateau` of this rung
 
 
 class DamagedError(UserError):
@@ -45,6 +48,7 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, keep: int | None = None):
         """Opens a directory to read it, or with `keep` to save as well and keep that many newest ones."""
         self.directory, self.keep = directory.absolute(), keep
+        self.kept_for_good: set[int] = set()  # steps: the last ones of a ladder's rungs
         if keep is None and not self.directory.is_dir():
             raise UserError(f"{directory}: no checkpoints here; is {directory.parent} the directory of a training run?")
 
@@ -53,7 +57,7 @@ class Checkpoints:
         try:
             return ocp.training.Checkpointer(
                 self.directory,
-                preservation_policy=ocp.training.preservation_policies.LatestN(self.keep),
+                preservation_policy=_Keep(self),
                 cleanup_tmp_directories=self.keep is not None,
             )
         except OSError as error:
@@ -104,11 +108,12 @@ class Checkpoints:
         """Sets a training iterator to the saved position."""
         self._load(step, "data", data)
 
-    def restore(self, step: int, abstract: Any) -> Any:
+    def restore(self, step: int, abstract: Any, padded: bool = False) -> Any:
         """The saved state, in the shapes, dtypes and shardings of `abstract`, a tree of ShapeDtypeStructs.
 
-        `abstract` may be a part of what was saved, in nested dicts. Raises a UserError that names the first array
-        that is missing or differs in shape or dtype.
+        `abstract` may be a part of what was saved, in nested dicts. With `padded` its arrays may be larger than those
+        that were saved, and are filled up with zeros. Raises a UserError that names the first array that is missing or
+        differs in shape or dtype.
         """
         saved = self._metadata(step).metadata
         if saved is None:  # Orbax only warns of what it could not read; reading it raises the reason
@@ -118,13 +123,19 @@ class Checkpoints:
             found = saved.get(name)
             if found is None:
                 raise UserError(f"{self.directory / str(step)}: holds no array {name}")
-            if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            fits = found.shape == wanted.shape or (
+                padded
+                and len(found.shape) == len(wanted.shape)
+                and all(n <= m for n, m in zip(found.shape, wanted.shape, strict=True))
+            )
+            if not fits or found.dtype != wanted.dtype:
                 raise UserError(
                     f"{self.directory / str(step)}: {name} is {found.dtype}{list(found.shape)}, "
                     f"but the config asks for {wanted.dtype}{list(wanted.shape)}"
                 )
         context = ocp.Context()
         context.pytree.loading.partial_load = True
+        context.array.loading.enable_padding_and_truncation = padded  # nothing is truncated: shapes were compared
         with context:
             return self._load(step, "state", abstract)
 
@@ -170,6 +181,21 @@ class Checkpoints:
     def close(self) -> None:
         if self.directory.is_dir():
             self._checkpointer.close()
+
+
+class _Keep:
+    """Preserves the newest checkpoints, and those kept for good."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+
+    def should_preserve(self, found: Any, *, context: Any) -> list[bool]:
+        newest = ocp.training.preservation_policies.LatestN(self.checkpoints.keep)
+        latest = newest.should_preserve(found, context=context)
+        return [
+            keep or checkpoint.step in self.checkpoints.kept_for_good
+            for keep, checkpoint in zip(latest, found, strict=True)
+        ]
 
 
 def _reason(error: BaseException) -> str:

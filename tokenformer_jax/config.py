@@ -82,9 +82,12 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GrowConfig:
-    values: str
+    recipe: str
     tau_ramp: float
     restart_schedule: bool
+    freeze_steps: int
+    patience: int
+    min_improvement: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +114,7 @@ class Config:
     checkpoint_every: int
     checkpoints_kept: int
     profile_at: int
+    rungs: tuple[dict[str, Any], ...]  # `ladder.stages` reads them
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -152,6 +156,8 @@ def _read_dataclass(cls: Any, tree: Any, where: str) -> Any:
         value, name = tree[key], f"{where}.{key}"
         if dataclasses.is_dataclass(kind):
             values[key] = _read_dataclass(kind, value, name)
+        elif typing.get_origin(kind) is tuple:
+            values[key] = _read_groups(value, name)
         elif kind is float and type(value) is int:
             values[key] = float(value)
         elif type(value) is kind:
@@ -159,6 +165,12 @@ def _read_dataclass(cls: Any, tree: Any, where: str) -> Any:
         else:
             raise UserError(f"{name} = {value!r}: must be of type {kind.__name__}, not {type(value).__name__}")
     return cls(**values)
+
+
+def _read_groups(value: Any, name: str) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(group, Mapping) for group in value):
+        raise UserError(f"{name} = {value!r}: must be a list of groups of keys")
+    return tuple(json.loads(json.dumps(group, default=dict)) for group in value)  # plain dicts all through
 
 
 def _suggest(key: str, known: Any) -> str:
@@ -186,7 +198,7 @@ CHOICES = {
     "model.gelu": ("erf", "tanh"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
-    "grow.values": ("initializer", "zeros"),
+    "grow.recipe": ("zero_keys", "isometric", "split", "random_keys", "released", "zero_padding"),
 }
 POSITIVE = (
     "model.vocab_size model.context_length model.num_layers model.num_heads model.embed_dim model.ffn_tokens "
@@ -195,7 +207,8 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = (
     "optimizer.final_learning_rate optimizer.warmup_steps optimizer.weight_decay seed eval_every eval_batches "
-    "checkpoint_every profile_at model.qkv_tokens model.out_tokens model.tau_tokens"
+    "checkpoint_every profile_at model.qkv_tokens model.out_tokens model.tau_tokens "
+    "grow.freeze_steps grow.patience grow.min_improvement"
 ).split()
 FRACTIONS = "model.rotary_fraction grow.tau_ramp".split()
 BELOW_ONE = "model.dropout model.stochastic_depth optimizer.beta1 optimizer.beta2".split()

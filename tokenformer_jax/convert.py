@@ -308,7 +308,7 @@ def import_official(state_dict: StateDict, cfg: Config, workdir: pathlib.Path, s
     data = train_batches(corpus.train, cfg, **this_process())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state.params)
     state = step.init(jax.random.key(cfg.seed))._replace(params=jax.device_put(params, shardings))
-    record = Record(data_identity(corpus.train, cfg), cfg.batch_size)
+    record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
     write_workdir(workdir, 0, (state, data, corpus.tokenizer, record), {"config.json": cfg.to_json()})
     return count_params(params)
 

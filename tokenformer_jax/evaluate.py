@@ -13,7 +13,16 @@ import jax
 from absl import flags
 
 from tokenformer_jax.checkpoint import Checkpoints, Record
-from tokenformer_jax.config import Config, MeshConfig, UserError, load_config, run_command, validate, workdir_flag
+from tokenformer_jax.config import (
+    Config,
+    MeshConfig,
+    UserError,
+    load_config,
+    read_config,
+    run_command,
+    validate,
+    workdir_flag,
+)
 from tokenformer_jax.corpus import Corpus, TokenSplit, prepare
 from tokenformer_jax.data import eval_batches
 from tokenformer_jax.metrics import Progress, replace_file
@@ -72,6 +81,12 @@ class Trained:
     num_params: int
 
 
+def trained_config(workdir: pathlib.Path, record: Record) -> Config:
+    """The config of a run, with the model that a checkpoint of it holds: on a ladder, each rung has its own."""
+    cfg = load_config(workdir / "config.json")
+    return read_config(dataclasses.asdict(cfg) | {"model": record.model}, str(workdir / "checkpoints"))
+
+
 def load_trained(
     workdir: pathlib.Path, step_number: int | None = None, mesh: tuple[int, int, int] | None = None
 ) -> Trained:
@@ -82,18 +97,17 @@ def load_trained(
       step_number: which checkpoint.
       mesh: (data, fsdp, tensor); by default the run's own if there are as many devices, else a single device.
     """
-    cfg = load_config(workdir / "config.json")
     checkpoints = Checkpoints(workdir / "checkpoints")
     step_number = checkpoints.choose(step_number)
+    record = checkpoints.record(step_number)
+    cfg = trained_config(workdir, record)
     if mesh is not None:
         cfg = dataclasses.replace(cfg, mesh=MeshConfig(*mesh))
     elif math.prod(dataclasses.astuple(cfg.mesh)) > jax.device_count():
         cfg = dataclasses.replace(cfg, mesh=MeshConfig(1, 1, 1))
     validate(cfg)
-    record = checkpoints.record(step_number)
     step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start)
-    part = {name: tree for name, tree in step.abstract_state._asdict().items() if name != "opt_state"}
-    state = TrainState(**checkpoints.restore(step_number, part), opt_state=())
+    state = TrainState(**checkpoints.restore(step_number, step.abstract_state.without_moments()), opt_state=())
     trained = Trained(
         cfg, step_number, record, checkpoints.tokenizer(step_number), step, state, count_params(state.params)
     )

@@ -1,9 +1,9 @@
 """Grows a trained model: more parameter tokens, the same function, verified before anything is written.
 
-python -m tokenformer_jax.grow --source=W --config=configs/quickstart.py:grown --workdir=W2 [--step=N] [--values=zeros]
+python -m tokenformer_jax.grow --source=W --config=configs/quickstart.py:grown --workdir=W2 [--step=N] [--recipe=split]
 
-New keys are zero and new values come from the initialiser, Adam's moments are padded with zeros, and τ keeps its value
-and is then ramped to √N: nothing changes at the moment of growth, and the new tokens can learn.
+`recipes.py` says what new tokens hold; Adam's moments are padded with zeros. On a mesh each device pads its own part of
+every array, and moments are read straight into the larger arrays.
 """
 
 import dataclasses
@@ -15,92 +15,97 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import flags
 from flax import nnx
 
 from tokenformer_jax.checkpoint import Checkpoints, write_workdir
 from tokenformer_jax.config import (
-    FREE_MODEL_KEYS,
     Config,
     ModelConfig,
     UserError,
     config_flag,
-    load_config,
     require_empty,
     run_command,
     validate,
     workdir_flag,
 )
-from tokenformer_jax.corpus import prepare
+from tokenformer_jax.corpus import TokenSplit, prepare
 from tokenformer_jax.data import Batch, data_identity, eval_batches, keep_position, train_batches
+from tokenformer_jax.evaluate import trained_config
+from tokenformer_jax.ladder import check_growth, stages
+from tokenformer_jax.recipes import RECIPES, Growth
 from tokenformer_jax.sharding import make_mesh, this_process
-from tokenformer_jax.step import Step, TauRamp, TrainState, loss_sums, make_step, put_batch
+from tokenformer_jax.step import Step, TauRamp, TrainState, make_step, put_batch, sum_losses
 from tokenformer_jax.transformer import Params, abstract_model, count_params, init_params, initial_tau
 
 LOGIT_BOUND = 5e-6  # of the largest logit; float32 rounding in other reduction orders stays below it
 CHECKED_BATCHES, CHECKED_ROWS = 2, 4
 
 
+def pad(old: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
+    """The array with zeros appended, up to the new shape."""
+    if old.shape == new.shape:
+        return old
+    return jnp.pad(old, [(0, after - before) for before, after in zip(old.shape, new.shape, strict=True)])
+
+
 def grow_state(
-    state: TrainState, abstract: TrainState, cfg: ModelConfig, key: jax.Array, values: str, ramp_steps: int
+    state: TrainState, abstract: TrainState, cfg: ModelConfig, key: jax.Array, recipe: str, ramp_steps: int
 ) -> TrainState:
     """Appends parameter tokens to a state; a pure function, to be jitted with the grown state's shardings.
 
     Args:
-      state: of the smaller model.
-      abstract: shapes of the grown state. Every array is padded to them with zeros: keys, and Adam's moments.
+      state: of the smaller model. Without its optimizer state (an empty tuple) only the model grows.
+      abstract: shapes of the grown state.
       cfg: the grown model's config.
-      key: PRNG key of the new values.
-      values: "initializer" draws them as at birth; with "zeros" the new tokens can never learn.
-      ramp_steps: steps over which τ goes from its value now to `initial_tau(cfg)`; 0 keeps it for good.
+      key: PRNG key of what the new tokens hold.
+      recipe: a key of `RECIPES`.
+      ramp_steps: steps over which τ goes from what the recipe says to `initial_tau(cfg)`; 0 keeps it for good.
 
     Returns:
-      The grown state. Its model computes what the smaller one computes, up to rounding.
+      The grown state. With a lossless recipe its model computes what the smaller one computes, up to rounding.
     """
-
-    def pad(old: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
-        if old.shape == new.shape:
-            return old
-        return jnp.pad(old, [(0, after - before) for before, after in zip(old.shape, new.shape, strict=True)])
-
-    grown = jax.tree.map(pad, state, abstract)
+    params = jax.tree.map(pad, state.params, abstract.params)
     drawn = init_params(cfg, key)["blocks"]
-    blocks, tau = dict(grown.params["blocks"]), dict(grown.tau)
-    for name, tokens in token_counts(state).items():
+    blocks, tau = dict(params["blocks"]), dict(state.tau)
+    for number, (name, tokens) in enumerate(token_counts(state).items()):
         if cfg.tokens[name] == tokens:
             continue
-        if values == "initializer":
-            is_new = jnp.arange(cfg.tokens[name])[:, None] >= tokens
-            blocks[name] |= {"values": jnp.where(is_new, drawn[name]["values"], blocks[name]["values"])}
-        now = state.tau[name].at(state.step)
-        target = jnp.float32(initial_tau(cfg)[name]) if ramp_steps else now
-        tau[name] = TauRamp(now, target, state.step, state.step + ramp_steps)
-    return grown._replace(params=grown.params | {"blocks": blocks}, tau=tau)
+        born = jnp.float32(initial_tau(cfg)[name])
+        grown = RECIPES[recipe].apply(
+            Growth(
+                keys_LND=blocks[name]["keys"],
+                values_LNE=blocks[name]["values"],
+                drawn_keys_LND=drawn[name]["keys"],
+                drawn_values_LNE=drawn[name]["values"],
+                is_new_N1=jnp.arange(cfg.tokens[name])[:, None] >= tokens,
+                tokens=tokens,
+                tau=state.tau[name].at(state.step),
+                target=born,
+                key=jax.random.fold_in(key, number),
+            )
+        )
+        blocks[name] = {"keys": grown.keys_LND, "values": grown.values_LNE}
+        target = born if ramp_steps else grown.tau
+        tau[name] = TauRamp(grown.tau, target, state.step, state.step + ramp_steps)
+    opt_state = jax.tree.map(pad, state.opt_state, abstract.opt_state) if state.opt_state else ()
+    if RECIPES[recipe].resets_optimizer:
+        opt_state = forget_moments(opt_state)
+    return TrainState(state.step, params | {"blocks": blocks}, opt_state, tau)
+
+
+def forget_moments(opt_state: Any) -> Any:
+    """An optimizer state whose Adam begins anew, at the same point of its schedule."""
+    is_adam = lambda part: isinstance(part, optax.ScaleByAdamState)  # noqa: E731
+    return jax.tree.map(
+        lambda part: jax.tree.map(jnp.zeros_like, part) if is_adam(part) else part, opt_state, is_leaf=is_adam
+    )
 
 
 def token_counts(state: TrainState) -> dict[str, int]:
     """Parameter tokens of each projection."""
     return {name: state.params["blocks"][name]["keys"].shape[1] for name in state.tau}
-
-
-def check_growth(old: ModelConfig, new: ModelConfig) -> None:
-    """Raises a UserError unless `new` is `old` with more parameter tokens (or with the same)."""
-    sizes = ("qkv_tokens", "out_tokens", "ffn_tokens")
-    for field in dataclasses.fields(ModelConfig):
-        before, after = getattr(old, field.name), getattr(new, field.name)
-        if field.name in sizes and after < before:
-            raise UserError(
-                f"model.{field.name} = {after}: the source has {before} already; growing takes that or more"
-            )
-        if field.name not in (*sizes, *FREE_MODEL_KEYS) and after != before:
-            raise UserError(
-                f"model.{field.name} = {after!r}: the source has {before!r}; growth changes token counts only"
-            )
-    if any(getattr(old, size) != getattr(new, size) for size in sizes):
-        if new.projection == "linear":
-            raise UserError("model.projection = 'linear': a plain Transformer has no parameter tokens to grow")
-        if new.normalizer == "softmax":
-            raise UserError("model.normalizer = 'softmax': growth is not lossless with it; l2_norm_gelu would do")
 
 
 def measure(
@@ -123,13 +128,16 @@ def measure(
     def compare(old: TrainState, new: TrainState, batch: Batch) -> dict[str, Any]:
         segments = batch.segments_BL if cfg.data.mask_documents else None
         before, _ = old_model(old.params)(batch.tokens_BL, old.tau_now(), segments_BL=segments)
-        after, _ = new_model(new.params)(batch.tokens_BL, new.tau_now(), segments_BL=segments)
 
-        def mean_loss(model: Any, state: TrainState, params: Params) -> jax.Array:
-            nll, weights = loss_sums(model(params), state.tau_now(), batch, cfg.data.mask_documents)
+        def mean_loss(logits: jax.Array) -> jax.Array:
+            nll, weights = sum_losses(logits, batch)
             return nll / weights
 
-        loss_after, gradients = jax.value_and_grad(lambda params: mean_loss(new_model, new, params))(new.params)
+        def loss_after(params: Params) -> tuple[jax.Array, jax.Array]:
+            after, _ = new_model(params)(batch.tokens_BL, new.tau_now(), segments_BL=segments)
+            return mean_loss(after), after
+
+        (loss, after), gradients = jax.value_and_grad(loss_after, has_aux=True)(new.params)
         norms = {
             name: jax.tree.map(lambda g, count=count: jnp.linalg.norm(g[:, count:]), gradients["blocks"][name])
             for name, count in grown.items()
@@ -137,8 +145,8 @@ def measure(
         return {
             "max_logit_difference": jnp.max(jnp.abs(after - before)),
             "max_logit": jnp.max(jnp.abs(before)),
-            "loss_before": mean_loss(old_model, old, old.params),
-            "loss_after": loss_after,
+            "loss_before": mean_loss(before),
+            "loss_after": loss,
             "gradient_norms": norms,
         }
 
@@ -154,41 +162,116 @@ def measure(
     return figures
 
 
-def verify(figures: dict[str, Any], values: str) -> None:
+def verify(figures: dict[str, Any], recipe: str) -> None:
     """Raises a UserError that names what failed: the function moved, or new tokens without a gradient."""
     difference, largest = figures["max_logit_difference"], figures["max_logit"]
-    if not difference <= LOGIT_BOUND * max(largest, 1.0):
+    if RECIPES[recipe].lossless and not difference <= LOGIT_BOUND * max(largest, 1.0):
         raise UserError(
             f"the grown model's logits differ by {difference:.3g} from the source's, whose largest is {largest:.3g}; "
             f"the bound is {LOGIT_BOUND:g} of that; nothing was written"
         )
     for name, norms in figures["gradient_norms"].items():
-        if values != "zeros" and not max(norms.values()) > 0:
+        if RECIPES[recipe].learns and not max(norms.values()) > 0:
             raise UserError(f"no gradient reaches the new tokens of {name}: they could not learn; nothing was written")
+
+
+def grow_model(
+    old: TrainState, old_cfg: Config, cfg: Config, step: Step, validation: TokenSplit
+) -> tuple[TrainState, dict[str, Any]]:
+    """Grows a model on its mesh and verifies it on batches of the validation split.
+
+    Args:
+      old: the smaller model's state; its optimizer state is not looked at.
+      old_cfg: its config, with the mesh of the larger one.
+      cfg: the larger one's config.
+      step: of the larger model.
+      validation: the tokens to verify on.
+
+    Returns:
+      The grown state without optimizer state, and the figures of `grow.json`.
+
+    Raises:
+      UserError: the function moved, or new tokens could not learn.
+    """
+    step_number = int(old.step)
+    old = old._replace(opt_state=())
+    ramp_steps = 0 if cfg.model.tau_tokens else math.ceil(cfg.grow.tau_ramp * (cfg.steps - step_number))
+    abstract = step.abstract_state._replace(opt_state=())
+    key = jax.random.fold_in(jax.random.key(cfg.seed), step_number)
+    with jax.set_mesh(step.mesh):
+        append = jax.jit(
+            lambda state, key: grow_state(state, abstract, cfg.model, key, cfg.grow.recipe, ramp_steps),
+            out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
+        )
+        new = append(old, key)
+    shards = cfg.mesh.data * cfg.mesh.fsdp
+    rows = shards * max(1, CHECKED_ROWS // shards)
+    batches = eval_batches(validation, rows, cfg.model.context_length, max_batches=CHECKED_BATCHES, **this_process())
+    figures = {
+        "step": step_number,
+        "recipe": cfg.grow.recipe,
+        "tau_ramp_steps": ramp_steps if RECIPES[cfg.grow.recipe].ramps else 0,
+        "tokens_before": old_cfg.model.tokens,
+        "tokens_after": cfg.model.tokens,
+        "params_before": count_params(old.params),
+        "params_after": count_params(new.params),
+        "groups_before": group_sizes(old),
+        "groups_after": group_sizes(new),
+        **measure(old, new, old_cfg, cfg, step, list(batches)),
+    }
+    verify(figures, cfg.grow.recipe)
+    return new, figures
+
+
+def grow_moments(opt_state: Any, step: Step, recipe: str) -> Any:
+    """Pads the optimizer state array by array, and frees each former one."""
+
+    def grow_one(old: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
+        if old.shape == new.shape:
+            return jax.device_put(old, new.sharding)
+        larger = jax.jit(lambda x: pad(x, new), out_shardings=new.sharding)(old)
+        larger.block_until_ready()
+        old.delete()
+        return larger
+
+    with jax.set_mesh(step.mesh):
+        padded = jax.tree.map(grow_one, opt_state, step.abstract_state.opt_state)
+    return forget_moments(padded) if RECIPES[recipe].resets_optimizer else padded
+
+
+def history(figures: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's record keeps of a growth."""
+    checks = "recipe", "max_logit_difference", "max_logit", "loss_before", "loss_after"
+    return {
+        "step": figures["step"],
+        "from": figures["tokens_before"],
+        "to": figures["tokens_after"],
+        **{name: figures[name] for name in checks},
+    }
 
 
 def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: int | None = None) -> dict[str, Any]:
     """Grows the newest (or given) checkpoint of `source` to the config's token counts, into a new workdir.
 
-    The target appears whole or not at all; the source is only read. Returns what `grow.json` holds.
+    Where the config has rungs of its own, `train` climbs them later. The target appears whole or not at all; the source
+    is only read. Returns what `grow.json` holds.
 
     Raises:
       UserError: where the two models do not fit, the target is taken, or a check fails; nothing is written then.
     """
-    source_cfg = load_config(source / "config.json")
-    check_growth(source_cfg.model, cfg.model)
-    require_empty(workdir, "holds something already")
+    files = {"config.json": cfg.to_json()}
+    cfg = stages(cfg)[0]
     checkpoints = Checkpoints(source / "checkpoints")
     step_number = checkpoints.choose(step_number)
+    record, tokenizer = checkpoints.record(step_number), checkpoints.tokenizer(step_number)
+    old_cfg = dataclasses.replace(cfg, model=trained_config(source, record).model)
+    check_growth(old_cfg.model, cfg.model, cfg.grow.recipe)
+    require_empty(workdir, "holds something already")
     if cfg.steps <= step_number:
         raise UserError(
             f"steps = {cfg.steps}: the source was trained for {step_number} already; a larger number would do"
         )
-    mesh = make_mesh(cfg.mesh)
-    record, tokenizer = checkpoints.record(step_number), checkpoints.tokenizer(step_number)
-    old_cfg = dataclasses.replace(cfg, model=source_cfg.model)
     validate(old_cfg)  # the source, too, must divide by the mesh
-    old_step = make_step(old_cfg, mesh, record.schedule_start)
     if cfg.grow.restart_schedule:
         record = dataclasses.replace(record, schedule_start=step_number)
         if cfg.optimizer.warmup_steps >= cfg.steps - step_number:
@@ -196,43 +279,19 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
                 f"optimizer.warmup_steps = {cfg.optimizer.warmup_steps}: must be below the {cfg.steps - step_number} "
                 f"steps from the source's {step_number} to steps = {cfg.steps}"
             )
-    new_step = make_step(cfg, mesh, record.schedule_start)
-    old_state = checkpoints.restore(step_number, old_step.abstract_state)
-
-    ramp_steps = 0 if cfg.model.tau_tokens else math.ceil(cfg.grow.tau_ramp * (cfg.steps - step_number))
-    grown_shardings = jax.tree.map(lambda a: a.sharding, new_step.abstract_state)
-    key = jax.random.fold_in(jax.random.key(cfg.seed), step_number)
-    with jax.set_mesh(mesh):
-        pad = jax.jit(
-            lambda state, key: grow_state(state, new_step.abstract_state, cfg.model, key, cfg.grow.values, ramp_steps),
-            out_shardings=grown_shardings,
-        )
-        new_state = pad(old_state, key)
-
+    step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start)
+    old_step = make_step(old_cfg, step.mesh)
     corpus = prepare(cfg, tokenizer)
-    shards = cfg.mesh.data * cfg.mesh.fsdp
-    batches = eval_batches(
-        corpus.validation,
-        shards * max(1, CHECKED_ROWS // shards),
-        cfg.model.context_length,
-        max_batches=CHECKED_BATCHES,
-        **this_process(),
-    )
-    tokens_before, tokens_after = source_cfg.model.tokens, cfg.model.tokens
-    figures = {
-        "source": str(source),
-        "step": step_number,
-        "values": cfg.grow.values,
-        "tau_ramp_steps": ramp_steps,
-        "tokens_before": tokens_before,
-        "tokens_after": tokens_after,
-        "params_before": count_params(old_state.params),
-        "params_after": count_params(new_state.params),
-        "groups_before": group_sizes(old_state),
-        "groups_after": group_sizes(new_state),
-        **measure(old_state, new_state, old_cfg, cfg, new_step, list(batches)),
-    }
-    verify(figures, cfg.grow.values)
+
+    old = TrainState(**checkpoints.restore(step_number, old_step.abstract_state.without_moments()), opt_state=())
+    new, figures = grow_model(old, old_cfg, cfg, step, corpus.validation)
+    figures = {"source": str(source), **figures}
+    del old  # the moments need its memory
+    wanted = {"opt_state": step.abstract_state.opt_state}
+    opt_state = checkpoints.restore(step_number, wanted, padded=True)["opt_state"]
+    if RECIPES[cfg.grow.recipe].resets_optimizer:
+        opt_state = forget_moments(opt_state)
+    new = new._replace(opt_state=opt_state)
 
     data = train_batches(corpus.train, cfg, **this_process())
     identity = data_identity(corpus.train, cfg)
@@ -240,10 +299,17 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
         checkpoints.restore_data(step_number, data)
         keep_position(data, record.batch_size, cfg.batch_size)
     checkpoints.close()
-    growth = [*record.growth, {"step": step_number, "from": tokens_before, "to": tokens_after}]
-    record = dataclasses.replace(record, data=identity, batch_size=cfg.batch_size, growth=growth)
-    files = {"config.json": cfg.to_json(), "grow.json": json.dumps(figures, indent=2) + "\n"}
-    write_workdir(workdir, step_number, (new_state, data, tokenizer, record), files)
+    record = dataclasses.replace(
+        record,
+        model=dataclasses.asdict(cfg.model),
+        data=identity,
+        batch_size=cfg.batch_size,
+        growth=[*record.growth, history(figures)],
+        rung=0,
+        plateau={},
+    )
+    files["grow.json"] = json.dumps(figures, indent=2) + "\n"
+    write_workdir(workdir, step_number, (new, data, tokenizer, record), files)
     return figures
 
 
@@ -276,16 +342,19 @@ def describe(figures: dict[str, Any]) -> str:
 
 def main() -> None:
     cfg = _CONFIG()
-    if _VALUES.value:
-        cfg = dataclasses.replace(cfg, grow=dataclasses.replace(cfg.grow, values=_VALUES.value))
+    if _RECIPE.value:
+        cfg = dataclasses.replace(cfg, grow=dataclasses.replace(cfg.grow, recipe=_RECIPE.value))
         validate(cfg)
     figures = grow(_SOURCE(), cfg, _WORKDIR(), _STEP.value)
     if jax.process_index() == 0:
         print(describe(figures))
+        recipe = RECIPES[cfg.grow.recipe]
         if figures["tokens_before"] == figures["tokens_after"]:
             print("no token count changed: the new workdir continues the same model")
-        elif cfg.grow.values == "zeros":
+        elif not recipe.learns:
             print("warning: with zero keys and zero values the new tokens have no gradient and can never learn")
+        elif not recipe.lossless:
+            print(f"warning: {cfg.grow.recipe} is not lossless: the model has changed")
 
 
 if __name__ == "__main__":
@@ -293,5 +362,5 @@ if __name__ == "__main__":
     _SOURCE = workdir_flag("source", "the directory of the run to grow")
     _WORKDIR = workdir_flag(help_text="the new directory, which train then resumes")
     _STEP = flags.DEFINE_integer("step", None, "which checkpoint of the source; by default the newest")
-    _VALUES = flags.DEFINE_string("values", None, "new values: initializer or zeros; overrides config.grow.values")
+    _RECIPE = flags.DEFINE_string("recipe", None, f"{', '.join(RECIPES)}; overrides config.grow.recipe")
     run_command(main)

@@ -10,6 +10,8 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -56,20 +58,31 @@ def train_flops_per_token(cfg: ModelConfig) -> float:
 class MetricsWriter:
     """Appends rows to WORKDIR/metrics.jsonl and WORKDIR/tensorboard; only process 0 writes."""
 
-    def __init__(self, workdir: pathlib.Path, start_step: int):
-        """Rows after `start_step`, left by a run that died before its next checkpoint, are dropped."""
+    def __init__(self, workdir: pathlib.Path, start_step: int, params: int):
+        """Drops rows that a run left which died before its next checkpoint: of later steps, or of a larger model.
+
+        Args:
+          workdir: the run's directory.
+          start_step: the step that training goes on from.
+          params: size of the model that it goes on with; a model may have grown at that step.
+        """
         self.path = workdir / "metrics.jsonl"
         self.active = jax.process_index() == 0
-        self.kept = [row for row in read_metrics(workdir) if row["step"] <= start_step] if self.path.exists() else []
         if not self.active:
             return
+        rows = read_metrics(workdir) if self.path.exists() else []
+        self.kept = [row for row in rows if (row["step"], row["params"]) <= (start_step, params)]
         replace_file(self.path, "".join(json.dumps(row) + "\n" for row in self.kept))
         self.file = self.path.open("a", buffering=1)
         self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
-    def holds(self, step: int, name: str) -> bool:
-        """Whether the rows of an earlier start have this figure of this step."""
-        return any(row["step"] == step and name in row for row in self.kept)
+    def holds(self, row: Row, name: str) -> bool:
+        """Whether an earlier start wrote this figure of the same step and model. The same on all processes."""
+        same = self.active and any(
+            name in old and (old["step"], old["params"]) == (row["step"], row["params"]) for old in self.kept
+        )
+        with jax.transfer_guard("allow"):
+            return bool(multihost_utils.broadcast_one_to_all(np.bool_(same)))
 
     def write(self, row: Row) -> None:
         if not self.active:

@@ -15,7 +15,8 @@ from tokenformer_jax.config import ModelConfig, validate_model
 from tokenformer_jax.convert import check_tau, from_official, model_config, read_state_dict, to_official
 from tokenformer_jax.evaluate import load_trained
 from tokenformer_jax.generate import Sampling, generate
-from tokenformer_jax.grow import check_growth, grow_state
+from tokenformer_jax.grow import grow_state
+from tokenformer_jax.ladder import check_growth
 from tokenformer_jax.step import TauRamp, TrainState
 from tokenformer_jax.tokenizer import Tokenizer
 from tokenformer_jax.transformer import Params, abstract_model, init_params, initial_tau
@@ -122,12 +123,12 @@ class TokenFormer:
             out_tokens=self.cfg.out_tokens if out_tokens is None else out_tokens,
             ffn_tokens=self.cfg.ffn_tokens if ffn_tokens is None else ffn_tokens,
         )
-        check_growth(self.cfg, cfg)
+        check_growth(self.cfg, cfg, "zero_keys")
         state = TrainState(
             jnp.int32(0), self.params, (), {name: TauRamp.constant(tau) for name, tau in self.tau.items()}
         )
         abstract = state._replace(params=abstract_model(cfg)[1])
-        grown = grow_state(state, abstract, cfg, jax.random.key(seed), "initializer", ramp_steps=0)
+        grown = grow_state(state, abstract, cfg, jax.random.key(seed), "zero_keys", ramp_steps=0)
         return dataclasses.replace(self, cfg=cfg, params=grown.params)
 
     def generate(

@@ -45,8 +45,19 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     tau: dict[str, TauRamp]  # per projection; the same in every layer
 
+    def without_moments(self) -> dict[str, Any]:
+        """The parts that a model needs: all but opt_state."""
+        return {name: part for name, part in self._asdict().items() if name != "opt_state"}
+
     def tau_now(self) -> Tau:
         return {name: ramp.at(self.step) for name, ramp in self.tau.items()}
+
+
+class Frozen(NamedTuple):
+    """The former tokens of projections that grew, which do not learn for a while."""
+
+    tokens: dict[str, int]  # projection -> how many of its first tokens
+    until: int  # the last step without learning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +104,11 @@ def loss_sums(model: Any, tau: Tau, batch: Batch, mask_documents: bool, key: Key
     With a key the model drops out; without, it is deterministic.
     """
     logits_BLV, _ = model(batch.tokens_BL, tau, segments_BL=batch.segments_BL if mask_documents else None, key=key)
+    return sum_losses(logits_BLV, batch)
+
+
+def sum_losses(logits_BLV: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of the losses that logits have, in nats, and the sum of weights."""
     loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
     return jnp.sum(loss_BL * batch.weights_BL), jnp.sum(batch.weights_BL)
 
@@ -104,13 +120,26 @@ def masks_key(cfg: Config, step: jax.Array | int) -> Key:
     return subkey(subkey(jax.random.key(cfg.seed), MASKS), step)
 
 
-def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0) -> Step:
+def freeze(updates: Params, step: jax.Array, frozen: Frozen) -> Params:
+    """The updates with those of frozen tokens set to zero."""
+
+    def masked(name: str, update_LND: jax.Array) -> jax.Array:
+        is_new_N1 = jnp.arange(update_LND.shape[1])[:, None] >= frozen.tokens[name]
+        return jnp.where(is_new_N1 | (step >= frozen.until), update_LND, 0.0)
+
+    blocks = updates["blocks"]
+    grown = {name: jax.tree.map(lambda u, n=name: masked(n, u), blocks[name]) for name in frozen.tokens}
+    return updates | {"blocks": blocks | grown}
+
+
+def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0, frozen: Frozen | None = None) -> Step:
     """Compiles (on first use) the functions that train this config on this mesh.
 
     Args:
       cfg: the config; only its sizes and rates matter.
       mesh: from `sharding.make_mesh`.
       schedule_start: the step from which the learning-rate schedule counts.
+      frozen: tokens that do not learn up to some step.
     """
     graphdef, _, param_axes = abstract_model(cfg.model)
     schedule = learning_rate(cfg.optimizer, cfg.steps, schedule_start)
@@ -142,6 +171,8 @@ def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0) -> Step:
         mean, grads = gradients(state.params, state.tau_now(), batch, masks_key(cfg, state.step))
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            if frozen is not None:
+                updates = freeze(updates, state.step, frozen)
             params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": mean,

@@ -11,10 +11,9 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
+import grain
 import jax
 from jax.experimental import multihost_utils
 
@@ -27,11 +26,14 @@ from tokenformer_jax.config import (
     load_config,
     require_empty,
     run_command,
+    validate,
     workdir_flag,
 )
 from tokenformer_jax.corpus import Corpus, prepare
 from tokenformer_jax.data import data_identity, keep_position, train_batches
 from tokenformer_jax.evaluate import evaluate_split
+from tokenformer_jax.grow import describe, grow_model, grow_moments, history
+from tokenformer_jax.ladder import Plateau, shifted, stages
 from tokenformer_jax.metrics import (
     MetricsWriter,
     Profiler,
@@ -43,49 +45,70 @@ from tokenformer_jax.metrics import (
     train_flops_per_token,
 )
 from tokenformer_jax.sharding import make_mesh, this_process
-from tokenformer_jax.step import Metrics, Step, TrainState, make_step, put_batch
+from tokenformer_jax.step import Frozen, Metrics, Step, TrainState, make_step, put_batch
 from tokenformer_jax.transformer import count_params
 
 
 def train(cfg: Config, workdir: pathlib.Path) -> None:
     """Trains up to `cfg.steps`, from the workdir's newest checkpoint if it has one, and leaves a checkpoint.
 
-    SIGINT or SIGTERM saves and returns; the same call then goes on bit-identically.
+    On its way the model climbs the config's rungs. SIGINT or SIGTERM saves and returns; the same call then goes on
+    bit-identically, also in the middle of a growth.
     """
     agree_with_workdir(cfg, workdir)
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(contextlib.closing(open_run(cfg, workdir)))
-        log = stack.enter_context(contextlib.closing(Log(run, workdir)))
+        run = open_run(cfg, workdir)
+        stack.enter_context(contextlib.closing(run.checkpoints))
         profiler = stack.enter_context(Profiler(cfg.profile_at, workdir))
         signals = stack.enter_context(StopSignals())
-        stack.enter_context(jax.transfer_guard("disallow"))
-
-        grown_now = bool(run.record.growth) and run.record.growth[-1]["step"] == run.start
-        if (grown_now or (run.start and is_time(run.start, cfg.eval_every, cfg.steps))) and not log.has_evaluation:
-            log.evaluation(run.start)
-        unread = None  # the step that was dispatched last: the loop reads one behind
-        for n in range(run.start + 1, cfg.steps + 1):
-            profiler.before_step(n)
-            run.state, metrics = run.step.train(run.state, put_batch(run.step, next(run.data)))
-            if unread:
-                log.step(*unread)
-            unread = n, metrics
-            stopping = signals.stop_after(n)
-            saving = stopping or is_time(n, cfg.checkpoint_every, cfg.steps)
-            evaluating = not stopping and is_time(n, cfg.eval_every, cfg.steps)
-            if saving or evaluating:  # these wait for step n in any case
-                log.step(*unread)
-                unread = None
-            if saving:
-                run.save(n)
-            if evaluating:
-                log.evaluation(n)
-            if stopping:
-                run.checkpoints.wait()
-                log.say(f"stopped and saved at step {n}; the same command goes on from there")
+        while True:
+            with contextlib.closing(Log(run, workdir)) as log, jax.transfer_guard("disallow"):
+                finished = train_stage(run, log, profiler, signals)
+            if not finished or run.is_last:
                 return
-        run.checkpoints.wait()
-        log.say(f"done at step {max(run.start, cfg.steps)}: the checkpoint and metrics.jsonl are in {workdir}")
+            run = climb(run)
+
+
+def train_stage(run: "Run", log: "Log", profiler: Profiler, signals: "StopSignals") -> bool:
+    """Trains to the stage's end, or until the loss has stopped falling and another rung follows.
+
+    The state of the stage's last step is saved. Returns False where a signal stopped it before.
+    """
+    cfg = run.cfg
+    grown_now = bool(run.record.growth) and run.record.growth[-1]["step"] == run.start
+    if grown_now:
+        log.growth()
+    if grown_now or (run.start and is_time(run.start, cfg.eval_every, cfg.steps)):
+        log.first_evaluation()
+    unread = None  # the step that was dispatched last: the loop reads one behind
+    n = run.start
+    while n < cfg.steps and not (run.plateau.reached(cfg.grow.patience) and not run.is_last):
+        n += 1
+        profiler.before_step(n)
+        run.state, metrics = run.step.train(run.state, put_batch(run.step, next(run.data)))
+        if unread:
+            log.step(*unread)
+        unread = n, metrics
+        stopping = signals.stop_after(n)
+        saving = stopping or is_time(n, cfg.checkpoint_every, cfg.steps)
+        evaluating = not stopping and is_time(n, cfg.eval_every, cfg.steps)
+        if saving or evaluating:  # these wait for step n in any case
+            log.step(*unread)
+            unread = None
+        if saving:
+            run.save(n)
+        if evaluating:
+            log.evaluation(n)
+        if stopping:
+            run.checkpoints.wait()
+            log.say(f"stopped and saved at step {n}; the same command goes on from there")
+            return False
+    run.checkpoints.wait()
+    run.save(n)
+    run.checkpoints.wait()
+    if run.is_last:
+        log.say(f"done at step {n}: the checkpoint and metrics.jsonl are in {log.workdir}")
+    return True
 
 
 def is_time(step: int, every: int, last: int) -> bool:
@@ -110,16 +133,22 @@ def agree_with_workdir(cfg: Config, workdir: pathlib.Path) -> None:
 
 @dataclasses.dataclass
 class Run:
-    """A run in progress. Only `state` and the position of `data` change."""
+    """A run in progress, on one rung of its ladder. Only `state`, `plateau` and the position of `data` change."""
 
-    cfg: Config
+    plan: list[Config]  # of all stages
+    cfg: Config  # of this one
     start: int  # steps that were done before
     step: Step
     state: TrainState
-    data: Iterator[Any]
+    data: grain.DatasetIterator
     corpus: Corpus
     checkpoints: Checkpoints
     record: Record  # as of `start`
+    plateau: Plateau = dataclasses.field(default_factory=Plateau)
+
+    @property
+    def is_last(self) -> bool:
+        return self.record.rung + 1 == len(self.plan)
 
     def figures(self, n: int) -> Row:
         """Where the run stands after step n."""
@@ -131,40 +160,44 @@ class Run:
             "train_flops": self.record.train_flops + tokens * train_flops_per_token(self.cfg.model),
         }
 
-    def save(self, n: int) -> None:
+    def record_at(self, n: int) -> Record:
         now = self.figures(n)
-        record = dataclasses.replace(self.record, tokens=now["tokens"], train_flops=now["train_flops"])
-        self.checkpoints.save(n, self.state, self.data, self.corpus.tokenizer, record)
+        plateau = dataclasses.asdict(self.plateau)
+        return dataclasses.replace(self.record, tokens=now["tokens"], train_flops=now["train_flops"], plateau=plateau)
 
-    def close(self) -> None:
-        self.checkpoints.close()
+    def save(self, n: int) -> None:
+        self.checkpoints.save(n, self.state, self.data, self.corpus.tokenizer, self.record_at(n))
 
 
 def open_run(cfg: Config, workdir: pathlib.Path) -> Run:
     """Starts a run in an empty workdir, or takes it up where its newest checkpoint left it."""
+    plan = stages(cfg)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoints_kept)
-    run = resume(cfg, workdir, checkpoints) if checkpoints.steps else begin(cfg, checkpoints)
+    run = resume(plan, workdir, checkpoints) if checkpoints.steps else begin(plan, checkpoints)
     if jax.process_index() == 0:
         replace_file(workdir / "config.json", cfg.to_json())
         replace_file(workdir / "environment.json", json.dumps(environment(), indent=2) + "\n")
     return run
 
 
-def begin(cfg: Config, checkpoints: Checkpoints) -> Run:
+def begin(plan: list[Config], checkpoints: Checkpoints) -> Run:
+    cfg = plan[0]
     step = make_step(cfg, make_mesh(cfg.mesh))
     corpus = prepare(cfg)
-    record = Record(data_identity(corpus.train, cfg), cfg.batch_size)
+    record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
     state = step.init(jax.random.key(cfg.seed))
     data = train_batches(corpus.train, cfg, **this_process())
-    return Run(cfg, 0, step, state, data, corpus, checkpoints, record)
+    return Run(plan, cfg, 0, step, state, data, corpus, checkpoints, record)
 
 
-def resume(cfg: Config, workdir: pathlib.Path, checkpoints: Checkpoints) -> Run:
+def resume(plan: list[Config], workdir: pathlib.Path, checkpoints: Checkpoints) -> Run:
     """Takes a run up at its newest checkpoint that can be read; others are set aside, which is said."""
     start = checkpoints.choose(None)
     try:
         record = checkpoints.record(start)
-        step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start)
+        cfg = stage_of(plan, record, workdir)
+        checkpoints.kept_for_good |= {growth["step"] for growth in record.growth}
+        step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, frozen_tokens(cfg, record))
         corpus = prepare(cfg, checkpoints.tokenizer(start))
         identity = data_identity(corpus.train, cfg)
         if record.data != identity:
@@ -179,19 +212,78 @@ def resume(cfg: Config, workdir: pathlib.Path, checkpoints: Checkpoints) -> Run:
         if len(checkpoints.steps) == 1:
             raise
         print(f"warning: {error}; moved to {checkpoints.set_aside(start)}", file=sys.stderr)
-        return resume(cfg, workdir, checkpoints)
+        return resume(plan, workdir, checkpoints)
     keep_position(data, record.batch_size, cfg.batch_size)
     record = dataclasses.replace(record, batch_size=cfg.batch_size)
-    return Run(cfg, start, step, state, data, corpus, checkpoints, record)
+    return Run(plan, cfg, start, step, state, data, corpus, checkpoints, record, Plateau(**record.plateau))
+
+
+def stage_of(plan: list[Config], record: Record, workdir: pathlib.Path) -> Config:
+    """The stage that a checkpoint belongs to; raises a UserError where the plan has another model there."""
+    rung = record.rung
+    if rung >= len(plan):
+        raise UserError(f"config.rungs: lists {len(plan) - 1} rungs, but {workdir} has climbed {rung} already")
+    stage = plan[rung]
+    for key, ours in dataclasses.asdict(stage.model).items():
+        if record.model[key] != ours and key not in FREE_MODEL_KEYS:
+            where = f"rungs[{rung - 1}].model.{key}" if rung else f"model.{key}"
+            raise UserError(f"{where} = {ours!r}: {workdir} has climbed to {record.model[key]!r} there; use that")
+    return shifted(stage, plan[rung - 1].steps, record.growth[-1]["step"]) if rung else stage
+
+
+def frozen_tokens(cfg: Config, record: Record) -> Frozen | None:
+    """What does not learn for a while, if the model has grown and the config says so."""
+    if not record.growth or not cfg.grow.freeze_steps:
+        return None
+    step, before, after = (record.growth[-1][key] for key in ("step", "from", "to"))
+    return Frozen({name: n for name, n in before.items() if after[name] > n}, step + cfg.grow.freeze_steps)
+
+
+def climb(run: Run) -> Run:
+    """Grows the model to the next rung, on that one's mesh, and goes on from the same example.
+
+    Nothing is saved: a run that is stopped before its next checkpoint starts from the former rung's last one, which is
+    kept for good, and grows again to the same state.
+    """
+    n, rung = int(run.state.step), run.record.rung + 1
+    cfg = shifted(run.plan[rung], run.plan[rung - 1].steps, n)
+    old_cfg = dataclasses.replace(cfg, model=run.cfg.model)
+    try:
+        validate(old_cfg)  # the former model, too, must divide by the mesh
+    except UserError as error:
+        raise UserError(f"rungs[{rung - 1}]: before it grows, {error}") from None
+    record = dataclasses.replace(
+        run.record_at(n),
+        model=dataclasses.asdict(cfg.model),
+        batch_size=cfg.batch_size,
+        schedule_start=n,
+        growth=[*run.record.growth, {"step": n, "from": old_cfg.model.tokens, "to": cfg.model.tokens}],
+        rung=rung,
+        plateau={},
+    )
+    step = make_step(cfg, make_mesh(cfg.mesh), n, frozen_tokens(cfg, record))
+    state = run.state
+    if cfg.mesh != run.cfg.mesh:
+        state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, make_step(old_cfg, step.mesh).abstract_state))
+    run.state = None  # type: ignore[assignment]  # so that its moments can go as the larger ones come
+    grown, figures = grow_model(state, old_cfg, cfg, step, run.corpus.validation)
+    state = grown._replace(opt_state=grow_moments(state.opt_state, step, cfg.grow.recipe))
+    if jax.process_index() == 0:
+        print(describe(figures), file=sys.stderr)
+    record.growth[-1] = history(figures)
+    data = train_batches(run.corpus.train, cfg, **this_process())
+    data.set_state(run.data.get_state())
+    keep_position(data, run.cfg.batch_size, cfg.batch_size)
+    run.checkpoints.kept_for_good.add(n)
+    return Run(run.plan, cfg, n, step, state, data, run.corpus, run.checkpoints, record)
 
 
 class Log:
     """What the loop reports: rows of metrics, progress and evaluations."""
 
     def __init__(self, run: Run, workdir: pathlib.Path):
-        self.run = run
-        self.writer = MetricsWriter(workdir, run.start)
-        self.has_evaluation = self.writer.holds(run.start, "eval_loss")  # of the step that the run starts from
+        self.run, self.workdir = run, workdir
+        self.writer = MetricsWriter(workdir, run.start, count_params(run.state.params))
         self.progress = Progress(run.start, run.cfg.steps)
         self.step_tokens = run.cfg.batch_size * run.cfg.model.context_length
         self.last_step, self.last_time = run.start, time.monotonic()
@@ -228,12 +320,29 @@ class Log:
         began = time.monotonic()
         run = self.run
         figures = evaluate_split(run.step, run.state, run.corpus.validation, run.cfg, max_batches=run.cfg.eval_batches)
-        self.writer.write(run.figures(n) | {f"eval_{name}": value for name, value in figures.items()})
+        run.plateau = run.plateau.after(n, figures["loss"], run.cfg.grow.min_improvement)
+        self.write_once(run.figures(n) | {f"eval_{name}": value for name, value in figures.items()}, "eval_loss")
         self.say(
             f"step {n}: validation loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}, "
             f"{figures['bits_per_byte']:.4f} bits per byte"
         )
         self.last_time += time.monotonic() - began
+
+    def first_evaluation(self) -> None:
+        """Evaluates the state that the run starts from, unless that was done and nothing depends on it."""
+        n = self.run.start
+        done = self.run.plateau.step == n or self.writer.holds(self.run.figures(n), "eval_loss")
+        if not done or (self.run.cfg.grow.patience and self.run.plateau.step != n):
+            self.evaluation(n)
+
+    def growth(self) -> None:
+        """The growth that the run starts from, as a row."""
+        self.write_once(self.run.figures(self.run.start) | {"growth": self.run.record.growth[-1]}, "growth")
+
+    def write_once(self, row: Row, name: str) -> None:
+        """Writes a row unless an earlier start did: what a run starts from may be told again."""
+        if row["step"] != self.run.start or not self.writer.holds(row, name):
+            self.writer.write(row)
 
     def say(self, line: str) -> None:
         self.progress.say(line)

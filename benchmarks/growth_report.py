@@ -95,7 +95,8 @@ def plot(studies: dict[str, list[Record]], path: pathlib.Path) -> None:
     """Loss against all training FLOPs and, below, those after the small model: mean and range of seeds."""
     figure, axes = plt.subplots(2, len(studies), figsize=(7 * len(studies), 9), layout="constrained", squeeze=False)
     for column, (title, runs) in enumerate(studies.items()):
-        for group in dict.fromkeys(run["group"] for run in runs):
+        for number, group in enumerate(dict.fromkeys(run["group"] for run in runs)):
+            style = {"color": f"C{number}", "label": group}
             ours = [run for run in runs if run["group"] == group]
             longest = [run for run in ours if run["steps"] == max(run["steps"] for run in ours)]
             curves = [run["curve"] for run in longest]
@@ -105,12 +106,14 @@ def plot(studies: dict[str, list[Record]], path: pathlib.Path) -> None:
             costs = np.array([cost for cost, _ in curves[0][:length]])
             losses = np.array([[loss for _, loss in curve[:length]] for curve in curves])
             given = longest[0]["cumulative_flops"] - longest[0]["own_flops"]
-            for axis, start in zip(axes[:, column], (0.0, given), strict=True):
-                (line,) = axis.plot(costs - start, losses.mean(0), "o--" if group in CONTROLS else "-", label=group)
-                axis.fill_between(costs - start, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2)
+            for axis, start in zip(axes[: 1 if group == "small" else 2, column], (0.0, given), strict=False):
+                axis.plot(costs - start, losses.mean(0), "o--" if group in CONTROLS else "-", **style)
+                axis.fill_between(costs - start, losses.min(0), losses.max(0), color=style["color"], alpha=0.2)
         lowest = min((run["loss"] for run in runs), default=math.nan)
-        for axis, given in zip(axes[:, column], ("", " (grown, continued: those after the small model)"), strict=True):
-            axis.set(title=title, xlabel=f"training FLOPs{given}", ylabel="validation loss (nats a token)")
+        for axis, which in zip(
+            axes[:, column], ("all training FLOPs", "training FLOPs, the small model given"), strict=True
+        ):
+            axis.set(title=title, xlabel=which, ylabel="validation loss (nats a token)")
             if runs:
                 axis.set_ylim(lowest - 0.03, lowest + 0.5)
                 axis.legend()

@@ -16,16 +16,24 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 Record = dict[str, Any]  # of a run: group, seed, steps, own_flops, cumulative_flops, loss, curve, …
-CONTROLS = ("scratch", "transformer")  # each run of theirs has a schedule of its own
+CONTROLS = ("scratch", "transformer")
+
+
+def control_of(run: Record) -> str:
+    """The control that a run counts for, whatever its final learning rate; each of its runs has an own schedule."""
+    name = run["group"].split(",")[0]
+    return name if name in CONTROLS else ""
 
 
 class Frontier:
     """What training from scratch reaches at a cost: runs of one seed, interpolated over log cost."""
 
     def __init__(self, runs: Iterable[Record]):
-        ends = sorted((run["cumulative_flops"], run["loss"]) for run in runs)
-        self.log_costs = np.log([cost for cost, _ in ends])
-        self.losses = np.minimum.accumulate([loss for _, loss in ends])
+        best: dict[float, float] = {}
+        for run in runs:
+            best[run["cumulative_flops"]] = min(run["loss"], best.get(run["cumulative_flops"], math.inf))
+        self.log_costs = np.log(sorted(best))
+        self.losses = np.minimum.accumulate([best[cost] for cost in sorted(best)])
 
     def cost_of(self, loss: float) -> float:
         """The cost of a loss; of one that no run spans, the nearest run's cost, which is a bound."""
@@ -56,8 +64,10 @@ def summarise(runs: list[Record]) -> list[dict[str, Any]]:
         row |= {key: first[key] for key in ("peak_learning_rate", "parameters", "own_flops", "cumulative_flops")}
         row["loss"] = spread(run["loss"] for run in seeds.values())
         for control in CONTROLS:
-            theirs = {seed: [run for run in runs if (run["group"], run["seed"]) == (control, seed)] for seed in seeds}
-            if group == control or min(map(len, theirs.values())) < 2:
+            theirs = {
+                seed: [run for run in runs if (control_of(run), run["seed"]) == (control, seed)] for seed in seeds
+            }
+            if control_of(first) == control or min(map(len, theirs.values())) < 2:
                 continue
             pairs = [(run, Frontier(theirs[seed])) for seed, run in seeds.items()]
             row[control] = {
@@ -100,14 +110,14 @@ def plot(studies: dict[str, list[Record]], path: pathlib.Path) -> None:
             ours = [run for run in runs if run["group"] == group]
             longest = [run for run in ours if run["steps"] == max(run["steps"] for run in ours)]
             curves = [run["curve"] for run in longest]
-            if group in CONTROLS:  # the ends of all runs of a seed
+            if control_of(ours[0]):  # the ends of all runs of a seed
                 curves = [sorted(run["curve"][-1] for run in ours if run["seed"] == one["seed"]) for one in longest]
             length = min(map(len, curves))
             costs = np.array([cost for cost, _ in curves[0][:length]])
             losses = np.array([[loss for _, loss in curve[:length]] for curve in curves])
             given = longest[0]["cumulative_flops"] - longest[0]["own_flops"]
             for axis, start in zip(axes[: 1 if group == "small" else 2, column], (0.0, given), strict=False):
-                axis.plot(costs - start, losses.mean(0), "o--" if group in CONTROLS else "-", **style)
+                axis.plot(costs - start, losses.mean(0), "o--" if control_of(ours[0]) else "-", **style)
                 axis.fill_between(costs - start, losses.min(0), losses.max(0), color=style["color"], alpha=0.2)
         lowest = min((run["loss"] for run in runs), default=math.nan)
         for axis, which in zip(

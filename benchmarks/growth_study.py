@@ -93,15 +93,17 @@ class Run:
     study: Study
     kind: str  # small, continued, grown, scratch, transformer
     steps: int  # of its own
-    rate: float  # peak learning rate; the final one is a tenth
+    rate: float  # peak learning rate
     seed: int = 0
     parent: "Run | None" = None
     recipe: str = ""
+    final: float = 0.1  # the final learning rate, as a part of the peak
 
     @property
     def name(self) -> str:
         recipe = "".join(c if c.isalnum() else "_" for c in self.recipe)
         parts = [self.kind, recipe, str(self.steps), f"{self.rate:g}"]
+        parts += [f"to_{self.final:g}"] if self.final != 0.1 else []
         parts += [f"from_{self.parent.steps}_{self.parent.rate:g}"] if self.parent else []
         return f"{self.study.width}-{self.study.large_tokens}/" + "-".join(filter(None, [*parts, f"seed{self.seed}"]))
 
@@ -122,7 +124,9 @@ class Run:
         if self.kind == "transformer":  # as many parameters: 4 D² + 2 D h in a layer
             hidden = 8 * n - 2 * self.study.width
             config.model.update(projection="linear", qkv_tokens=0, out_tokens=0, ffn_tokens=hidden)
-        config.optimizer.update(peak_learning_rate=self.rate, final_learning_rate=self.rate / 10, warmup_steps=200)
+        config.optimizer.update(
+            peak_learning_rate=self.rate, final_learning_rate=self.rate * self.final, warmup_steps=200
+        )
         if self.recipe:
             config.grow.recipe, config.grow.tau_ramp = RECIPES[self.recipe]
         return read_config(config.to_dict())
@@ -182,6 +186,7 @@ class Plan:
         self.runs: list[Run] = []
         small = self.seek("small", "small", study.small)
         self.seek("scratch", "scratch", *study.scratch)
+        self.decay_further("scratch", 0.025)
         if small:
             for recipe in study.recipes:
                 self.seek(recipe, "grown", study.growth, parent=small, recipe=recipe)
@@ -205,6 +210,12 @@ class Plan:
             self.groups[group] = self.groups.get(group, []) + found
             self.runs += found
         return best and dataclasses.replace(best, steps=steps[-1])
+
+    def decay_further(self, group: str, final: float) -> None:
+        """Wants a group's runs once more, with a lower final rate."""
+        again = [dataclasses.replace(run, final=final) for run in self.groups.get(group, [])]
+        self.groups[f"{group}, decayed to {final:g}"] = again
+        self.runs += again
 
 
 def cost(study: Study, kind: str) -> float:

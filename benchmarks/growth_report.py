@@ -101,6 +101,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def search_table(searches: dict[str, dict[str, float | None]]) -> str:
+    """The searches for learning rates as Markdown, with seed 0's losses; the best in bold."""
+    lines = ["| search | peak lr: validation loss |", "|---|---|"]
+    for name, losses in searches.items():
+        known = {rate: loss for rate, loss in sorted(losses.items(), key=lambda item: float(item[0])) if loss}
+        cells = [
+            f"{rate}: **{x:.3f}**" if x == min(known.values()) else f"{rate}: {x:.3f}" for rate, x in known.items()
+        ]
+        if cells:
+            lines.append(f"| {name} | {', '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def plot(studies: dict[str, list[Record]], path: pathlib.Path) -> None:
     """Loss against all training FLOPs and, below, those after the small model: mean and range of seeds."""
     figure, axes = plt.subplots(2, len(studies), figsize=(7 * len(studies), 9), layout="constrained", squeeze=False)
@@ -109,22 +122,22 @@ def plot(studies: dict[str, list[Record]], path: pathlib.Path) -> None:
             style = {"color": f"C{number}", "label": group}
             ours = [run for run in runs if run["group"] == group]
             longest = [run for run in ours if run["steps"] == max(run["steps"] for run in ours)]
-            curves = [run["curve"] for run in longest]
-            if control_of(ours[0]):  # the ends of all runs of a seed
-                curves = [sorted(run["curve"][-1] for run in ours if run["seed"] == one["seed"]) for one in longest]
-            length = min(map(len, curves))
-            costs = np.array([cost for cost, _ in curves[0][:length]])
-            losses = np.array([[loss for _, loss in curve[:length]] for curve in curves])
+            points: dict[float, list[float]] = {}  # cost -> the seeds' losses
+            for run in ours if control_of(ours[0]) else longest:  # of a control, the ends of all runs
+                for cost, loss in run["curve"][-1:] if control_of(run) else run["curve"]:
+                    points.setdefault(cost, []).append(loss)
+            costs = np.array(sorted(points))
+            mean, low, high = ([of(points[cost]) for cost in costs] for of in (statistics.fmean, min, max))
             given = longest[0]["cumulative_flops"] - longest[0]["own_flops"]
             for axis, start in zip(axes[: 1 if group == "small" else 2, column], (0.0, given), strict=False):
-                axis.plot(costs - start, losses.mean(0), "o--" if control_of(ours[0]) else "-", **style)
-                axis.fill_between(costs - start, losses.min(0), losses.max(0), color=style["color"], alpha=0.2)
+                axis.plot(costs - start, mean, "o--" if control_of(ours[0]) else "-", **style)
+                axis.fill_between(costs - start, low, high, color=style["color"], alpha=0.2)
         lowest = min((run["loss"] for run in runs), default=math.nan)
         for axis, which in zip(
             axes[:, column], ("all training FLOPs", "training FLOPs, the small model given"), strict=True
         ):
             axis.set(title=title, xlabel=which, ylabel="validation loss (nats a token)")
-            if runs:
+            if axis.has_data():
                 axis.set_ylim(lowest - 0.03, lowest + 0.5)
                 axis.legend()
             axis.grid(alpha=0.3)
@@ -139,4 +152,4 @@ def report(studies: dict[str, dict[str, Any]], out: pathlib.Path) -> None:
     replace_file(out / "growth_study.json", json.dumps(studies, indent=1) + "\n")
     plot({name: study["runs"] for name, study in studies.items()}, out / "growth_study.png")
     for name, study in studies.items():
-        print(f"{name}\n\n{table(study['summary'])}\n")
+        print(f"{name}\n\n{table(study['summary'])}\n\n{search_table(study['searches'])}\n")

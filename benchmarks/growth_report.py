@@ -139,7 +139,7 @@ def plot(studies: dict[str, list[Record]], path: pathlib.Path) -> None:
             axis.set(title=title, xlabel=which, ylabel="validation loss (nats a token)")
             if axis.has_data():
                 axis.set_ylim(lowest - 0.03, lowest + 0.5)
-                axis.legend()
+                axis.legend(fontsize="small")
             axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,5 +1,9 @@
 """Laws of the growth recipes: which keep the model as it is, what can learn, and what their parts promise."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,3 +166,26 @@ def test_a_recipe_that_does_not_fit_is_named(recipe, overrides, message):
     small, large = tiny_config(**fixed), tiny_config(**{"model__ffn_tokens": 192} | overrides)
     with pytest.raises(UserError, match=message):
         check_growth(small.model, large.model, recipe)
+
+
+def test_isometric_growth_ends_on_a_single_device():
+    """It hung there, on two threads: eight devices have more."""
+    code = """
+import os
+import subprocess
+import sys
+
+import jax
+from tests.helpers import tiny_config
+from tokenformer_jax.grow import grow_state
+from tokenformer_jax.sharding import make_mesh
+from tokenformer_jax.step import make_step
+
+small, large = tiny_config(), tiny_config(model__qkv_tokens=96, model__out_tokens=96, model__ffn_tokens=256)
+before, after = (make_step(cfg, make_mesh(cfg.mesh)) for cfg in (small, large))
+state = before.init(jax.random.key(0))
+grow = jax.jit(lambda s, key: grow_state(s, after.abstract_state, large.model, key, "isometric", 0))
+for i in range(5):
+    jax.block_until_ready(grow(state, jax.random.key(i)))
+"""
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"XLA_FLAGS": ""}, check=True, timeout=300)

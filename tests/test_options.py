@@ -101,7 +101,7 @@ def test_growth_with_tau_tokens_is_lossless_and_needs_no_ramp():
     np.testing.assert_allclose(after, before, atol=5e-6 * float(jnp.max(jnp.abs(before))))
     state = TrainState(jnp.int32(3), model.params, (), {n: TauRamp.constant(tau) for n, tau in model.tau.items()})
     abstract = state._replace(params=larger.params)
-    grown = grow_state(state, abstract, larger.cfg, jax.random.key(5), "initializer", ramp_steps=4)
+    grown = grow_state(state, abstract, larger.cfg, jax.random.key(5), "zero_keys", ramp_steps=4)
     for step in (3, 5, 7, 99):
         assert {n: float(ramp.at(jnp.int32(step))) for n, ramp in grown.tau.items()} == model.tau
 

@@ -7,6 +7,7 @@ another mesh than the one that saved.
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import math
 import os
@@ -152,7 +153,9 @@ class Checkpoints:
         context.pytree.loading.partial_load = True
         context.array.loading.enable_padding_and_truncation = padded  # nothing is truncated: shapes were compared
         with context:
-            return self._load(step, "state", abstract)
+            state = jax.block_until_ready(self._load(step, "state", abstract))
+        gc.collect()  # Orbax's reading leaves cycles that hold what was read a second time
+        return state
 
     def _load(self, step: int, item: str, abstract: Any) -> Any:
         try:

@@ -330,13 +330,13 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
     restoring: dict[str, float] = {}
     with timed(restoring, "restore"):
         wanted = old_step.abstract_state.without_moments()
-        old = TrainState(**jax.block_until_ready(checkpoints.restore(step_number, wanted)), opt_state=())
+        old = TrainState(**checkpoints.restore(step_number, wanted), opt_state=())
     new, figures = grow_model(old, old_cfg, cfg, step, corpus.validation)
     figures = {"source": str(source), **figures}
     del old  # the moments need its memory
     with timed(restoring, "restore"):
         wanted = {"opt_state": step.abstract_state.opt_state}
-        opt_state = jax.block_until_ready(checkpoints.restore(step_number, wanted, padded=True)["opt_state"])
+        opt_state = checkpoints.restore(step_number, wanted, padded=True)["opt_state"]
     if RECIPES[cfg.grow.recipe].resets_optimizer:
         opt_state = forget_moments(opt_state)
     new = new._replace(opt_state=opt_state)

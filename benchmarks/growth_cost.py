@@ -2,8 +2,9 @@
 
 python -m benchmarks.growth_cost [--config=ladder] [--repeats=2] [--processes=1,2] [--out=docs/growth_cost.json]
 
-A checkpoint of configs/ladder.py:354m, with random weights and moments, grows to 757m. In turn, each in a process of
-its own and with the source out of the page cache:
+A checkpoint of configs/ladder.py:354m, with random weights and moments, grows to 757m. In turn, each with the source
+out of the page cache, and after a rest, in which a virtual machine gives free memory back to its host: whoever comes
+next waits for it as the growth does (a copy right after another process took 16 s instead of 24).
 
     grow     `grow()`, as the command calls it
     copy     reading the source's files, and writing as many bytes as the grown workdir holds
@@ -45,6 +46,7 @@ from tokenformer_jax.tokenizer import train_tokenizer
 from tokenformer_jax.transformer import count_params
 
 TIME_BOUND, MEMORY_BOUND = 2.0, 1.3  # times the copy, and times the grown state
+REST = {"ladder": 30, "tiny": 0}  # seconds
 BLOCK, FILE = 1 << 24, 1 << 31  # bytes copied at once, and of one file, as Orbax has them
 TINY = {"num_layers": 2, "embed_dim": 96, "num_heads": 4, "context_length": 64, "vocab_size": 512}
 Folder = pathlib.Path
@@ -94,9 +96,10 @@ def run_grow(name: str, folder: Folder, processes: int) -> dict[str, Any]:
     return {"seconds": time.monotonic() - began, "phases": figures["seconds"]} | {key: figures[key] for key in wanted}
 
 
-def copy(folder: Folder) -> dict[str, Any]:
+def copy(name: str, folder: Folder) -> dict[str, Any]:
     """Reads the source once and writes as much as the grown workdir holds, safely on the disk as Orbax has it."""
     forget(folder / "source")
+    time.sleep(REST[name])
     began = time.monotonic()
     target, left = folder / "copy", size(folder / "grown")
     target.mkdir()
@@ -139,6 +142,8 @@ def run_orbax(name: str, folder: Folder, processes: int) -> dict[str, Any]:
     checkpoints, number, cfg, state = restored(folder / "grown", "757m")
     corpus = prepare(cfg)
     items = (state, train_batches(corpus.train, cfg), corpus.tokenizer, checkpoints.record(number))
+    os.sync()
+    time.sleep(REST[name])
     began = time.monotonic()
     write_workdir(folder / "copy", number, items, dict)
     return {"seconds": restore + time.monotonic() - began, "restore": restore, "save": time.monotonic() - began}
@@ -167,6 +172,7 @@ def forget(folder: Folder) -> None:
 def part(name: str, args: argparse.Namespace, folder: Folder, processes: int = 1) -> dict[str, Any]:
     """Runs a part in processes of its own. The first one's figures, with the peak memory of each and the wall time."""
     forget(folder / "source")
+    time.sleep(REST[args.config])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -212,16 +218,16 @@ def compare(args: argparse.Namespace, folder: Folder) -> dict[str, Any]:
     for processes in [int(n) for n in args.processes.split(",")] * args.repeats:
         row = {"processes": processes, "grow": part("grow", args, folder, processes)}
         row["source_bytes"], row["written_bytes"] = size(folder / "source"), size(folder / "grown")
-        row["copy"] = copy(folder)
+        row["copy"] = copy(args.config, folder)
         shutil.rmtree(folder / "copy")
         row["orbax"] = part("orbax", args, folder)
         for name in ("copy", "grown"):
             shutil.rmtree(folder / name)
-        total, checks = row["grow"]["wall"], row["grow"]["phases"]["verify"]
+        total, checks = row["grow"]["seconds"], row["grow"]["phases"]["verify"]
         row |= {
-            "command_over_copy": total / row["copy"]["seconds"],
-            "command_without_checks_over_copy": (total - checks) / row["copy"]["seconds"],
-            "command_without_checks_over_restore_and_save": (total - checks) / row["orbax"]["seconds"],
+            "over_copy": total / row["copy"]["seconds"],
+            "without_checks_over_copy": (total - checks) / row["copy"]["seconds"],
+            "without_checks_over_restore_and_save": (total - checks) / row["orbax"]["seconds"],
             "peak_over_grown_state": max(row["grow"]["peak_bytes"]) / grown_bytes,
         }
         runs.append(row)
@@ -249,15 +255,14 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{before / 1e6:.1f}M -> {after / 1e6:.1f}M parameters; the grown state is {grown / 1e9:.2f} GB",
         f"{'processes':<46}" + "".join(f"{n:>12}" for n in counts),
-        row("grow, the whole command, s", lambda r: r["grow"]["wall"]),
+        row("grow, with the start of Python, s", lambda r: r["grow"]["wall"]),
+        row("grow, s", lambda r: r["grow"]["seconds"]),
         *(row(f"  {name}, s", phase(name)) for name in result["runs"][0]["grow"]["phases"]),
         row("copy of as many bytes, s", lambda r: r["copy"]["seconds"]),
         row("restore and save by Orbax alone, s", lambda r: r["orbax"]["seconds"]),
-        row("command / copy", lambda r: r["command_over_copy"], 2),
-        row("command without checks / copy", lambda r: r["command_without_checks_over_copy"], 2),
-        row(
-            "command without checks / restore and save", lambda r: r["command_without_checks_over_restore_and_save"], 2
-        ),
+        row("grow / copy", lambda r: r["over_copy"], 2),
+        row("grow without verify / copy", lambda r: r["without_checks_over_copy"], 2),
+        row("grow without verify / restore and save", lambda r: r["without_checks_over_restore_and_save"], 2),
         row("peak memory of a process, GB", lambda r: max(r["grow"]["peak_bytes"]) / 1e9, 2),
         row("peak memory of a process / grown state", lambda r: r["peak_over_grown_state"], 2),
     ]

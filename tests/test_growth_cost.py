@@ -65,5 +65,5 @@ def test_the_benchmark_runs_and_two_processes_grow_what_one_saved(tmp_path, monk
     (run,) = json.loads(out.read_text())["runs"]
     assert len(run["grow"]["peak_bytes"]) == 2
     assert run["grow"]["max_logit_difference"] <= 5e-6 * max(1, run["grow"]["max_logit"])
-    assert "command / copy" in capsys.readouterr().out
+    assert "grow / copy" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["cost.json"]

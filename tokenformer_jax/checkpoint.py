@@ -5,8 +5,10 @@ another mesh than the one that saved.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
+import gc
 import json
 import math
 import os
@@ -151,8 +153,14 @@ class Checkpoints:
         context.memory.read_concurrent_bytes = _in_flight(sizes)
         context.pytree.loading.partial_load = True
         context.array.loading.enable_padding_and_truncation = padded  # nothing is truncated: shapes were compared
-        with context:
-            return self._load(step, "state", abstract)
+        leaves, tree = jax.tree.flatten(abstract)
+        for part in _parts([math.prod(leaf.shape) for leaf in leaves]):
+            some = jax.tree.unflatten(tree, [leaf if i in part else None for i, leaf in enumerate(leaves)])
+            with context:
+                read = jax.tree.leaves(jax.block_until_ready(self._load(step, "state", some)))
+            leaves[part.start : part.stop] = read
+            _give_back()
+        return jax.tree.unflatten(tree, leaves)
 
     def _load(self, step: int, item: str, abstract: Any) -> Any:
         try:
@@ -213,6 +221,25 @@ class _Keep:
         ]
 
 
+def _give_back() -> None:
+    """Returns memory to the system: Orbax's reading leaves cycles that hold what it read, glibc keeps small pieces."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
+def _parts(sizes: list[int]) -> list[range]:
+    """Consecutive entries in groups of an eighth of the whole, or a single larger one."""
+    parts: list[range] = []
+    begin = 0
+    for i in range(len(sizes)):
+        if i > begin and sum(sizes[begin : i + 1]) > sum(sizes) / 8:
+            parts.append(range(begin, i))
+            begin = i
+    return [*parts, range(begin, len(sizes))]
+
+
 def _in_flight(sizes: list[int]) -> int:
     """A limit of the bytes that are read or written at once and are not in their place: little beside the whole.
 
@@ -231,6 +258,7 @@ def _storage(state: Any) -> ocp.Context:
     context.memory.write_concurrent_bytes = _in_flight([leaf.nbytes for leaf in jax.tree.leaves(state)])
     saving = context.array.saving
     saving.use_compression = False
+    saving.use_zarr3 = False  # which writes a single layer in many small pieces, that glibc then keeps
     saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     by_layer = type(saving.storage_options)(shard_axes=(0,))
     saving.scoped_storage_options_creator = lambda _, array: by_layer if np.ndim(array) == 3 else None

@@ -273,13 +273,12 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
     seconds: dict[str, float] = {}
     with timed(seconds, "restore"):
         wanted = plan.old_step.abstract_state.without_moments()
-        old = TrainState(**jax.block_until_ready(plan.checkpoints.restore(plan.step_number, wanted)), opt_state=())
+        old = TrainState(**plan.checkpoints.restore(plan.step_number, wanted), opt_state=())
     new, figures = grow_model(old, plan.old_cfg, plan.cfg, step, plan.corpus.validation)
     del old  # the moments need its memory
     with timed(seconds, "restore"):
         wanted = {"opt_state": step.abstract_state.opt_state}
-        restored = plan.checkpoints.restore(plan.step_number, wanted, padded=True)
-        opt_state = jax.block_until_ready(restored["opt_state"])
+        opt_state = plan.checkpoints.restore(plan.step_number, wanted, padded=True)["opt_state"]
     if RECIPES[plan.cfg.grow.recipe].resets_optimizer:
         opt_state = forget_moments(opt_state)
     figures = {"source": str(source), **figures, "seconds": seconds | figures["seconds"]}

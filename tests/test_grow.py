@@ -106,6 +106,22 @@ def test_a_moved_function_is_refused():
         verify(measure(before, jumped, small, large, step, [random_batch(small)]), "zero_keys")
 
 
+def test_what_moved_is_named():
+    small, large = tiny_config(), tiny_config(**GROWN)
+    step, before, after = grown(small, large)
+
+    def refused(spoiled, name):
+        params = spoiled(after.params)
+        figures = measure(before, after._replace(params=params), small, large, step, [random_batch(small)])
+        with pytest.raises(UserError, match=f"most of all {name} changed"):
+            verify(figures, "zero_keys")
+
+    blocks = after.params["blocks"]
+    values_LNE = blocks["ffn"]["values"].at[1, 3].multiply(1.5)
+    refused(lambda p: p | {"blocks": blocks | {"ffn": blocks["ffn"] | {"values": values_LNE}}}, "ffn in layer 1")
+    refused(lambda p: p | {"norm_bias": p["norm_bias"] + 0.01}, "norm_bias")
+
+
 def test_growing_twice_equals_the_first_model():
     small, middle, large = tiny_config(), tiny_config(**GROWN), tiny_config(model__ffn_tokens=300, **GROWN_QKV)
     step, first, second = grown(small, middle, ramp_steps=2)

@@ -24,6 +24,7 @@ from tokenformer_jax.config import Config, ModelConfig, UserError, config_flag, 
 from tokenformer_jax.corpus import TokenSplit
 from tokenformer_jax.data import Batch, eval_batches
 from tokenformer_jax.ladder import check_growth
+from tokenformer_jax.pattention import pattention
 from tokenformer_jax.recipes import RECIPES, Growth
 from tokenformer_jax.sharding import constrain, this_process
 from tokenformer_jax.shrink import describe as describe_shrinking
@@ -33,7 +34,8 @@ from tokenformer_jax.successor import Succession, size_figures, size_table, spen
 from tokenformer_jax.transformer import Params, abstract_model, init_params, initial_tau
 
 LOGIT_BOUND = 5e-6  # of the largest logit; float32 rounding in other reduction orders stays below it
-CHECKED_BATCHES, CHECKED_ROWS, CHECKED_LENGTH = 2, 4, 32  # the function of every position, so a few hundred will do
+CHECKED_BATCHES, CHECKED_ROWS, CHECKED_LENGTH = 1, 4, 32  # the function of every position, so a hundred will do
+PROBES = 4  # random inputs on which each projection is compared
 
 
 def pad(old: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
@@ -112,12 +114,13 @@ def measure(
 
     Returns:
       The figures of `grow.json`: the largest difference of logits and the largest logit, the losses in nats a token,
-      and the gradient norms at the new key and value tokens of each projection that grew.
+      the gradient norms at the new key and value tokens of each projection that grew, and how far each array outside
+      of these, and the outputs of these in each layer, moved relative to their largest entry.
     """
     with jax.set_mesh(step.mesh), jax.default_matmul_precision("highest"):
         compiled = jax.jit(comparison(old_cfg, cfg, step))
         each = jax.device_get([compiled(old, new, put_batch(step, batch)) for batch in batches])
-    figures = jax.tree.map(lambda *values: float(np.mean(values)), *each)
+    figures = jax.tree.map(lambda *values: np.mean(values, axis=0).tolist(), *each)
     for name in ("max_logit_difference", "max_logit"):
         figures[name] = max(float(row[name]) for row in each)
     for kind in ("key", "value"):
@@ -160,6 +163,7 @@ def comparison(old_cfg: Config, cfg: Config, step: Step) -> Callable[[TrainState
             for name, count in grown.items()
         }
         return {
+            "moved": moved(old, new, list(grown), cfg.model),
             "max_logit_difference": jnp.max(jnp.abs(after - before)),
             "max_logit": jnp.max(jnp.abs(before)),
             "loss_before": mean_loss(before),
@@ -170,13 +174,39 @@ def comparison(old_cfg: Config, cfg: Config, step: Step) -> Callable[[TrainState
     return compare
 
 
+def moved(old: TrainState, new: TrainState, grown: list[str], cfg: ModelConfig) -> dict[str, jax.Array]:
+    """How far arrays moved, and in each layer [L] the outputs of projections that grew; of their largest entry."""
+
+    def change(before: jax.Array, after: jax.Array) -> jax.Array:
+        return jnp.max(jnp.abs(after - before)) / jnp.maximum(jnp.max(jnp.abs(before)), 1e-30)
+
+    def outputs_move(name: str) -> jax.Array:
+        probes_BD = jax.random.normal(jax.random.key(0), (PROBES, cfg.embed_dim))
+
+        def attend(state: TrainState, arrays: Params) -> jax.Array:
+            tau = state.tau_now()[name]
+            return pattention(probes_BD, arrays["keys"], arrays["values"], tau, cfg.normalizer, cfg.gelu)
+
+        both = old.params["blocks"][name], new.params["blocks"][name]
+        return jax.lax.map(lambda layer: change(attend(old, layer[0]), attend(new, layer[1])), both)
+
+    changes = {name: outputs_move(name) for name in grown}
+    for (path, before), after in zip(jax.tree.leaves_with_path(old.params), jax.tree.leaves(new.params), strict=True):
+        if before.shape == after.shape:
+            changes[jax.tree_util.keystr(path, simple=True, separator=".")] = change(before, after)
+    return changes
+
+
 def verify(figures: dict[str, Any], recipe: str) -> None:
     """Raises a UserError that names what failed: the function moved, or new tokens without a gradient."""
     difference, largest = figures["max_logit_difference"], figures["max_logit"]
     if RECIPES[recipe].lossless and not difference <= LOGIT_BOUND * max(largest, 1.0):
+        name, changes = max(figures["moved"].items(), key=lambda item: np.max(item[1]))
+        layer = f" in layer {np.argmax(changes)}" if np.ndim(changes) else ""
         raise UserError(
             f"the grown model's logits differ by {difference:.3g} from the source's, whose largest is {largest:.3g}; "
-            f"the bound is {LOGIT_BOUND:g} of that; nothing was written"
+            f"the bound is {LOGIT_BOUND:g} of that; most of all {name}{layer} changed, by {np.max(changes):.3g} of its "
+            "largest entry; nothing was written"
         )
     for name, norms in figures["gradient_norms"].items():
         if RECIPES[recipe].learns and not max(norms.values()) > 0:

@@ -11,7 +11,7 @@ from flax import nnx
 from tokenformer_jax.sharding import constrain
 
 Gelu = Callable[[jax.Array], jax.Array]
-Normalizer = Callable[[jax.Array, jax.Array, Gelu], jax.Array]
+Stage = Callable[[jax.Array, jax.Array, Gelu], jax.Array]
 
 # The exact gelu of the authors' PyTorch code, and the tanh approximation (JAX's default) of their TPU code.
 GELUS: dict[str, Gelu] = {
@@ -27,11 +27,17 @@ def l2_normalize(x_BLN: jax.Array) -> jax.Array:
     return x_BLN * jnp.where(nonzero, jax.lax.rsqrt(jnp.where(nonzero, squares, 1.0)), 0.0)
 
 
-# Each maps float32 scores S [..., N], τ and a gelu to the weights of the N value tokens.
-NORMALIZERS: dict[str, Normalizer] = {
-    "l2_norm_gelu": lambda scores, tau, gelu: gelu(tau * l2_normalize(scores)),  # equation 5
-    "gelu_l2_norm": lambda scores, tau, gelu: tau * l2_normalize(gelu(scores)),
-    "softmax": lambda scores, tau, gelu: tau**2 * jax.nn.softmax(scores),  # τ² = N at birth
+class Normalizer(NamedTuple):
+    """Θ as two stages, each a function of float32 [..., N], τ and a gelu; the first one's result enters the second."""
+
+    first: Stage
+    second: Stage
+
+
+NORMALIZERS = {
+    "l2_norm_gelu": Normalizer(lambda s, tau, gelu: l2_normalize(s), lambda s, tau, gelu: gelu(tau * s)),  # equation 5
+    "gelu_l2_norm": Normalizer(lambda s, tau, gelu: gelu(s), lambda s, tau, gelu: tau * l2_normalize(s)),
+    "softmax": Normalizer(lambda s, tau, gelu: jax.nn.softmax(s), lambda s, tau, gelu: tau**2 * s),  # τ² = N at birth
 }
 
 
@@ -89,14 +95,20 @@ class _How(NamedTuple):
     dropout_rate: float
 
 
-def _normalize(scores_BLN: jax.Array, tau: jax.Array, key: jax.Array | None, how: _How) -> jax.Array:
-    weights_BLN = NORMALIZERS[how.normalizer](scores_BLN.astype(jnp.float32), tau, GELUS[how.gelu])
-    return dropout(weights_BLN, how.dropout_rate, key, shared=(weights_BLN.ndim - 2,)).astype(scores_BLN.dtype)
+def _first(scores_BLN: jax.Array, tau: jax.Array, how: _How) -> jax.Array:
+    return NORMALIZERS[how.normalizer].first(scores_BLN.astype(jnp.float32), tau, GELUS[how.gelu])
 
 
-# The gradient is written out for two reasons. Of all that has N columns only the scores are kept for it, and the
-# weights, with their dropout, are computed again. And both parameters' gradients contract over positions with the
-# narrow array on the left, where a CPU needs it transposed: half the time of a step otherwise.
+def _second(normed_BLN: jax.Array, tau: jax.Array, key: jax.Array | None, how: _How) -> jax.Array:
+    weights_BLN = NORMALIZERS[how.normalizer].second(normed_BLN, tau, GELUS[how.gelu])
+    return dropout(weights_BLN, how.dropout_rate, key, shared=(weights_BLN.ndim - 2,))
+
+
+# The gradient is written out for three reasons. Of all that has N columns only the scores are kept for it, and the
+# weights, with their dropout, are computed again. Between the two stages it is rounded to the inputs' dtype, since that
+# is what a TPU stores there: half the memory of a step in bfloat16, and a sixth of its time. And both parameters'
+# gradients contract over positions with the narrow array on the left, where a CPU needs it transposed: half the time of
+# a step otherwise.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -106,17 +118,20 @@ def _attend(x_BLD, keys_ND, values_NE, tau, key, how: _How) -> jax.Array:
 
 def _attend_forward(x_BLD, keys_ND, values_NE, tau, key, how):
     scores_BLN = jnp.einsum("...d,nd->...n", x_BLD, keys_ND)
-    weights_BLN = _normalize(scores_BLN, tau, key, how)
+    weights_BLN = _second(_first(scores_BLN, tau, how), tau, key, how).astype(x_BLD.dtype)
     return jnp.einsum("...n,ne->...e", weights_BLN, values_NE), (x_BLD, keys_ND, values_NE, tau, key, scores_BLN)
 
 
 def _attend_backward(how, kept, dy_BLE):
     x_BLD, keys_ND, values_NE, tau, key, scores_BLN = kept
-    weights_BLN, normalize_backward = jax.vjp(lambda s, t: _normalize(s, t, key, how), scores_BLN, tau)
-    dscores_BLN, dtau = normalize_backward(jnp.einsum("...e,ne->...n", dy_BLE, values_NE))
+    dtype = x_BLD.dtype
+    normed_BLN, first_backward = jax.vjp(lambda s, t: _first(s, t, how), scores_BLN, tau)
+    weights_BLN, second_backward = jax.vjp(lambda s, t: _second(s, t, key, how), normed_BLN, tau)
+    dnormed_BLN, dtau = second_backward(jnp.einsum("...e,ne->...n", dy_BLE, values_NE).astype(jnp.float32))
+    dscores_BLN, dtau_first = first_backward(dnormed_BLN.astype(dtype).astype(jnp.float32))
     dkeys_DN = _sum_outer(x_BLD, dscores_BLN)
-    dvalues_EN = _sum_outer(dy_BLE, weights_BLN)
-    return jnp.einsum("...n,nd->...d", dscores_BLN, keys_ND), dkeys_DN.T, dvalues_EN.T, dtau, None
+    dvalues_EN = _sum_outer(dy_BLE, weights_BLN.astype(dtype))
+    return jnp.einsum("...n,nd->...d", dscores_BLN, keys_ND), dkeys_DN.T, dvalues_EN.T, dtau + dtau_first, None
 
 
 def _sum_outer(a_BLI: jax.Array, b_BLJ: jax.Array) -> jax.Array:

@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     model.dropout = 0.0  # in training: rate on embedding, attention's output, ffn weights, final norm
     model.stochastic_depth = 0.0  # in training: rate at which an example skips an attention or ffn, in every layer
     model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are always float32
-    model.remat = "none"  # or "dots" (keep the contractions' results), "full" (keep the layers' inputs)
+    model.remat = "none"  # or keep only "dots" (contractions' results), "projections" (theirs), "full" (layers' inputs)
 
     config.data = data = ConfigDict()
     data.dataset = "python_source"  # or "text_files", or any tfds text set: "lm1b", "c4/en", "wiki40b/en"

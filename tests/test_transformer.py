@@ -103,7 +103,7 @@ def test_scanned_layers_equal_a_loop_over_them():
     np.testing.assert_allclose(model.logits(x), model(tokens, tau)[0], atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "projections", "full"])
 def test_rematerialisation_changes_no_gradient(remat):
     cfg, params, tokens = example()
     loss = lambda cfg: lambda p: jnp.square(apply(cfg, p, tokens)[0]).mean()  # noqa: E731

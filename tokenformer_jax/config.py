@@ -200,7 +200,7 @@ CHOICES = {
     "model.normalizer": ("l2_norm_gelu", "gelu_l2_norm", "softmax"),
     "model.gelu": ("erf", "tanh"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("none", "dots", "projections", "full"),
     "grow.recipe": ("zero_keys", "isometric", "split", "random_keys", "released", "zero_padding"),
 }
 POSITIVE = (

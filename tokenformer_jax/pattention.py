@@ -1,6 +1,7 @@
 """Token-Parameter attention (TokenFormer, arXiv 2410.23168, section 3.2): attention over learnable tokens."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,11 +14,14 @@ from tokenformer_jax.sharding import constrain
 Gelu = Callable[[jax.Array], jax.Array]
 Stage = Callable[[jax.Array, jax.Array, Gelu], jax.Array]
 
+
+def erf_gelu(x: jax.Array) -> jax.Array:
+    """x Φ(x) as PyTorch computes it; jax.nn.gelu's erfc costs a TPU several times as many operations."""
+    return x * 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
 # The exact gelu of the authors' PyTorch code, and the tanh approximation (JAX's default) of their TPU code.
-GELUS: dict[str, Gelu] = {
-    "erf": functools.partial(jax.nn.gelu, approximate=False),
-    "tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
+GELUS: dict[str, Gelu] = {"erf": erf_gelu, "tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 def l2_normalize(x_BLN: jax.Array) -> jax.Array:

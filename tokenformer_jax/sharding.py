@@ -61,6 +61,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
+def platform() -> str:
+    """What the computation is for, "cpu", "tpu" or "gpu": the mesh's devices, which need not be present."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def shardings(abstract: Any, mesh: Mesh, axes: Any) -> Any:
     """NamedShardings for a tree of arrays, from a tree of the same structure with their logical axes."""
     return jax.tree.map(lambda _, a: NamedSharding(mesh, partition_spec(a)), abstract, axes)

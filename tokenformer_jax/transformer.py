@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from tokenformer_jax.attention import SAVED, causal_attention
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.pattention import GELUS, Pattention, dropout, parameter
 from tokenformer_jax.sharding import Axes, constrain
@@ -49,12 +52,18 @@ def rotary(x_BLHK: jax.Array, positions_L: jax.Array, dims: int) -> jax.Array:
     """Turns the first `dims` dims of each head by their position, pairing dim i with i + dims/2 (GPT-NeoX)."""
     if dims == 0:
         return x_BLHK
+    half, head_dim = dims // 2, x_BLHK.shape[-1]
     frequencies = ROTARY_BASE ** (-jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
-    angles_LR = positions_L[:, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles_LR)[:, None, :], jnp.sin(angles_LR)[:, None, :]
-    first, second, rest = jnp.split(x_BLHK, [dims // 2, dims], axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate([*(t.astype(x_BLHK.dtype) for t in turned), rest], axis=-1)
+    angles_LK = jnp.pad(
+        positions_L[:, None].astype(jnp.float32) * jnp.tile(frequencies, 2), [(0, 0), (0, head_dim - dims)]
+    )
+    # A product with ±1 gives each dim its partner exactly; on a TPU, each part of a split head would fill 128 lanes.
+    partner_KK = np.zeros((head_dim, head_dim), np.float32)
+    partner_KK[range(half, dims), range(half)] = -1
+    partner_KK[range(half), range(half, dims)] = 1
+    partner_BLHK = jnp.einsum("blhk,kj->blhj", x_BLHK, partner_KK.astype(x_BLHK.dtype), precision="highest")
+    turned_BLHK = x_BLHK * jnp.cos(angles_LK)[:, None] + partner_BLHK * jnp.sin(angles_LK)[:, None]
+    return turned_BLHK.astype(x_BLHK.dtype)
 
 
 def subkey(key: Key, index: jax.Array | int) -> Key:
@@ -144,15 +153,15 @@ class Block(nnx.Module):
         B, L, D = x_BLD.shape
         heads = (B, L, self.num_heads, D // self.num_heads)
         h_BLD = layer_norm(x_BLD)
-        q_BLHK = self.query(h_BLD, tau.get("query")).reshape(heads)
-        k_BLHK = self.key(h_BLD, tau.get("key")).reshape(heads)
-        v_BLHK = self.value(h_BLD, tau.get("value")).reshape(heads)
+        q_BLHK = checkpoint_name(self.query(h_BLD, tau.get("query")), "projection").reshape(heads)
+        k_BLHK = checkpoint_name(self.key(h_BLD, tau.get("key")), "projection").reshape(heads)
+        v_BLHK = checkpoint_name(self.value(h_BLD, tau.get("value")), "projection").reshape(heads)
         with jax.named_scope("attention"):
             q_BLHK, k_BLHK, v_BLHK = (constrain(x, "batch", None, "heads", None) for x in (q_BLHK, k_BLHK, v_BLHK))
             q_BLHK = rotary(q_BLHK, positions_L, self.rotary_dims)
             k_BLHK = rotary(k_BLHK, positions_L, self.rotary_dims)
             mixed_BLD = attend(q_BLHK, k_BLHK, v_BLHK).reshape(B, L, D)
-        y_BLD = self.out(constrain(mixed_BLD, "batch", None, None), tau.get("out"))
+        y_BLD = checkpoint_name(self.out(constrain(mixed_BLD, "batch", None, None), tau.get("out")), "projection")
         y_BLD = dropout(y_BLD, self.dropout, subkey(key, 0))
         x_BLD += dropout(y_BLD, self.stochastic_depth, subkey(key, 1), shared=(1, 2))
         y_BLD = self.ffn(layer_norm(x_BLD), tau.get("ffn"), subkey(key, 2))
@@ -169,6 +178,7 @@ def stack_layers(make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, 
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "projections": jax.checkpoint_policies.save_only_these_names("projection", SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -230,10 +240,6 @@ class LanguageModel(nnx.Module):
         positions_L = start + jnp.arange(length)
         if cache is not None:  # a query sees what is cached and itself
             mask = (jnp.arange(cache.key.shape[2]) <= positions_L[:, None])[None, None]
-        elif segments_BL is not None:
-            mask = (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
-        else:
-            mask = None
         graphdef, blocks = nnx.split(self.blocks)
 
         def layer(x_BLD: jax.Array, inputs: tuple[Any, Any, Any]) -> tuple[jax.Array, Any]:
@@ -242,7 +248,7 @@ class LanguageModel(nnx.Module):
             def attend(q, k, v):
                 nonlocal seen
                 if seen is None:
-                    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+                    return causal_attention(q, k, v, segments_BL)
                 insert = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)  # noqa: E731
                 seen = insert(seen[0], k), insert(seen[1], v)
                 return jax.nn.dot_product_attention(q, *seen, mask=mask)

@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
     grow.min_improvement = 0.01  # nats by which a validation loss must beat the best one to count as improvement
 
     config.mesh = mesh = ConfigDict()
+    mesh.slice = 1  # slices of the pod, or other groups of devices behind a slower network; as mesh.data otherwise
     mesh.data = 1  # devices that hold other examples and the same parameters
     mesh.fsdp = 1  # devices that hold other examples and share the storage of every parameter
     mesh.tensor = 1  # devices that share parameter tokens, heads and vocabulary

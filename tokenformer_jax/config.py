@@ -95,9 +95,15 @@ class GrowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
+    slice: int = dataclasses.field(default=1, kw_only=True)
     data: int
     fsdp: int
     tensor: int
+
+    @property
+    def batch_shards(self) -> int:
+        """How many parts the batch is split into."""
+        return self.slice * self.data * self.fsdp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +155,9 @@ def _read_dataclass(cls: Any, tree: Any, where: str) -> Any:
     if not isinstance(tree, Mapping):
         raise UserError(f"{where}: expected a group of keys, got {tree!r}")
     types = typing.get_type_hints(cls)
+    # Keys that came later have a default, so that runs from before can still be read.
+    later = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    tree = later | dict(tree)
     for key in tree:
         if key not in types:
             raise UserError(f"{where}: unknown key {key!r}{_suggest(key, types)}")
@@ -205,8 +214,8 @@ CHOICES = {
 }
 POSITIVE = (
     "model.vocab_size model.context_length model.num_layers model.num_heads model.embed_dim model.ffn_tokens "
-    "optimizer.peak_learning_rate optimizer.epsilon optimizer.clip_norm mesh.data mesh.fsdp mesh.tensor "
-    "steps batch_size accumulation log_every checkpoints_kept"
+    "optimizer.peak_learning_rate optimizer.epsilon optimizer.clip_norm mesh.slice mesh.data mesh.fsdp "
+    "mesh.tensor steps batch_size accumulation log_every checkpoints_kept"
 ).split()
 NOT_NEGATIVE = (
     "optimizer.final_learning_rate optimizer.warmup_steps optimizer.weight_decay seed eval_every eval_batches "
@@ -244,7 +253,7 @@ def validate(cfg: Config) -> None:
     _require_divisible("model.embed_dim", cfg.model.embed_dim, "mesh.fsdp", mesh.fsdp)
     _require_divisible("batch_size", cfg.batch_size, "accumulation", cfg.accumulation)
     rows = cfg.batch_size // cfg.accumulation
-    _require_divisible("batch_size / accumulation", rows, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
+    _require_divisible("batch_size / accumulation", rows, "mesh.slice * mesh.data * mesh.fsdp", mesh.batch_shards)
     _require(
         cfg.optimizer.warmup_steps < cfg.steps,
         "optimizer.warmup_steps",

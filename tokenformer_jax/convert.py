@@ -305,7 +305,7 @@ def import_official(state_dict: StateDict, cfg: Config, workdir: pathlib.Path, s
     params = from_official(state_dict, source)
     step = make_step(cfg, make_mesh(cfg.mesh))
     corpus = prepare(cfg)
-    data = train_batches(corpus.train, cfg, **this_process())
+    data = train_batches(corpus.train, cfg, **this_process(step.mesh))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state.params)
     state = step.init(jax.random.key(cfg.seed))._replace(params=jax.device_put(params, shardings))
     record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)

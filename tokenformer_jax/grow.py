@@ -243,9 +243,9 @@ def grow_model(
             out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
         )
         new = jax.block_until_ready(append(old, key))
-    shards = cfg.mesh.data * cfg.mesh.fsdp
+    shards = cfg.mesh.batch_shards
     rows, length = shards * max(1, CHECKED_ROWS // shards), min(CHECKED_LENGTH, cfg.model.context_length)
-    batches = eval_batches(validation, rows, length, max_batches=CHECKED_BATCHES, **this_process())
+    batches = eval_batches(validation, rows, length, max_batches=CHECKED_BATCHES, **this_process(step.mesh))
     with timed(seconds, "verify"):
         measured = measure(old, new, old_cfg, cfg, step, list(batches))
     figures = {

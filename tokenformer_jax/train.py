@@ -187,7 +187,7 @@ def begin(plan: list[Config], checkpoints: Checkpoints) -> Run:
     corpus = prepare(cfg)
     record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
     state = step.init(jax.random.key(cfg.seed))
-    data = train_batches(corpus.train, cfg, **this_process())
+    data = train_batches(corpus.train, cfg, **this_process(step.mesh))
     return Run(plan, cfg, 0, step, state, data, corpus, checkpoints, record)
 
 
@@ -206,7 +206,7 @@ def resume(plan: list[Config], workdir: pathlib.Path, checkpoints: Checkpoints) 
                 f"config.data or config.seed: {workdir} was trained on {record.data}, and this is {identity}; "
                 "use those, or go on with these in a new workdir, made from this one by grow"
             )
-        data = train_batches(corpus.train, cfg, **this_process())
+        data = train_batches(corpus.train, cfg, **this_process(step.mesh))
         state = checkpoints.restore(start, step.abstract_state)
         checkpoints.restore_data(start, data)
     except DamagedError as error:
@@ -268,7 +268,7 @@ def climb(run: Run) -> Run:
     if jax.process_index() == 0:
         print(describe(figures), file=sys.stderr)
     record.growth[-1] = history(figures)
-    data = train_batches(run.corpus.train, cfg, **this_process())
+    data = train_batches(run.corpus.train, cfg, **this_process(step.mesh))
     data.set_state(run.data.get_state())
     keep_position(data, run.cfg.batch_size, cfg.batch_size)
     run.checkpoints.kept_for_good.add(n)

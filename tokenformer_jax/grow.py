@@ -71,7 +71,7 @@ def grow_state(
       The grown state. With a lossless recipe its model computes what the smaller one computes, up to rounding.
     """
     params = jax.tree.map(pad, state.params, abstract.params)
-    drawn = init_params(cfg, key)["blocks"]
+    drawn = init_params(cfg.padding_counted(), key)["blocks"]
     blocks, tau = dict(params["blocks"]), dict(state.tau)
     for number, (name, tokens) in enumerate(token_counts(state).items()):
         if cfg.tokens[name] == tokens:

@@ -24,6 +24,7 @@ from tokenformer_jax.config import (
     UserError,
     config_flag,
     load_config,
+    read_model,
     require_empty,
     run_command,
     workdir_flag,
@@ -225,10 +226,11 @@ def stage_of(plan: list[Config], record: Record, workdir: pathlib.Path) -> Confi
     if rung >= len(plan):
         raise UserError(f"config.rungs: lists {len(plan) - 1} rungs, but {workdir} has climbed {rung} already")
     stage = plan[rung]
+    climbed = read_model(record.model, str(workdir))
     for key, ours in dataclasses.asdict(stage.model).items():
-        if record.model[key] != ours and key not in FREE_MODEL_KEYS:
+        if (theirs := getattr(climbed, key)) != ours and key not in FREE_MODEL_KEYS:
             where = f"rungs[{rung - 1}].model.{key}" if rung else f"model.{key}"
-            raise UserError(f"{where} = {ours!r}: {workdir} has climbed to {record.model[key]!r} there; use that")
+            raise UserError(f"{where} = {ours!r}: {workdir} has climbed to {theirs!r} there; use that")
     return shifted(stage, plan[rung - 1].steps, record.growth[-1]["step"]) if rung else stage
 
 

@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     model.qkv_tokens = 576  # parameter tokens of the query, of the key and of the value projection, each
     model.out_tokens = 576  # parameter tokens of the attention's output projection
     model.ffn_tokens = 2304  # parameter tokens of the feed-forward; the hidden width of a "linear" one
+    model.pad_tokens_to = 0  # counts are rounded up to a multiple with tokens that add nothing until they learn; 0: not
     model.rotary_fraction = 0.25  # part of each head's dims that rotary turns
     model.dropout = 0.0  # in training: rate on embedding, attention's output, ffn weights, final norm
     model.stochastic_depth = 0.0  # in training: rate at which an example skips an attention or ffn, in every layer
@@ -70,6 +71,7 @@ def get_config() -> ConfigDict:
     grow.min_improvement = 0.01  # nats by which a validation loss must beat the best one to count as improvement
 
     config.mesh = mesh = ConfigDict()
+    mesh.slice = 1  # slices of the pod, or other groups of devices behind a slower network; as mesh.data otherwise
     mesh.data = 1  # devices that hold other examples and the same parameters
     mesh.fsdp = 1  # devices that hold other examples and share the storage of every parameter
     mesh.tensor = 1  # devices that share parameter tokens, heads and vocabulary

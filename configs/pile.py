@@ -7,7 +7,7 @@ rows). tfds has no Pile: unpack a copy to .jsonl and name it, with that tokenize
     python -m tokenformer_jax.train --config=configs/pile.py:150m --workdir=W --config.mesh.fsdp=16 \
         --config.data.path=PILE --config.data.tokenizer=TOKENIZER.json
 
-Each device works through batch_size / accumulation / (mesh.data * mesh.fsdp) sequences at a time: 8 there.
+Each device works through batch_size / accumulation / (mesh.slice * mesh.data * mesh.fsdp) sequences at a time: 8 there.
 
 To expect (paper, table 1; accuracies zero-shot). Not run here: it is days on a pod. The released weights can be had
 through `convert --from_torch` with these configs instead.

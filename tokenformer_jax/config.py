@@ -19,6 +19,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+SIZES = ("qkv_tokens", "out_tokens", "ffn_tokens")  # keys of the model that say counts of parameter tokens
 DEAD_AFTER = 20  # seconds without a sign of life of a process, after which the others end
 
 
@@ -45,6 +46,7 @@ class ModelConfig:
     stochastic_depth: float
     dtype: str
     remat: str
+    pad_tokens_to: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -52,11 +54,22 @@ class ModelConfig:
 
     @property
     def tokens(self) -> dict[str, int]:
-        """Parameter tokens of each projection in a block; empty for a plain Transformer."""
+        """Parameter tokens of each projection in a block, with padding; empty for a plain Transformer."""
+        return self.padding_counted().unpadded_tokens
+
+    @property
+    def unpadded_tokens(self) -> dict[str, int]:
+        """The same without padding: what the keys say, and what τ at birth depends on."""
         if self.projection == "linear":
             return {}
         qkv = dict.fromkeys(("query", "key", "value"), self.qkv_tokens)
         return qkv | {"out": self.out_tokens, "ffn": self.ffn_tokens}
+
+    def padding_counted(self) -> "ModelConfig":
+        """A model with arrays of the same shapes, whose padding tokens are tokens like any others."""
+        multiple = self.pad_tokens_to or 1
+        sizes: Any = {size: -(-getattr(self, size) // multiple) * multiple for size in SIZES}
+        return dataclasses.replace(self, pad_tokens_to=0, **sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +108,15 @@ class GrowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
+    slice: int = dataclasses.field(default=1, kw_only=True)
     data: int
     fsdp: int
     tensor: int
+
+    @property
+    def batch_shards(self) -> int:
+        """How many parts the batch is split into."""
+        return self.slice * self.data * self.fsdp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +164,18 @@ def load_config(path: pathlib.Path) -> Config:
     return read_config(tree, str(path))
 
 
+def read_model(tree: Mapping[str, Any], source: str) -> ModelConfig:
+    """The model's part of a config, as a checkpoint's record holds it."""
+    return _read_dataclass(ModelConfig, tree, source)
+
+
 def _read_dataclass(cls: Any, tree: Any, where: str) -> Any:
     if not isinstance(tree, Mapping):
         raise UserError(f"{where}: expected a group of keys, got {tree!r}")
     types = typing.get_type_hints(cls)
+    # Keys that came later have a default, so that runs from before can still be read.
+    later = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    tree = later | dict(tree)
     for key in tree:
         if key not in types:
             raise UserError(f"{where}: unknown key {key!r}{_suggest(key, types)}")
@@ -205,12 +232,12 @@ CHOICES = {
 }
 POSITIVE = (
     "model.vocab_size model.context_length model.num_layers model.num_heads model.embed_dim model.ffn_tokens "
-    "optimizer.peak_learning_rate optimizer.epsilon optimizer.clip_norm mesh.data mesh.fsdp mesh.tensor "
-    "steps batch_size accumulation log_every checkpoints_kept"
+    "optimizer.peak_learning_rate optimizer.epsilon optimizer.clip_norm mesh.slice mesh.data mesh.fsdp "
+    "mesh.tensor steps batch_size accumulation log_every checkpoints_kept"
 ).split()
 NOT_NEGATIVE = (
     "optimizer.final_learning_rate optimizer.warmup_steps optimizer.weight_decay seed eval_every eval_batches "
-    "checkpoint_every profile_at model.qkv_tokens model.out_tokens model.tau_tokens "
+    "checkpoint_every profile_at model.qkv_tokens model.out_tokens model.tau_tokens model.pad_tokens_to "
     "grow.freeze_steps grow.patience grow.min_improvement"
 ).split()
 FRACTIONS = "model.rotary_fraction grow.tau_ramp".split()
@@ -239,12 +266,19 @@ def validate(cfg: Config) -> None:
         _require(0 <= get(key) < 1, key, get(key), "must be 0 or above, and below 1")
     validate_model(cfg.model)
     mesh = cfg.mesh
-    for key in ("model.qkv_tokens", "model.out_tokens", "model.ffn_tokens", "model.vocab_size", "model.num_heads"):
-        _require_divisible(key, get(key), "mesh.tensor", mesh.tensor)
-    _require_divisible("model.embed_dim", cfg.model.embed_dim, "mesh.fsdp", mesh.fsdp)
+    model, padded = cfg.model, cfg.model.padding_counted()
+    for size in SIZES:
+        if model.pad_tokens_to > 1 and getattr(padded, size) % mesh.tensor:
+            _require_divisible("model.pad_tokens_to", model.pad_tokens_to, "mesh.tensor", mesh.tensor)
+        way_out = f", or model.pad_tokens_to = {mesh.tensor}" if can_pad(model) else ""
+        _require_divisible(f"model.{size}", getattr(padded, size), "mesh.tensor", mesh.tensor, way_out=way_out)
+    _require_divisible("model.vocab_size", model.vocab_size, "mesh.tensor", mesh.tensor)
+    dim, heads = model.embed_dim, model.num_heads
+    _require_divisible("model.num_heads", heads, "mesh.tensor", mesh.tensor, lambda n: n <= dim and dim % n == 0)
+    _require_divisible("model.embed_dim", dim, "mesh.fsdp", mesh.fsdp, lambda n: n % heads == 0)
     _require_divisible("batch_size", cfg.batch_size, "accumulation", cfg.accumulation)
     rows = cfg.batch_size // cfg.accumulation
-    _require_divisible("batch_size / accumulation", rows, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
+    _require_divisible("batch_size / accumulation", rows, "mesh.slice * mesh.data * mesh.fsdp", mesh.batch_shards)
     _require(
         cfg.optimizer.warmup_steps < cfg.steps,
         "optimizer.warmup_steps",
@@ -273,6 +307,12 @@ def validate_model(model: ModelConfig) -> None:
         _require(
             model.tau_tokens == 0, "model.tau_tokens", model.tau_tokens, "a linear projection has no τ; set it to 0"
         )
+    if model.pad_tokens_to > 1 and not can_pad(model):
+        key, value = ("projection", "linear") if model.projection == "linear" else ("normalizer", model.normalizer)
+        raise UserError(
+            f"model.pad_tokens_to = {model.pad_tokens_to}: there is no padding with "
+            f"model.{key} = {value!r}; set it to 0"
+        )
     for name in ("qkv_tokens", "out_tokens"):
         count = getattr(model, name)
         if model.projection == "linear":
@@ -281,10 +321,28 @@ def validate_model(model: ModelConfig) -> None:
             _require(count > 0, f"model.{name}", count, "must be above 0")
 
 
-def _require_divisible(key: str, value: int, divisor_key: str, divisor: int) -> None:
+def can_pad(model: ModelConfig) -> bool:
+    """Whether parameter tokens with zero keys add nothing: of softmax they get a share."""
+    return model.projection == "pattention" and model.normalizer != "softmax"
+
+
+def _require_divisible(
+    key: str,
+    value: int,
+    divisor_key: str,
+    divisor: int,
+    fits: Callable[[int], bool] = lambda n: True,
+    way_out: str = "",
+) -> None:
+    """Raises a UserError with the nearest values above and below that would do; of those only such that `fits`."""
+    if value % divisor == 0:
+        return
     down = value // divisor * divisor
-    near = f"{down} or {down + divisor}" if down else f"{divisor}"
-    _require(value % divisor == 0, key, value, f"must divide by {divisor_key} = {divisor}; {near} would do")
+    below = next((n for n in range(down, 0, -divisor) if fits(n)), 0)
+    above = next((n for n in range(down + divisor, divisor * (value + 2), divisor) if fits(n)), 0)
+    near = " or ".join(str(n) for n in (below, above) if n)
+    would = f"{near} would do{way_out}" if near else f"a {divisor_key} that divides it would do"
+    raise UserError(f"{key} = {value!r}: must divide by {divisor_key} = {divisor}; {would}")
 
 
 def config_flag() -> Callable[[], Config]:

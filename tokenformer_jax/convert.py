@@ -293,6 +293,8 @@ def import_official(state_dict: StateDict, cfg: Config, workdir: pathlib.Path, s
         state_dict, model.num_heads, model.rotary_fraction, context_length=model.context_length, source=source
     )
     differing = [key for key in FIXED if getattr(found, key) != getattr(model, key)]
+    if not differing and found.tokens != model.tokens:
+        differing = ["pad_tokens_to"]
     if differing:
         pairs = (f"model.{key} = {getattr(model, key)!r} for the file's {getattr(found, key)!r}" for key in differing)
         raise UserError(f"{source}: does not fit the config, which has {', '.join(pairs)}")
@@ -305,7 +307,7 @@ def import_official(state_dict: StateDict, cfg: Config, workdir: pathlib.Path, s
     params = from_official(state_dict, source)
     step = make_step(cfg, make_mesh(cfg.mesh))
     corpus = prepare(cfg)
-    data = train_batches(corpus.train, cfg, **this_process())
+    data = train_batches(corpus.train, cfg, **this_process(step.mesh))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state.params)
     state = step.init(jax.random.key(cfg.seed))._replace(params=jax.device_put(params, shardings))
     record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
@@ -337,7 +339,7 @@ def export_official(workdir: pathlib.Path, path: pathlib.Path, step_number: int 
 
 def check_tau(tau: Mapping[str, Any], model: ModelConfig, source: str) -> None:
     """Raises a UserError where a τ is not √N: the official format has no place for it."""
-    for name, final in initial_tau(dataclasses.replace(model, tau_tokens=0)).items():
+    for name, final in initial_tau(dataclasses.replace(model.padding_counted(), tau_tokens=0)).items():
         if np.float32(tau[name]) != np.float32(final):
             raise UserError(
                 f"{source}: tau of {name} is {tau[name]:.6g}, but the official format takes it to be "

@@ -1,6 +1,6 @@
 """Loss, perplexity and bits per byte of a trained model on a split.
 
-python -m tokenformer_jax.evaluate --workdir=W [--step=N] [--split=validation] [--mesh=1,1,1]
+python -m tokenformer_jax.evaluate --workdir=W [--step=N] [--split=validation] [--mesh=1,1,1,1]
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from tokenformer_jax.config import (
 from tokenformer_jax.corpus import Corpus, TokenSplit, prepare
 from tokenformer_jax.data import eval_batches
 from tokenformer_jax.metrics import Progress, replace_file
-from tokenformer_jax.sharding import make_mesh, this_process
+from tokenformer_jax.sharding import MESH_AXES, make_mesh, this_process
 from tokenformer_jax.step import Step, TrainState, make_step, put_batch
 from tokenformer_jax.tokenizer import Tokenizer
 from tokenformer_jax.transformer import count_params
@@ -45,7 +45,7 @@ def evaluate_split(
         cfg.batch_size // cfg.accumulation,
         cfg.model.context_length,
         max_batches=max_batches,
-        **this_process(),
+        **this_process(step.mesh),
     )
     bar = Progress(0, len(batches), "batch") if progress else None
     sums: list[Any] = []
@@ -94,19 +94,17 @@ def open_checkpoint(workdir: pathlib.Path, step_number: int | None) -> tuple[Con
     return cfg, checkpoints, step_number, record
 
 
-def load_trained(
-    workdir: pathlib.Path, step_number: int | None = None, mesh: tuple[int, int, int] | None = None
-) -> Trained:
+def load_trained(workdir: pathlib.Path, step_number: int | None = None, mesh: tuple[int, ...] | None = None) -> Trained:
     """Loads config, tokenizer, parameters and τ of a run's newest (or given) checkpoint onto a mesh.
 
     Args:
       workdir: of `train`, `grow` or `convert`.
       step_number: which checkpoint.
-      mesh: (data, fsdp, tensor); by default the run's own if there are as many devices, else a single device.
+      mesh: (slice, data, fsdp, tensor); by default the run's own if there are as many devices, else a single device.
     """
     cfg, checkpoints, step_number, record = open_checkpoint(workdir, step_number)
     if mesh is not None:
-        cfg = dataclasses.replace(cfg, mesh=MeshConfig(*mesh))
+        cfg = dataclasses.replace(cfg, mesh=MeshConfig(**dict(zip(MESH_AXES, mesh, strict=True))))
     elif math.prod(dataclasses.astuple(cfg.mesh)) > jax.device_count():
         cfg = dataclasses.replace(cfg, mesh=MeshConfig(1, 1, 1))
     validate(cfg)
@@ -127,16 +125,16 @@ def choose_split(corpus: Corpus, name: str) -> TokenSplit:
 
 
 def mesh_flag() -> Any:
-    """Defines `--mesh=data,fsdp,tensor`; returns its reader."""
-    holder = flags.DEFINE_string("mesh", None, "data,fsdp,tensor; by default the run's own, or a single device")
+    """Defines `--mesh=slice,data,fsdp,tensor`, where slice may be left out; returns its reader."""
+    holder = flags.DEFINE_string("mesh", None, "[slice,]data,fsdp,tensor; by default the run's own, or a single device")
 
-    def read() -> tuple[int, int, int] | None:
+    def read() -> tuple[int, ...] | None:
         if holder.value is None:
             return None
         sizes = [int(part) if part.isdecimal() else 0 for part in holder.value.split(",")]
-        if len(sizes) != 3 or min(sizes) < 1:
-            raise UserError(f"--mesh={holder.value}: must be three sizes data,fsdp,tensor, such as 1,1,1")
-        return sizes[0], sizes[1], sizes[2]
+        if len(sizes) not in (3, 4) or min(sizes) < 1:
+            raise UserError(f"--mesh={holder.value}: must be sizes slice,data,fsdp,tensor, such as 1,1,1,1")
+        return (1,) * (4 - len(sizes)) + tuple(sizes)
 
     return read
 

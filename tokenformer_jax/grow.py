@@ -71,7 +71,7 @@ def grow_state(
       The grown state. With a lossless recipe its model computes what the smaller one computes, up to rounding.
     """
     params = jax.tree.map(pad, state.params, abstract.params)
-    drawn = init_params(cfg, key)["blocks"]
+    drawn = init_params(cfg.padding_counted(), key)["blocks"]
     blocks, tau = dict(params["blocks"]), dict(state.tau)
     for number, (name, tokens) in enumerate(token_counts(state).items()):
         if cfg.tokens[name] == tokens:
@@ -243,9 +243,9 @@ def grow_model(
             out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
         )
         new = jax.block_until_ready(append(old, key))
-    shards = cfg.mesh.data * cfg.mesh.fsdp
+    shards = cfg.mesh.batch_shards
     rows, length = shards * max(1, CHECKED_ROWS // shards), min(CHECKED_LENGTH, cfg.model.context_length)
-    batches = eval_batches(validation, rows, length, max_batches=CHECKED_BATCHES, **this_process())
+    batches = eval_batches(validation, rows, length, max_batches=CHECKED_BATCHES, **this_process(step.mesh))
     with timed(seconds, "verify"):
         measured = measure(old, new, old_cfg, cfg, step, list(batches))
     figures = {

@@ -10,13 +10,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tokenformer_jax.config import FREE_MODEL_KEYS, Config, ModelConfig, UserError, read_config, validate
+from tokenformer_jax.config import FREE_MODEL_KEYS, SIZES, Config, ModelConfig, UserError, read_config, validate
 from tokenformer_jax.recipes import RECIPES
 
 RUNG_KEYS = (
     "model optimizer grow mesh batch_size accumulation log_every eval_every eval_batches checkpoint_every"
 ).split()
-SIZES = ("qkv_tokens", "out_tokens", "ffn_tokens")
 
 
 def stages(cfg: Config) -> list[Config]:
@@ -75,11 +74,15 @@ def _check_rung(before: Config, stage: Config, length: int) -> None:
 def check_growth(old: ModelConfig, new: ModelConfig, recipe: str) -> None:
     """Raises a UserError unless `new` is `old` with more parameter tokens (or as many), which the recipe can append."""
     check_same_but_sizes(old, new, "growth")
+    old_padded, new_padded = old.padding_counted(), new.padding_counted()
     for size in SIZES:
-        before, after = getattr(old, size), getattr(new, size)
-        if after < before:
-            raise UserError(f"model.{size} = {after}: the source has {before} already; growing takes that or more")
-    if all(getattr(old, size) == getattr(new, size) for size in SIZES):
+        named, count = getattr(old, size), getattr(new, size)
+        before, after = getattr(old_padded, size), getattr(new_padded, size)
+        if count < named or after < before:
+            raise UserError(f"model.{size} = {count}: the source has {before} already; growing takes that or more")
+        if count != named and after == before:
+            raise UserError(f"model.{size} = {count}: the source's {named} are padded to {before}; more would do")
+    if all(getattr(old_padded, size) == getattr(new_padded, size) for size in SIZES):
         return
     if new.projection == "linear":
         raise UserError("model.projection = 'linear': a plain Transformer has no parameter tokens to grow")
@@ -111,7 +114,7 @@ def check_same_but_sizes(old: ModelConfig, new: ModelConfig, what: str) -> None:
     """Raises a UserError where two models differ in more than token counts and what may always change."""
     for field in dataclasses.fields(ModelConfig):
         before, after = getattr(old, field.name), getattr(new, field.name)
-        if field.name not in (*SIZES, *FREE_MODEL_KEYS) and after != before:
+        if field.name not in (*SIZES, "pad_tokens_to", *FREE_MODEL_KEYS) and after != before:
             raise UserError(
                 f"model.{field.name} = {after!r}: the source has {before!r}; {what} changes token counts only"
             )

@@ -160,11 +160,16 @@ class Pattention(nnx.Module):
         gelu: str = "erf",
         dropout: float = 0.0,
         dtype: jnp.dtype,
+        padding: int = 0,
         rngs: nnx.Rngs,
     ):
-        """Draws keys from N(0, 0.02²) and values from N(0, value_scale²), as the authors do."""
+        """Draws keys from N(0, 0.02²) and values from N(0, value_scale²), as the authors do.
+
+        The keys of the last `padding` tokens are zero: they add nothing until they learn, which they can. The others
+        are drawn as without them.
+        """
         self.normalizer, self.gelu, self.dropout, self.dtype = normalizer, gelu, dropout, dtype
-        self.keys = parameter(rngs, (num_tokens, in_dim), 0.02, ("tokens", "embed"))
+        self.keys = parameter(rngs, (num_tokens, in_dim), 0.02, ("tokens", "embed"), zero_rows=padding)
         self.values = parameter(rngs, (num_tokens, out_dim), value_scale, ("tokens", "embed"))
 
     @jax.named_scope("pattention")
@@ -177,7 +182,11 @@ class Pattention(nnx.Module):
         )
 
 
-def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, axes: tuple[str, ...]) -> nnx.Param:
-    """A float32 parameter from N(0, scale²) that knows its logical axes."""
+def parameter(
+    rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, axes: tuple[str, ...], zero_rows: int = 0
+) -> nnx.Param:
+    """A float32 parameter from N(0, scale²), its last `zero_rows` rows zero, that knows its logical axes."""
     value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
+    if zero_rows:
+        value = jnp.where(jnp.arange(shape[0])[:, None] < shape[0] - zero_rows, value, 0.0)
     return nnx.Param(value, axes=axes)

@@ -1,5 +1,7 @@
 """Where arrays live: the mesh, one table from logical axes to mesh axes, and what follows from it."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,12 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from tokenformer_jax.config import MeshConfig, UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("slice", "data", "fsdp", "tensor")  # from the slowest network to the fastest
 
 # Parameter tokens are the long axis and the one that grows (design: they are what is sharded);
 # embed_dim is split over fsdp for storage only and gathered just before use.
 RULES: dict[str, str | tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("slice", "data", "fsdp"),
     "tokens": "tensor",
     "heads": "tensor",
     "vocab": "tensor",
@@ -27,26 +29,64 @@ RULES: dict[str, str | tuple[str, ...]] = {
 Axes = tuple[str | None, ...]
 
 
-def make_mesh(cfg: MeshConfig) -> Mesh:
-    """A (data, fsdp, tensor) mesh over the first devices. Raises UserError where there are too few."""
-    shape = (cfg.data, cfg.fsdp, cfg.tensor)
-    size, devices = int(np.prod(shape)), jax.devices()
-    if size > len(devices):
-        raise UserError(f"mesh = {shape} (data, fsdp, tensor): needs {size} devices, but there are {len(devices)}")
-    if size < len(devices) and jax.process_count() > 1:
-        raise UserError(f"mesh = {shape} (data, fsdp, tensor): uses {size} of {len(devices)} devices; it must use all")
-    if jax.process_count() > 1 and jax.local_device_count() % cfg.tensor:
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A (slice, data, fsdp, tensor) mesh over the first of the devices, by default of all there are.
+
+    Raises:
+      UserError: there are too few, they form other slices, or processes would share only a part of their rows.
+    """
+    devices = jax.devices() if devices is None else devices
+    mesh = Mesh(arrange(cfg, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    parts = set(_rows_of_processes(mesh).values())
+    if any(len(part) * len(parts) != cfg.batch_shards for part in parts):
         raise UserError(
-            f"mesh.tensor = {cfg.tensor}: must divide the {jax.local_device_count()} devices of a process, "
-            "since each process reads whole rows of the batch"
+            f"mesh.tensor = {cfg.tensor}: must divide the devices of a process, or be a multiple of their number, "
+            "since processes read either the same rows of the batch or different ones"
         )
-    grid = mesh_utils.create_device_mesh(shape, devices=devices[:size], allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return mesh
 
 
-def this_process() -> dict[str, int]:
-    """Which part of the data this process reads: the keywords of `data.train_batches` and `data.eval_batches`."""
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+def arrange(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array [slice, data, fsdp, tensor]; of several slices only the first axis crosses between them.
+
+    On GPUs, where every host counts as a slice, `cfg.slice` may differ: all are then taken as one network.
+    """
+    shape = tuple(getattr(cfg, axis) for axis in MESH_AXES)
+    size = math.prod(shape)
+    if size > len(devices):
+        raise UserError(f"mesh = {_sizes(cfg)}: needs {size} devices, but there are {len(devices)}")
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if size < len(devices) and (slices > 1 or jax.process_count() > 1):
+        raise UserError(f"mesh = {_sizes(cfg)}: uses {size} of {len(devices)} devices; it must use all")
+    if slices > 1 and cfg.slice != slices and devices[0].platform == "tpu":
+        raise UserError(f"mesh.slice = {cfg.slice}: these devices form {slices} slices; {slices} would do")
+    if slices > 1 and cfg.slice == slices:
+        inner, outer = (1, *shape[1:]), (slices, 1, 1, 1)
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh(shape, devices[:size], allow_split_physical_axes=True)
+
+
+def _sizes(cfg: MeshConfig) -> str:
+    return f"{tuple(getattr(cfg, axis) for axis in MESH_AXES)} ({', '.join(MESH_AXES)})"
+
+
+def _rows_of_processes(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """Process -> which of the batch's shards its devices hold."""
+    rows: dict[int, set[int]] = {}
+    for shard, devices in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
+        for device in devices:
+            rows.setdefault(device.process_index, set()).add(shard)
+    return {process: tuple(sorted(shards)) for process, shards in rows.items()}
+
+
+def this_process(mesh: Mesh) -> dict[str, int]:
+    """Which part of the data this process reads: the keywords of `data.train_batches` and `data.eval_batches`.
+
+    Processes whose devices share tokens hold the same rows, and read the same part.
+    """
+    rows = _rows_of_processes(mesh)
+    parts = sorted(set(rows.values()))
+    return {"process_index": parts.index(rows[jax.process_index()]), "process_count": len(parts)}
 
 
 def partition_spec(axes: Axes) -> P:

@@ -22,9 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tokenformer_jax.config import Config, ModelConfig, UserError
+from tokenformer_jax.config import SIZES, Config, ModelConfig, UserError
 from tokenformer_jax.evaluate import evaluate_split
-from tokenformer_jax.ladder import SIZES, check_same_but_sizes
+from tokenformer_jax.ladder import check_same_but_sizes
 from tokenformer_jax.step import Step, TauRamp, TrainState
 from tokenformer_jax.successor import Succession, size_figures, size_table
 from tokenformer_jax.transformer import Params, initial_tau
@@ -40,7 +40,7 @@ def check_shrinking(old: ModelConfig, new: ModelConfig) -> None:
     if new.normalizer == "softmax":
         raise UserError("model.normalizer = 'softmax': has no norm that τ could follow; l2_norm_gelu would do")
     for size in SIZES:
-        before, after = getattr(old, size), getattr(new, size)
+        before, after = (getattr(model.padding_counted(), size) for model in (old, new))
         if not 0 < after <= before:
             raise UserError(f"model.{size} = {after}: the source has {before}; --shrink takes from 1 to that many")
     if old.tokens == new.tokens:

@@ -98,7 +98,7 @@ class Succession:
         `figures` go to the file `name`, with the seconds that writing took and the peak of memory.
         """
         cfg, record = self.cfg, self.record
-        data = train_batches(self.corpus.train, cfg, **this_process())
+        data = train_batches(self.corpus.train, cfg, **this_process(self.step.mesh))
         identity = data_identity(self.corpus.train, cfg)
         if record.data == identity:  # other data begin at their beginning
             self.checkpoints.restore_data(self.step_number, data)

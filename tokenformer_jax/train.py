@@ -24,6 +24,7 @@ from tokenformer_jax.config import (
     UserError,
     config_flag,
     load_config,
+    read_model,
     require_empty,
     run_command,
     workdir_flag,
@@ -187,7 +188,7 @@ def begin(plan: list[Config], checkpoints: Checkpoints) -> Run:
     corpus = prepare(cfg)
     record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
     state = step.init(jax.random.key(cfg.seed))
-    data = train_batches(corpus.train, cfg, **this_process())
+    data = train_batches(corpus.train, cfg, **this_process(step.mesh))
     return Run(plan, cfg, 0, step, state, data, corpus, checkpoints, record)
 
 
@@ -206,7 +207,7 @@ def resume(plan: list[Config], workdir: pathlib.Path, checkpoints: Checkpoints) 
                 f"config.data or config.seed: {workdir} was trained on {record.data}, and this is {identity}; "
                 "use those, or go on with these in a new workdir, made from this one by grow"
             )
-        data = train_batches(corpus.train, cfg, **this_process())
+        data = train_batches(corpus.train, cfg, **this_process(step.mesh))
         state = checkpoints.restore(start, step.abstract_state)
         checkpoints.restore_data(start, data)
     except DamagedError as error:
@@ -225,10 +226,11 @@ def stage_of(plan: list[Config], record: Record, workdir: pathlib.Path) -> Confi
     if rung >= len(plan):
         raise UserError(f"config.rungs: lists {len(plan) - 1} rungs, but {workdir} has climbed {rung} already")
     stage = plan[rung]
+    climbed = read_model(record.model, str(workdir))
     for key, ours in dataclasses.asdict(stage.model).items():
-        if record.model[key] != ours and key not in FREE_MODEL_KEYS:
+        if (theirs := getattr(climbed, key)) != ours and key not in FREE_MODEL_KEYS:
             where = f"rungs[{rung - 1}].model.{key}" if rung else f"model.{key}"
-            raise UserError(f"{where} = {ours!r}: {workdir} has climbed to {record.model[key]!r} there; use that")
+            raise UserError(f"{where} = {ours!r}: {workdir} has climbed to {theirs!r} there; use that")
     return shifted(stage, plan[rung - 1].steps, record.growth[-1]["step"]) if rung else stage
 
 
@@ -268,7 +270,7 @@ def climb(run: Run) -> Run:
     if jax.process_index() == 0:
         print(describe(figures), file=sys.stderr)
     record.growth[-1] = history(figures)
-    data = train_batches(run.corpus.train, cfg, **this_process())
+    data = train_batches(run.corpus.train, cfg, **this_process(step.mesh))
     data.set_state(run.data.get_state())
     keep_position(data, run.cfg.batch_size, cfg.batch_size)
     run.checkpoints.kept_for_good.add(n)

@@ -122,6 +122,7 @@ class Block(nnx.Module):
                     gelu=cfg.gelu,
                     dropout=cfg.dropout if name == "ffn" else 0.0,
                     dtype=dtype,
+                    padding=cfg.tokens[name] - cfg.unpadded_tokens[name],
                     rngs=rngs,
                 )
             if name == "ffn":
@@ -282,7 +283,7 @@ def initial_tau(cfg: ModelConfig) -> dict[str, float]:
     the feed-forward, whose scale the authors' TPU code sets for four times as many tokens (its `zoom_dim` is n).
     """
     n = cfg.tau_tokens
-    return {name: math.sqrt((4 * n if name == "ffn" else n) or count) for name, count in cfg.tokens.items()}
+    return {name: math.sqrt((4 * n if name == "ffn" else n) or count) for name, count in cfg.unpadded_tokens.items()}
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:

@@ -5,8 +5,7 @@
 # train saves and ends; the job is then put back into the queue, and train goes on from its workdir.
 #   --nodes=N              (1 by default)
 #   --gpus_per_node=N
-#   --processes=node|gpu   one process a node, which has all its GPUs (the default: mesh.tensor may be as many), or one
-#                          a GPU; mesh.tensor is then 1
+#   --processes=node|gpu   one process a node, which has all its GPUs (the default), or one a GPU
 #   --time=LIMIT           of one turn in the queue, as sbatch takes it
 #   --grace=SECONDS        between SIGTERM and the time limit: what saving takes, at most (300 by default)
 #   --cpus_per_gpu=N       (8 by default)

@@ -222,12 +222,16 @@ pause() { [[ $dry_run ]] || sleep "$poll"; }
 # The slice, and what runs on it.
 
 ensure_ready() { # sets `fresh` if it made the slice
-  local now said=''
+  local now said='' deleted=''
   fresh=''
   now=$(state ABSENT)
   while [[ $now != READY ]]; do
     case $now in
       ABSENT)
+        if [[ $resuming && ! $deleted ]]; then
+          say "$name was deleted, and is not made again"
+          exit 1
+        fi
         until create; do
           [[ $resuming ]] || exit 1
           say "$name cannot be created now; trying again"
@@ -238,6 +242,7 @@ ensure_ready() { # sets `fresh` if it made the slice
       gone*)
         say "$name is ${now#gone }: deleting it"
         delete
+        deleted=yes
         ;;
       failed*)
         say "$name is ${now#failed }: gcloud's describe tells why; delete it, and run again"
@@ -362,7 +367,7 @@ main() {
     status)
       local now
       now=$(state READY)
-      echo "$name: $now"
+      [[ $dry_run ]] || echo "$name: $now"
       [[ $now != READY ]] || each_slice on_workers all "$worker status"
       ;;
     stop) each_slice on_workers all "$worker stop" ;;

@@ -155,11 +155,15 @@ class Cloud:
         return [shlex.split(line) for line in self.read(f"home/{worker}/ran").splitlines()]
 
     def wait_for(self, name):
-        for _ in range(500):
-            if (self.folder / name).exists():
-                return
-            time.sleep(0.02)
-        raise AssertionError(name)
+        wait_until((self.folder / name).exists)
+
+
+def wait_until(true):
+    for _ in range(1000):
+        if true():
+            return
+        time.sleep(0.02)
+    raise AssertionError(true)
 
 
 @pytest.fixture
@@ -230,10 +234,19 @@ def test_a_creation_without_capacity_fails_at_first_and_is_tried_again_after_a_p
     process = cloud.start("tpu_vm.sh", "run", *(f"--{k}={v}" for k, v in SLICE.items()), "--", *TRAIN)
     cloud.wait_for("hanging")
     cloud.write("broken", "create")
-    while cloud.actions.count("create") < 4:
-        assert process.poll() is None
+    wait_until(lambda: cloud.actions.count("create") >= 4)
     (cloud.folder / "broken").unlink()
     assert process.communicate(timeout=30) and process.returncode == 0
+
+
+def test_a_slice_that_its_owner_deleted_is_not_made_again(cloud):
+    cloud.write("python", HANG)
+    process = cloud.start("tpu_vm.sh", "run", *(f"--{k}={v}" for k, v in SLICE.items()), "--", *TRAIN)
+    cloud.wait_for("hanging")
+    assert cloud.vm("delete")[0] == 0
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1 and "was deleted" in errors
+    assert cloud.actions.count("create") == 1
 
 
 def test_a_worker_that_lost_its_process_is_started_again(cloud):
@@ -271,8 +284,7 @@ def test_a_run_that_is_called_again_follows_its_command(cloud):
     code, _, errors = cloud.vm("run", "--", "python", "another.py")
     assert code != 0 and "another command is running" in errors
     process = cloud.start("tpu_vm.sh", "run", *flags, "--", *TRAIN)
-    while cloud.actions.count("start") < 3:
-        assert process.poll() is None
+    wait_until(lambda: cloud.actions.count("start") == 3)
     assert cloud.vm("stop")[0] == 0
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1 and "the command stopped" in errors

@@ -13,7 +13,7 @@ began=$SECONDS
 
 run() {
   echo "--- python -m tokenformer_jax.$*" >&2
-  python -m "tokenformer_jax.$@"
+  python -m "tokenformer_jax.$1" "${@:2}"
 }
 grow() {  # unless that was done before
   [[ -e $runs/$1/grow.json ]] || run grow --source="$runs/small" --config=$config:"$1" --workdir="$runs/$1"

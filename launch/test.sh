@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is needed and runs linter, type checker and tests; arguments go to pytest (-m slow: the long ones).
+# Installs what is needed and runs linters, type checker and tests; arguments go to pytest (-m slow: the long ones).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh requirements-dev.txt
@@ -7,4 +7,5 @@ export JAX_PLATFORMS=cpu
 ruff check .
 ruff format --check .
 mypy
+shellcheck -x launch/*.sh
 python -m pytest -n 2 "$@"

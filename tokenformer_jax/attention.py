@@ -1,5 +1,7 @@
 """Causal attention between positions: one function, computed by the best kernel that JAX has for the platform."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -36,7 +38,7 @@ def causal_attention(
     return checkpoint_name(y_BLHK, SAVED)
 
 
-def kernel(platform: str, shape: tuple[int, ...], dtype: jnp.dtype) -> str:
+def kernel(platform: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Literal["splash", "cudnn", "xla"]:
     """ "splash", "cudnn" or "xla", the plain one, for queries of this [B, L, H, K]."""
     _, length, _, head_dim = shape
     if platform == "tpu" and length % BLOCKS[-1] == 0:

@@ -94,6 +94,12 @@ def partition_spec(axes: Axes) -> P:
     return P(*(RULES.get(axis) if axis else None for axis in axes))
 
 
+def batch_axes() -> tuple[str, ...]:
+    """The axes of more than one device that the rows of a batch are spread over."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in RULES["batch"] if sizes.get(axis, 1) > 1)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks for x to be sharded by its logical axes; the identity outside of a mesh."""
     if jax.sharding.get_abstract_mesh().empty:

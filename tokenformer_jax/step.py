@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from tokenformer_jax.config import Config, ModelConfig, OptimizerConfig
 from tokenformer_jax.data import Batch
+from tokenformer_jax.loss import cross_entropy
 from tokenformer_jax.sharding import batch_sharding, constrain, replicated, shardings, with_shardings
 from tokenformer_jax.transformer import Key, Params, Tau, abstract_model, init_params, initial_tau, subkey
 
@@ -103,8 +104,11 @@ def loss_sums(model: Any, tau: Tau, batch: Batch, mask_documents: bool, key: Key
 
     With a key the model drops out; without, it is deterministic.
     """
-    logits_BLV, _ = model(batch.tokens_BL, tau, segments_BL=batch.segments_BL if mask_documents else None, key=key)
-    return sum_losses(logits_BLV, batch)
+    segments_BL = batch.segments_BL if mask_documents else None
+    x_BLD, _ = model.features(batch.tokens_BL, tau, segments_BL=segments_BL, key=key)
+    with jax.named_scope("loss"):
+        nll = cross_entropy(model.final_norm(x_BLD, key), model.embed[...], batch.targets_BL, batch.weights_BL)
+    return nll, jnp.sum(batch.weights_BL)
 
 
 def sum_losses(logits_BLV: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

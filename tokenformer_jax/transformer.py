@@ -264,14 +264,18 @@ class LanguageModel(nnx.Module):
         x_BLD, (keys, values) = jax.lax.scan(layer, x_BLD, (blocks, (cache.key, cache.value), numbers))
         return x_BLD, KVCache(keys, values, cache.length + length)
 
+    def final_norm(self, x_BLD: jax.Array, key: Key = None) -> jax.Array:
+        """What the tied embedding turns into logits."""
+        h_BLD = layer_norm(x_BLD) * self.norm_scale[...] + self.norm_bias[...]
+        h_BLD = dropout(h_BLD, self.cfg.dropout, subkey(key, self.cfg.num_layers + 1), shared=(1,))
+        return h_BLD.astype(self.cfg.dtype)
+
     @jax.named_scope("logits")
     def logits(self, x_BLD: jax.Array, key: Key = None) -> jax.Array:
         """The final norm, then the tied embedding: float32 [B, L, V]."""
-        h_BLD = layer_norm(x_BLD) * self.norm_scale[...] + self.norm_bias[...]
-        h_BLD = dropout(h_BLD, self.cfg.dropout, subkey(key, self.cfg.num_layers + 1), shared=(1,))
         table_VD = constrain(self.embed[...].astype(self.cfg.dtype), "vocab", None)
         logits_BLV = jnp.einsum(
-            "bld,vd->blv", h_BLD.astype(self.cfg.dtype), table_VD, preferred_element_type=jnp.float32
+            "bld,vd->blv", self.final_norm(x_BLD, key), table_VD, preferred_element_type=jnp.float32
         )
         return constrain(logits_BLV, "batch", None, "vocab")
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from tokenformer_jax.sharding import batch_axes, constrain, partition_spec
+from tokenformer_jax.sharding import batch_axes, constrain
 
 CHUNK = 128  # positions whose logits are held at once
 
@@ -54,7 +54,7 @@ def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
 
     arguments = h_BLD, constrain(table_VD.astype(h_BLD.dtype), "vocab", None), targets_BL, weights_BL
     if axes:
-        rows = partition_spec(("batch",))
+        rows = P(axes)
         local = jax.shard_map(
             local, in_specs=(rows, P(), rows, rows), out_specs=(P(), rows), axis_names=set(axes), check_vma=False
         )

@@ -138,7 +138,6 @@ def changed(**values):
         (lambda: check_shrinking(PADDED.model, changed(pad_tokens_to=16)), "model.qkv_tokens = 32: the source has 24"),
         (lambda: check_tau(initial_tau(PADDED.model), PADDED.model, "W"), r"sqrt\(24\)"),
     ],
-    ids=str,
 )
 def test_what_padding_cannot_be_is_refused_by_name(check, message):
     with pytest.raises(UserError, match=message):

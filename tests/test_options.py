@@ -14,7 +14,7 @@ from tokenformer_jax.config import UserError
 from tokenformer_jax.convert import check_tau
 from tokenformer_jax.grow import grow_state
 from tokenformer_jax.model import TokenFormer
-from tokenformer_jax.pattention import GELUS, dropout, pattention
+from tokenformer_jax.pattention import GELUS, dropout, dropout_scale, pattention
 from tokenformer_jax.sharding import make_mesh
 from tokenformer_jax.step import TauRamp, TrainState, make_step, masks_key, put_batch
 from tokenformer_jax.transformer import abstract_model, init_params, initial_tau
@@ -132,7 +132,7 @@ def test_dropped_weights_of_pattention_have_the_plain_output_as_their_mean_and_t
 
     @jax.jit
     def dropped(x, keys, values, key):
-        return pattention(x, keys, values, 2.0, dropout_rate=0.5, key=key)
+        return pattention(x, keys, values, 2.0, scale_B1N=dropout_scale(0.5, key, (4, 1, 6)))
 
     outputs = jax.vmap(lambda key: dropped(x, keys, values, key))(jax.random.split(jax.random.key(3), 2000))
     plain = pattention(x, keys, values, 2.0)

@@ -65,7 +65,9 @@ def test_rotary_matches_the_authors(offset):
     raw = np.load(DATA / "rotary.npz", allow_pickle=False)
     for name in ("q", "k"):
         x_BLHK = jnp.asarray(raw[name]).transpose(1, 0, 2, 3)
-        ours = rotary(x_BLHK, offset + jnp.arange(x_BLHK.shape[1]), x_BLHK.shape[-1]).transpose(1, 0, 2, 3)
+        B, L, H, K = x_BLHK.shape
+        turned_BLD = rotary(x_BLHK.reshape(B, L, H * K), offset + jnp.arange(L), K, K)
+        ours = turned_BLD.reshape(x_BLHK.shape).transpose(1, 0, 2, 3)
         np.testing.assert_allclose(ours, raw[f"{name}_out" + (f"_offset{offset}" if offset else "")], atol=1e-5)
 
 

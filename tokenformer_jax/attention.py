@@ -4,13 +4,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from tokenformer_jax.sharding import partition_spec, platform
 
-SAVED = "attention"  # what splash attention's gradient needs, for a remat policy to name
 BLOCKS = (512, 256, 128)  # positions that splash attention takes at once
 
 
@@ -34,8 +32,7 @@ def causal_attention(
     if which == "splash":
         return splash_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL)
     mask = None if segments_BL is None else (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
-    y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, mask=mask, is_causal=True, implementation=which)
-    return checkpoint_name(y_BLHK, SAVED)
+    return jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, mask=mask, is_causal=True, implementation=which)
 
 
 def kernel(platform: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Literal["splash", "cudnn", "xla"]:
@@ -58,15 +55,22 @@ def splash_attention(
     """`causal_attention` by JAX's Pallas kernel; L a multiple of 128. `interpret` runs it anywhere, slowly."""
     length, head_dim = q_BLHK.shape[1], q_BLHK.shape[3]
     block = next(size for size in BLOCKS if length % size == 0)
+    as_projected = splash.QKVLayout.SEQ_MINOR  # else each is copied, and takes twice its size
     sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+        q_layout=as_projected,
+        k_layout=as_projected,
+        v_layout=as_projected,
     )
 
     def attend(q_BLHK, k_BLHK, v_BLHK, segments_BL=None):  # of one device
         mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * q_BLHK.shape[2])
-        one = splash.make_splash_mha_single_device(
-            mask, block_sizes=sizes, residual_checkpoint_name=SAVED, interpret=interpret
-        )
+        one = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
         ids = None if segments_BL is None else splash.SegmentIds(segments_BL, segments_BL)
         q_BHLK, k_BHLK, v_BHLK = (x.swapaxes(1, 2) for x in (q_BLHK * head_dim**-0.5, k_BLHK, v_BLHK))
         return jax.vmap(one)(q_BHLK, k_BHLK, v_BHLK, ids).swapaxes(1, 2)

@@ -3,14 +3,12 @@
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec as P
 
-from tokenformer_jax.sharding import batch_axes, constrain
+from tokenformer_jax.sharding import constrain, sum_over_batch
 
-CHUNK = 128  # positions whose logits are held at once
+LOGITS = 2**28  # of a device, at most, that are held at once
 
-# The gradient is made along with the loss, chunk by chunk, so that no logits are computed twice. Each device sums the
-# table's over its own examples, and only the whole sum is exchanged: left to the compiler, it would be in every chunk.
+# The gradient is made along with the loss, chunk by chunk, so that no logits are computed twice.
 
 
 @jax.custom_vjp
@@ -27,39 +25,38 @@ def cross_entropy(h_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array, 
 
 
 def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
-    axes = batch_axes()
-
-    def local(h_BLD, table_VD, targets_BL, weights_BL):  # of the devices that share an example
+    def local(h_BLD, targets_BL, weights_BL, table_VD):  # of the devices that share an example
         table_VD = constrain(table_VD, "vocab", None)
 
-        def chunk(sums, inputs):
-            h_BCD, targets_BC, weights_BC = inputs
+        def add(sums, part):
+            h_BCD, targets_BC, weights_BC = part
             logits_BCV = jnp.einsum("bcd,vd->bcv", h_BCD, table_VD, preferred_element_type=jnp.float32)
             nll_BC = optax.softmax_cross_entropy_with_integer_labels(logits_BCV, targets_BC)
             loss = sums[0] + jnp.sum(nll_BC * weights_BC)
             if not gradients:
                 return (loss,), ()
-            is_target_BCV = targets_BC[..., None] == jnp.arange(table_VD.shape[0])
+            is_target_BCV = targets_BC[..., None] == jnp.arange(len(table_VD))
             dlogits_BCV = (jax.nn.softmax(logits_BCV) - is_target_BCV) * weights_BC[..., None]
             dlogits_BCV = dlogits_BCV.astype(h_BCD.dtype)
-            dtable_VD = jnp.einsum("bcv,bcd->vd", dlogits_BCV, h_BCD, preferred_element_type=jnp.float32)
-            return (loss, sums[1] + dtable_VD), jnp.einsum("bcv,vd->bcd", dlogits_BCV, table_VD)
+            dtable_DV = jnp.einsum("bcv,bcd->dv", dlogits_BCV, h_BCD, preferred_element_type=jnp.float32)
+            return (loss, sums[1] + dtable_DV), jnp.einsum("bcv,vd->bcd", dlogits_BCV, table_VD)
 
-        sums = (jnp.float32(0), jnp.zeros(table_VD.shape, jnp.float32))[: 1 + gradients]
-        inputs = tuple(split(x) for x in (h_BLD, targets_BL, weights_BL))
-        sums, dh = jax.lax.scan(chunk, sums, inputs)
-        if axes:
-            sums = jax.lax.psum(sums, axes)
-        return sums, (dh.swapaxes(0, 1).reshape(h_BLD.shape) if gradients else ())
+        parts = _parts(targets_BL.shape, len(table_VD))
+        split = [x.reshape(x.shape[0], parts, -1, *x.shape[2:]).swapaxes(0, 1) for x in (h_BLD, targets_BL, weights_BL)]
+        sums = (jnp.float32(0), jnp.zeros(table_VD.shape[::-1], jnp.float32))[: 1 + gradients]
+        sums, dh_PBCD = jax.lax.scan(add, sums, split)
+        return dh_PBCD.swapaxes(0, 1).reshape(h_BLD.shape) if gradients else (), sums
 
-    arguments = h_BLD, constrain(table_VD.astype(h_BLD.dtype), "vocab", None), targets_BL, weights_BL
-    if axes:
-        rows = P(axes)
-        local = jax.shard_map(
-            local, in_specs=(rows, P(), rows, rows), out_specs=(P(), rows), axis_names=set(axes), check_vma=False
-        )
-    (loss, *dtable_VD), dh_BLD = local(*arguments)
-    return loss, (dh_BLD, dtable_VD)
+    table_VD = constrain(table_VD.astype(h_BLD.dtype), "vocab", None)
+    dh_BLD, (loss, *dtable_DV) = sum_over_batch(local, (h_BLD, targets_BL, weights_BL), (table_VD,))
+    return loss, (dh_BLD, [constrain(d.T, "vocab", "embed") for d in dtable_DV])
+
+
+def _parts(shape: tuple[int, int], vocab_size: int) -> int:
+    """In how many equal parts the positions [B, L] are worked through, so that each has LOGITS logits at most."""
+    batch, length = shape
+    fits = (n for n in range(1, length) if length % n == 0 and batch * length // n * vocab_size <= LOGITS)
+    return next(fits, length)
 
 
 def _backward(kept, dloss):
@@ -68,10 +65,3 @@ def _backward(kept, dloss):
 
 
 cross_entropy.defvjp(_forward, _backward)
-
-
-def split(x_BLX: jax.Array) -> jax.Array:
-    """[B, L, ...] -> [chunks, B, L / chunks, ...]; a single chunk where L is no multiple of CHUNK."""
-    length = x_BLX.shape[1]
-    chunks = length // CHUNK if length % CHUNK == 0 else 1
-    return x_BLX.reshape(x_BLX.shape[0], chunks, length // chunks, *x_BLX.shape[2:]).swapaxes(0, 1)

@@ -2,14 +2,14 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokenformer_jax.sharding import constrain
+from tokenformer_jax.sharding import constrain, sum_over_batch
 
 Gelu = Callable[[jax.Array], jax.Array]
 Stage = Callable[[jax.Array, jax.Array, Gelu], jax.Array]
@@ -38,6 +38,8 @@ class Normalizer(NamedTuple):
     second: Stage
 
 
+SCORES = 300_000_000  # of a device, at most, that are computed again at once
+
 NORMALIZERS = {
     "l2_norm_gelu": Normalizer(lambda s, tau, gelu: l2_normalize(s), lambda s, tau, gelu: gelu(tau * s)),  # equation 5
     "gelu_l2_norm": Normalizer(lambda s, tau, gelu: gelu(s), lambda s, tau, gelu: tau * l2_normalize(s)),
@@ -57,8 +59,12 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, shared: tuple[int,
     if key is None or rate == 0:
         return x
     shape = [1 if axis in shared else size for axis, size in enumerate(x.shape)]
-    keep = jax.random.bernoulli(key, 1 - rate, shape)
-    return jnp.where(keep, x.astype(jnp.float32) / (1 - rate), 0.0).astype(x.dtype)
+    return (x.astype(jnp.float32) * dropout_scale(rate, key, shape)).astype(x.dtype)
+
+
+def dropout_scale(rate: float, key: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """float32 factors: 0 at `rate`, else 1 / (1 - rate)."""
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), 1 / (1 - rate), 0.0)
 
 
 def pattention(
@@ -69,78 +75,120 @@ def pattention(
     normalizer: str = "l2_norm_gelu",
     gelu: str = "erf",
     *,
-    dropout_rate: float = 0.0,
-    key: jax.Array | None = None,
+    scale_B1N: jax.Array | None = None,
+    recompute: bool = False,
 ) -> jax.Array:
     """Attends from inputs to N parameter tokens: Θ(x Kᵀ; τ) V, equations 4 and 5.
 
     Args:
       x_BLD: inputs [..., D]; their dtype is that of the two contractions.
-      keys_ND: key parameter tokens [N, D].
-      values_NE: value parameter tokens [N, E].
+      keys_ND: float32 key parameter tokens [N, D], as they are stored: sharded over N and D.
+      values_NE: float32 value parameter tokens [N, E], likewise.
       tau: the scale τ, a scalar: √N when the layer is born. It is given, never read from the
-        shape, since appending tokens must not change what the layer computes.
+        shape, since appending tokens must not change what the layer computes. It gets no gradient.
       normalizer: a key of NORMALIZERS.
       gelu: a key of GELUS.
-      dropout_rate: of the weights Θ; one draw for a token and an example [B, 1, N], shared by all positions.
-      key: PRNG key of that dropout; none is applied without.
+      scale_B1N: factors of the weights Θ, such as `dropout_scale`; they get no gradient.
+      recompute: keeps no scores for the gradient, but computes them again, some examples at a time.
 
     Returns:
       Outputs [..., E] in the inputs' dtype.
     """
-    keys_ND, values_NE = keys_ND.astype(x_BLD.dtype), values_NE.astype(x_BLD.dtype)
-    how = _How(normalizer, gelu, dropout_rate)
-    return _attend(x_BLD, keys_ND, values_NE, jnp.float32(tau), key, how)
+    return _attend(x_BLD, keys_ND, values_NE, jnp.float32(tau), scale_B1N, _How(normalizer, gelu, recompute))
 
 
 class _How(NamedTuple):
     normalizer: str
     gelu: str
-    dropout_rate: float
+    recompute: bool
+
+
+def _gathered(tokens_ND: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Stored tokens as they are computed with: cast first, so that what fsdp gathers is in the computation's dtype."""
+    return constrain(tokens_ND.astype(dtype), "tokens", None)
 
 
 def _first(scores_BLN: jax.Array, tau: jax.Array, how: _How) -> jax.Array:
     return NORMALIZERS[how.normalizer].first(scores_BLN.astype(jnp.float32), tau, GELUS[how.gelu])
 
 
-def _second(normed_BLN: jax.Array, tau: jax.Array, key: jax.Array | None, how: _How) -> jax.Array:
+def _second(normed_BLN: jax.Array, tau: jax.Array, scale_B1N: jax.Array | None, how: _How) -> jax.Array:
     weights_BLN = NORMALIZERS[how.normalizer].second(normed_BLN, tau, GELUS[how.gelu])
-    return dropout(weights_BLN, how.dropout_rate, key, shared=(weights_BLN.ndim - 2,))
+    return weights_BLN if scale_B1N is None else weights_BLN * scale_B1N
 
 
-# The gradient is written out for three reasons. Of all that has N columns only the scores are kept for it, and the
-# weights, with their dropout, are computed again. Between the two stages it is rounded to the inputs' dtype, since that
-# is what a TPU stores there: half the memory of a step in bfloat16, and a sixth of its time. And both parameters'
-# gradients contract over positions with the narrow array on the left, where a CPU needs it transposed: half the time of
-# a step otherwise.
+# The gradient is written out for four reasons. Of all that has N columns only the scores are kept for it, or nothing,
+# and the weights are computed again. Between the two stages it is rounded to the inputs' dtype, since that is what a
+# TPU stores there: half the memory of a step in bfloat16, and a sixth of its time. Both parameters' gradients contract
+# over positions with the narrow array on the left, where a CPU needs it transposed: half the time of a step otherwise.
+# And each device sums them in float32 over all its positions, before they are added up and scattered once.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(x_BLD, keys_ND, values_NE, tau, key, how: _How) -> jax.Array:
-    return _attend_forward(x_BLD, keys_ND, values_NE, tau, key, how)[0]
+def _attend(x_BLD, keys_ND, values_NE, tau, scale_B1N, how: _How) -> jax.Array:
+    return _attend_forward(x_BLD, keys_ND, values_NE, tau, scale_B1N, how)[0]
 
 
-def _attend_forward(x_BLD, keys_ND, values_NE, tau, key, how):
-    scores_BLN = jnp.einsum("...d,nd->...n", x_BLD, keys_ND)
-    weights_BLN = _second(_first(scores_BLN, tau, how), tau, key, how).astype(x_BLD.dtype)
-    return jnp.einsum("...n,ne->...e", weights_BLN, values_NE), (x_BLD, keys_ND, values_NE, tau, key, scores_BLN)
+def _attend_forward(x_BLD, keys_ND, values_NE, tau, scale_B1N, how):
+    scores_BLN = jnp.einsum("...d,nd->...n", x_BLD, _gathered(keys_ND, x_BLD.dtype))
+    weights_BLN = _second(_first(scores_BLN, tau, how), tau, scale_B1N, how).astype(x_BLD.dtype)
+    y_BLE = jnp.einsum("...n,ne->...e", weights_BLN, _gathered(values_NE, x_BLD.dtype))
+    return y_BLE, (x_BLD, keys_ND, values_NE, tau, scale_B1N, None if how.recompute else scores_BLN)
 
 
 def _attend_backward(how, kept, dy_BLE):
-    x_BLD, keys_ND, values_NE, tau, key, scores_BLN = kept
+    x_BLD, keys_ND, values_NE, tau, scale_B1N, scores_BLN = kept
     dtype = x_BLD.dtype
-    normed_BLN, first_backward = jax.vjp(lambda s, t: _first(s, t, how), scores_BLN, tau)
-    weights_BLN, second_backward = jax.vjp(lambda s, t: _second(s, t, key, how), normed_BLN, tau)
-    dnormed_BLN, dtau = second_backward(jnp.einsum("...e,ne->...n", dy_BLE, values_NE).astype(jnp.float32))
-    dscores_BLN, dtau_first = first_backward(dnormed_BLN.astype(dtype).astype(jnp.float32))
-    dkeys_DN = _sum_outer(x_BLD, dscores_BLN)
-    dvalues_EN = _sum_outer(dy_BLE, weights_BLN.astype(dtype))
-    return jnp.einsum("...n,nd->...d", dscores_BLN, keys_ND), dkeys_DN.T, dvalues_EN.T, dtau + dtau_first, None
+
+    def gradients(x_BLD, dy_BLE, scores_BLN, scale_B1N, keys_ND, values_NE, tau):
+        keys_ND, values_NE = (constrain(tokens, "tokens", None) for tokens in (keys_ND, values_NE))
+        if scores_BLN is None:
+            scores_BLN = jnp.einsum("...d,nd->...n", x_BLD, keys_ND)
+        normed_BLN, first_backward = jax.vjp(lambda s: _first(s, tau, how), scores_BLN)
+        weights_BLN, second_backward = jax.vjp(lambda s: _second(s, tau, scale_B1N, how), normed_BLN)
+        (dnormed_BLN,) = second_backward(jnp.einsum("...e,ne->...n", dy_BLE, values_NE).astype(jnp.float32))
+        (dscores_BLN,) = first_backward(dnormed_BLN.astype(dtype).astype(jnp.float32))
+        sums = _sum_outer(x_BLD, dscores_BLN), _sum_outer(dy_BLE, weights_BLN.astype(dtype))
+        return jnp.einsum("...n,nd->...d", dscores_BLN, keys_ND), sums
+
+    def local(x_BLD, dy_BLE, scores_BLN, scale_B1N, *others):  # of the devices that share an example
+        parts = 1 if scores_BLN is not None else _parts(x_BLD.shape, len(keys_ND))
+        if parts == 1:
+            return gradients(x_BLD, dy_BLE, scores_BLN, scale_B1N, *others)
+
+        def add(sums, part):
+            x_CLD, dy_CLE, scale_C1N = part
+            dx_CLD, more = gradients(x_CLD, dy_CLE, None, scale_C1N, *others)
+            return jax.tree.map(jnp.add, sums, more), dx_CLD
+
+        zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in (keys_ND.shape[::-1], values_NE.shape[::-1]))
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (x_BLD, dy_BLE, scale_B1N))
+        sums, dx_PCLD = jax.lax.scan(add, zeros, split)
+        return dx_PCLD.reshape(x_BLD.shape), sums
+
+    rows, shared = (x_BLD, dy_BLE, scores_BLN, scale_B1N), (_gathered(keys_ND, dtype), _gathered(values_NE, dtype), tau)
+    dx_BLD, (dkeys_DN, dvalues_EN) = sum_over_batch(local, rows, shared)
+    dkeys_ND = constrain(dkeys_DN.T.astype(keys_ND.dtype), "tokens", "embed")
+    dvalues_NE = constrain(dvalues_EN.T.astype(values_NE.dtype), "tokens", "embed")
+    return dx_BLD, dkeys_ND, dvalues_NE, None, None
+
+
+def _parts(shape: tuple[int, ...], num_tokens: int) -> int:
+    """In how many equal parts the B examples [B, L, D] are worked through, so that each has SCORES scores at most.
+
+    In two at least where there are many: a loop keeps the compiler from computing several projections' scores ahead.
+    """
+    scores = math.prod(shape[:-1]) * num_tokens
+    if len(shape) != 3 or scores <= SCORES / 3:
+        return 1
+    fits = (n for n in range(2, shape[0]) if shape[0] % n == 0 and scores / n <= SCORES)
+    return next(fits, shape[0])
 
 
 def _sum_outer(a_BLI: jax.Array, b_BLJ: jax.Array) -> jax.Array:
-    """The sum over positions of outer products, [I, J]."""
-    return a_BLI.reshape(-1, a_BLI.shape[-1]).T @ b_BLJ.reshape(-1, b_BLJ.shape[-1])
+    """The sum over positions of outer products, float32 [I, J]."""
+    positions = tuple(range(a_BLI.ndim - 1))
+    return jax.lax.dot_general(a_BLI, b_BLJ, ((positions, positions), ((), ())), preferred_element_type=jnp.float32)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -159,7 +207,7 @@ class Pattention(nnx.Module):
         normalizer: str,
         gelu: str = "erf",
         dropout: float = 0.0,
-        dtype: jnp.dtype,
+        recompute: bool = False,
         padding: int = 0,
         rngs: nnx.Rngs,
     ):
@@ -168,17 +216,24 @@ class Pattention(nnx.Module):
         The keys of the last `padding` tokens are zero: they add nothing until they learn, which they can. The others
         are drawn as without them.
         """
-        self.normalizer, self.gelu, self.dropout, self.dtype = normalizer, gelu, dropout, dtype
+        self.normalizer, self.gelu, self.dropout, self.recompute = normalizer, gelu, dropout, recompute
         self.keys = parameter(rngs, (num_tokens, in_dim), 0.02, ("tokens", "embed"), zero_rows=padding)
         self.values = parameter(rngs, (num_tokens, out_dim), value_scale, ("tokens", "embed"))
 
     @jax.named_scope("pattention")
     def __call__(self, x_BLD: jax.Array, tau: jax.Array | float, key: jax.Array | None = None) -> jax.Array:
-        # Cast first, so that what fsdp gathers just before use is in the computation's dtype.
-        keys_ND = constrain(self.keys[...].astype(self.dtype), "tokens", None)
-        values_NE = constrain(self.values[...].astype(self.dtype), "tokens", None)
+        scale_B1N = None
+        if key is not None and self.dropout:  # one draw for a token and an example, shared by all positions
+            scale_B1N = dropout_scale(self.dropout, key, (len(x_BLD), 1, len(self.keys[...])))
         return pattention(
-            x_BLD, keys_ND, values_NE, tau, self.normalizer, self.gelu, dropout_rate=self.dropout, key=key
+            x_BLD,
+            self.keys[...],
+            self.values[...],
+            tau,
+            self.normalizer,
+            self.gelu,
+            scale_B1N=scale_B1N,
+            recompute=self.recompute,
         )
 
 

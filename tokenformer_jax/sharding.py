@@ -1,7 +1,7 @@
 """Where arrays live: the mesh, one table from logical axes to mesh axes, and what follows from it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -98,6 +98,44 @@ def batch_axes() -> tuple[str, ...]:
     """The axes of more than one device that the rows of a batch are spread over."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return tuple(axis for axis in RULES["batch"] if sizes.get(axis, 1) > 1)
+
+
+def sum_over_batch(function: Callable, rows: Any, shared: Any) -> tuple[Any, Any]:
+    """Calls a function on each device's rows of a batch, and adds up what it sums over them, once.
+
+    Left to the compiler, sums inside a loop would be exchanged in its every turn.
+
+    Args:
+      function: `function(*rows, *shared)` gives arrays of the same rows, and sums: scalars and matrices [D, …].
+      rows: arrays whose first axis is the batch.
+      shared: arrays that are the same for all rows.
+
+    Returns:
+      The rows, and the sums over the whole batch; matrices are sharded over D, as parameters are.
+    """
+    axes = batch_axes()
+    if not axes:
+        return function(*rows, *shared)
+
+    def scatter(x: jax.Array) -> bool:
+        return x.ndim == 2 and "fsdp" in axes
+
+    def reduce(x: jax.Array) -> jax.Array:
+        if scatter(x):
+            x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=0, tiled=True)
+        others = tuple(axis for axis in axes if axis != "fsdp" or not scatter(x))
+        return jax.lax.psum(x, others) if others else x
+
+    def local(rows: Any, shared: Any) -> tuple[Any, Any]:
+        out, sums = function(*rows, *shared)
+        return out, jax.tree.map(reduce, sums)
+
+    _, sums = jax.eval_shape(function, *rows, *shared)
+    sums_specs = jax.tree.map(lambda x: P("fsdp") if scatter(x) else P(), sums)
+    mapped = jax.shard_map(
+        local, in_specs=(P(axes), P()), out_specs=(P(axes), sums_specs), axis_names=set(axes), check_vma=False
+    )
+    return mapped(rows, shared)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -3,6 +3,7 @@
 With `projection="linear"` the same block, with weight matrices in their place, is a plain Transformer.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,10 +14,10 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from tokenformer_jax.attention import SAVED, causal_attention
+from tokenformer_jax.attention import causal_attention
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.pattention import GELUS, Pattention, dropout, parameter
-from tokenformer_jax.sharding import Axes, constrain
+from tokenformer_jax.sharding import Axes, constrain, platform
 
 NORM_EPSILON = 1e-5
 ROTARY_BASE = 10000.0
@@ -39,31 +40,63 @@ class KVCache(NamedTuple):
         return cls(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype), jnp.int32(0))
 
 
+@jax.custom_vjp
 def layer_norm(x_BLD: jax.Array) -> jax.Array:
     """Layer norm without parameters, computed in float32."""
+    return _layer_norm_forward(x_BLD)[0]
+
+
+def _layer_norm_forward(x_BLD):
     x = x_BLD.astype(jnp.float32)
     centered = x - jnp.mean(x, axis=-1, keepdims=True)
-    centered -= jnp.mean(centered, axis=-1, keepdims=True)  # takes out the first mean's rounding
-    variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
-    return (centered * jax.lax.rsqrt(variance + NORM_EPSILON)).astype(x_BLD.dtype)
+    if x_BLD.dtype == jnp.float32:
+        centered -= jnp.mean(centered, axis=-1, keepdims=True)  # takes out the first mean's rounding
+    scale_BL1 = jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + NORM_EPSILON)
+    y_BLD = (centered * scale_BL1).astype(x_BLD.dtype)
+    return y_BLD, (y_BLD, scale_BL1)
 
 
-def rotary(x_BLHK: jax.Array, positions_L: jax.Array, dims: int) -> jax.Array:
+def _layer_norm_backward(kept, dy_BLD):
+    """Two reductions over a row, where the forward's own derivative takes five."""
+    y_BLD, scale_BL1 = kept
+    y, dy = y_BLD.astype(jnp.float32), dy_BLD.astype(jnp.float32)
+    dx = dy - jnp.mean(dy, axis=-1, keepdims=True) - y * jnp.mean(dy * y, axis=-1, keepdims=True)
+    return ((scale_BL1 * dx).astype(dy_BLD.dtype),)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def rotary(x_BLD: jax.Array, positions_L: jax.Array, head_dim: int, dims: int) -> jax.Array:
     """Turns the first `dims` dims of each head by their position, pairing dim i with i + dims/2 (GPT-NeoX)."""
     if dims == 0:
-        return x_BLHK
-    half, head_dim = dims // 2, x_BLHK.shape[-1]
-    frequencies = ROTARY_BASE ** (-jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
-    angles_LK = jnp.pad(
-        positions_L[:, None].astype(jnp.float32) * jnp.tile(frequencies, 2), [(0, 0), (0, head_dim - dims)]
-    )
-    # A product with ±1 gives each dim its partner exactly; on a TPU, each part of a split head would fill 128 lanes.
+        return x_BLD
+    half = dims // 2
+    # A product with ±1 gives each dim its partner exactly. A TPU turns all heads in one: to split them costs it more.
+    width = x_BLD.shape[-1] if platform() == "tpu" else head_dim
     partner_KK = np.zeros((head_dim, head_dim), np.float32)
     partner_KK[range(half, dims), range(half)] = -1
     partner_KK[range(half), range(half, dims)] = 1
-    partner_BLHK = jnp.einsum("blhk,kj->blhj", x_BLHK, partner_KK.astype(x_BLHK.dtype), precision="highest")
-    turned_BLHK = x_BLHK * jnp.cos(angles_LK)[:, None] + partner_BLHK * jnp.sin(angles_LK)[:, None]
-    return turned_BLHK.astype(x_BLHK.dtype)
+    partner_WW = np.kron(np.eye(width // head_dim, dtype=np.float32), partner_KK)
+    frequencies = ROTARY_BASE ** (-jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
+    frequencies_W = jnp.tile(jnp.pad(jnp.tile(frequencies, 2), (0, head_dim - dims)), width // head_dim)
+    angles_LW = (positions_L[:, None].astype(jnp.float32) * frequencies_W)[:, None]
+    x_BLGW = x_BLD.reshape(*x_BLD.shape[:2], -1, width)
+    partner_BLGW = jnp.einsum("blgw,wv->blgv", x_BLGW, partner_WW.astype(x_BLD.dtype), precision="highest")
+    turned_BLGW = x_BLGW * jnp.cos(angles_LW) + partner_BLGW * jnp.sin(angles_LW)
+    return turned_BLGW.astype(x_BLD.dtype).reshape(x_BLD.shape)
+
+
+def _rotary_forward(x_BLD, positions_L, head_dim, dims):
+    return rotary(x_BLD, positions_L, head_dim, dims), positions_L
+
+
+def _rotary_backward(head_dim, dims, positions_L, dy_BLD):
+    return rotary(dy_BLD, -positions_L, head_dim, dims), None
+
+
+rotary.defvjp(_rotary_forward, _rotary_backward)
 
 
 def subkey(key: Key, index: jax.Array | int) -> Key:
@@ -121,7 +154,7 @@ class Block(nnx.Module):
                     normalizer=cfg.normalizer,
                     gelu=cfg.gelu,
                     dropout=cfg.dropout if name == "ffn" else 0.0,
-                    dtype=dtype,
+                    recompute=cfg.remat in ("projections", "full"),
                     padding=cfg.tokens[name] - cfg.unpadded_tokens[name],
                     rngs=rngs,
                 )
@@ -152,15 +185,17 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """`attend(q, k, v)`, all [B, L, H, K], decides what each position sees."""
         B, L, D = x_BLD.shape
-        heads = (B, L, self.num_heads, D // self.num_heads)
+        head_dim = D // self.num_heads
         h_BLD = layer_norm(x_BLD)
-        q_BLHK = checkpoint_name(self.query(h_BLD, tau.get("query")), "projection").reshape(heads)
-        k_BLHK = checkpoint_name(self.key(h_BLD, tau.get("key")), "projection").reshape(heads)
-        v_BLHK = checkpoint_name(self.value(h_BLD, tau.get("value")), "projection").reshape(heads)
+        q_BLD = checkpoint_name(self.query(h_BLD, tau.get("query")), "projection")
+        k_BLD = checkpoint_name(self.key(h_BLD, tau.get("key")), "projection")
+        v_BLD = checkpoint_name(self.value(h_BLD, tau.get("value")), "projection")
         with jax.named_scope("attention"):
-            q_BLHK, k_BLHK, v_BLHK = (constrain(x, "batch", None, "heads", None) for x in (q_BLHK, k_BLHK, v_BLHK))
-            q_BLHK = rotary(q_BLHK, positions_L, self.rotary_dims)
-            k_BLHK = rotary(k_BLHK, positions_L, self.rotary_dims)
+            q_BLD, k_BLD = (rotary(x, positions_L, head_dim, self.rotary_dims) for x in (q_BLD, k_BLD))
+            q_BLHK, k_BLHK, v_BLHK = (
+                constrain(x.reshape(B, L, self.num_heads, head_dim), "batch", None, "heads", None)
+                for x in (q_BLD, k_BLD, v_BLD)
+            )
             mixed_BLD = attend(q_BLHK, k_BLHK, v_BLHK).reshape(B, L, D)
         y_BLD = checkpoint_name(self.out(constrain(mixed_BLD, "batch", None, None), tau.get("out")), "projection")
         y_BLD = dropout(y_BLD, self.dropout, subkey(key, 0))
@@ -179,7 +214,7 @@ def stack_layers(make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, 
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "projections": jax.checkpoint_policies.save_only_these_names("projection", SAVED),
+    "projections": jax.checkpoint_policies.save_only_these_names("projection"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -234,8 +269,8 @@ class LanguageModel(nnx.Module):
         """The last layer's output [B, L, D], before the final norm; arguments as for a call."""
         length = tokens_BL.shape[1]
         with jax.named_scope("embed"):
-            table_VD = constrain(self.embed[...].astype(self.cfg.dtype), None, None)
-            x_BLD = constrain(table_VD[tokens_BL], "batch", None, None)
+            table_VD = constrain(self.embed[...], None, None)  # float32, for the sake of its gradient's sums
+            x_BLD = constrain(table_VD[tokens_BL].astype(self.cfg.dtype), "batch", None, None)
             x_BLD = dropout(x_BLD, self.cfg.dropout, subkey(key, self.cfg.num_layers), shared=(1,))
         start = 0 if cache is None else cache.length
         positions_L = start + jnp.arange(length)

@@ -1,0 +1,300 @@
+"""What a compiled program does on one device: contractions, memory traffic and collectives, with loops counted out.
+
+Reads the text of XLA's optimised module, since its own cost analysis counts the body of a loop once.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+ITEM_BYTES |= {"s64": 8, "u64": 8, "f64": 8}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# What moves no data, or only names what another operation moves.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
+FREE |= {"partition-id", "replica-id", "iota", "opt-barrier", "custom-call-done"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of an instruction's type."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    in_main_memory: bool
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES.get(self.dtype, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]  # its results
+    operands: tuple[str, ...]
+    rest: str  # attributes, as they stand
+    is_root: bool
+
+    def attribute(self, name: str) -> str:
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
+        return found[1] if found else ""
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """What one instruction costs in a step of the whole program; a fusion is one."""
+
+    name: str  # where in the source it comes from
+    count: int  # executions
+    flops: float  # of contractions, in one execution
+    bytes: float  # read from and written to the device's main memory, in one execution
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """An exchange between devices."""
+
+    kind: str
+    axes: tuple[str, ...]  # of the mesh, that it goes over
+    shape: str  # of what is exchanged, whole
+    bytes: int  # of it
+    received: float  # bytes that reach a device over the network, in one execution, as a ring does it
+    count: int  # executions in a step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    operations: list[Operation]
+    collectives: list[Collective]
+    kernels: dict[str, int]  # hand-written kernels, whose FLOPs cannot be read -> executions
+
+
+def read_program(text: str, mesh_shape: dict[str, int]) -> Program:
+    """Reads `jax.stages.Compiled.as_text()` of a program for a mesh, given as axis -> size, slowest first."""
+    computations, entry = _parse(text)
+    operations: list[Operation] = []
+    kernels: dict[str, int] = {}
+    collectives: dict[str, Collective] = {}
+    for name, count in _executions(computations, entry):
+        for instruction in computations[name].values():
+            kind = _kind(instruction, name)
+            if kind:
+                channel = instruction.attribute("channel_id") or instruction.name
+                found = _collective(instruction, computations[name], kind, mesh_shape, count)
+                collectives.setdefault(f"{channel} {kind}", found)
+    for name, count in _executions(computations, entry, into_fusions=False):
+        computation = computations[name]
+        for instruction in computation.values():
+            if instruction.opcode in FREE or instruction.opcode.endswith("-done") or _kind(instruction, name):
+                continue
+            called = computations.get(instruction.attribute("calls"), {}) if instruction.opcode == "fusion" else {}
+            flops = sum(_contraction_flops(i, called) for i in called.values()) + _contraction_flops(
+                instruction, computation
+            )
+            where = re.search(r'op_name="([^"]*)"', instruction.rest)
+            label = where[1] if where else instruction.name
+            operations.append(Operation(label, count, flops, _traffic(instruction, computation, called)))
+            if 'custom_call_target="tpu_custom_call"' in instruction.rest or "__cudnn$" in instruction.rest:
+                kernel = re.sub(r"[.\d]+$", "", instruction.name)
+                kernels[kernel] = kernels.get(kernel, 0) + count
+    return Program(operations, [c for c in collectives.values() if c.received], kernels)
+
+
+def _parse(text: str) -> tuple[dict[str, Computation], str]:
+    computations: dict[str, Computation] = {}
+    entry, current = "", {}
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if head:
+            current = computations[head[2]] = {}
+            entry = head[2] if head[1] else entry
+            continue
+        found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(", line)
+        if found:
+            inside = _up_to_closing(line, found.end())
+            operands = tuple(re.findall(r"%([\w.\-]+)", line[found.end() : inside]))
+            if found[4] in ("constant", "parameter"):
+                operands = (line[found.end() : inside],)
+            current[found[2]] = Instruction(
+                found[2], found[4], _arrays(found[3]), operands, line[inside:], bool(found[1])
+            )
+    return computations, entry
+
+
+def _up_to_closing(line: str, start: int) -> int:
+    depth = 1
+    for position in range(start, len(line)):
+        depth += {"(": 1, ")": -1}.get(line[position], 0)
+        if not depth:
+            return position
+    return len(line)
+
+
+def _arrays(text: str) -> tuple[Array, ...]:
+    found = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", text)
+    return tuple(
+        Array(dtype, tuple(int(n) for n in dims.split(",") if n), "S(" not in layout) for dtype, dims, layout in found
+    )
+
+
+def _executions(
+    computations: dict[str, Computation], name: str, count: int = 1, into_fusions: bool = True
+) -> Iterator[tuple[str, int]]:
+    """The computations that run, and how often: bodies of loops, branches, and what is called."""
+    yield name, count
+    for instruction in computations[name].values():
+        if instruction.opcode == "while":
+            trips = _trips(instruction, computations)
+            yield from _executions(computations, instruction.attribute("body"), count * trips, into_fusions)
+        elif instruction.opcode == "conditional":
+            for branch in re.findall(
+                r"%([\w.\-]+)", "".join(re.findall(r"branch_computations=\{([^}]*)\}", instruction.rest))
+            ):
+                yield from _executions(computations, branch, count, into_fusions)
+        elif instruction.opcode in ("call", "async-start") or (instruction.opcode == "fusion" and into_fusions):
+            called = instruction.attribute("calls") or instruction.attribute("to_apply")
+            yield from _executions(computations, called, count, into_fusions)
+
+
+def _trips(loop: Instruction, computations: dict[str, Computation]) -> int:
+    """The turns of a loop that counts up from 0, which is what a scan becomes."""
+    known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
+    if known:
+        return int(known[1])
+    condition = computations[loop.attribute("condition")]
+    for instruction in condition.values():
+        if instruction.opcode == "compare" or (instruction.opcode == "fusion" and instruction.is_root):
+            for operand in instruction.operands:
+                constant = condition.get(operand)
+                if constant and constant.opcode == "constant" and constant.operands[0].isdecimal():
+                    return int(constant.operands[0])
+    raise ValueError(f"{loop.name}: a loop whose turns are not in the program's text")
+
+
+def _contraction_flops(instruction: Instruction, computation: Computation) -> float:
+    """Multiplications and additions of a dot or convolution, as which a TPU's compiler writes dots too."""
+    if instruction.opcode not in ("dot", "convolution") or not instruction.arrays:
+        return 0.0
+    left, right = (computation[name].arrays[0] for name in instruction.operands[:2])
+    out = instruction.arrays[0]
+    if instruction.opcode == "dot":
+        dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+        contracted = math.prod(left.shape[int(n)] for n in dims[1].split(",") if n) if dims else 1
+        return 2.0 * math.prod(out.shape) * contracted
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    assert labels
+    window = _window(instruction.rest, sum(c.isdigit() for c in labels[3]))
+    flops = 2.0 * right.shape[labels[2].index("i")] * out.shape[labels[3].index("b")] * out.shape[labels[3].index("f")]
+    for axis, (size, stride, low, left_step, right_step) in enumerate(window):
+        here, there = left.shape[labels[1].index(str(axis))], out.shape[labels[3].index(str(axis))]
+        position = np.arange(there)[:, None] * stride - low + np.arange(size) * right_step
+        inside = (position >= 0) & (position <= (here - 1) * left_step) & (position % left_step == 0)
+        flops *= int(inside.sum())  # pairs of an output and a weight that meet an input, not padding
+    return flops
+
+
+def _window(text: str, axes: int) -> list[tuple[int, int, int, int, int]]:
+    """Of each spatial axis: size, stride, padding in front, dilation of the input and of the weights."""
+    window = re.search(r"window=\{([^}]*)\}", text)
+    parts = dict(part.split("=") for part in window[1].split()) if window else {}
+
+    def each(name: str, default: str) -> list[str]:
+        return parts[name].split("x") if name in parts else [default] * axes
+
+    pads = [int(pad.split("_")[0]) for pad in each("pad", "0_0")]
+    numbers = [[int(n) for n in each(name, "1")] for name in ("size", "stride", "lhs_dilate", "rhs_dilate")]
+    return [(size, stride, pad, a, b) for size, stride, a, b, pad in zip(*numbers, pads, strict=True)]
+
+
+def _traffic(instruction: Instruction, computation: Computation, called: Computation) -> float:
+    """Bytes between a device and its main memory; of slices and of updates in place, what they touch."""
+    if instruction.opcode.endswith("-start") and instruction.opcode != "copy-start":
+        return 0.0
+    if not called:
+        called = {instruction.name: instruction}
+        parameters = {name: index for index, name in enumerate(instruction.operands)}
+    else:
+        parameters = {i.name: int(i.operands[0]) for i in called.values() if i.opcode == "parameter"}
+    total, updated = 0.0, 0
+    for inner in called.values():
+        if inner.opcode == "dynamic-update-slice" and len(inner.operands) > 1:
+            update = called.get(inner.operands[1]) or computation.get(inner.operands[1])
+            updated += inner.arrays[0].bytes - (update.arrays[0].bytes if update and update.arrays else 0)
+    for name, index in parameters.items():
+        operand = computation.get(instruction.operands[index]) if index < len(instruction.operands) else None
+        if operand is None or len(operand.arrays) != 1 or not operand.arrays[0].in_main_memory:
+            continue
+        users = [i for i in called.values() if name in i.operands and i.opcode != "parameter"]
+        slices = [i for i in users if i.opcode in ("dynamic-slice", "slice", "gather") and i.operands[0] == name]
+        in_place = [i for i in users if i.opcode == "dynamic-update-slice" and i.operands[0] == name]
+        if users and len(slices) + len(in_place) == len(users):
+            total += sum(i.arrays[0].bytes for i in slices)
+        else:
+            total += operand.arrays[0].bytes
+    results = instruction.arrays[:1] if instruction.opcode == "copy-start" else instruction.arrays
+    written = sum(array.bytes for array in results if array.in_main_memory)
+    return total + max(written - updated, 0)
+
+
+def _kind(instruction: Instruction, computation: str) -> str:
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return ""
+    return "reduce-scatter" if kind == "all-reduce" and "all-reduce-scatter" in computation else kind
+
+
+def _collective(
+    instruction: Instruction, computation: Computation, kind: str, mesh_shape: dict[str, int], count: int
+) -> Collective:
+    groups = _groups(instruction.rest, math.prod(mesh_shape.values()))
+    size = len(groups[0])
+    places = np.stack(np.unravel_index(np.array(groups), tuple(mesh_shape.values())))
+    varies = (places != places[:, :, :1]).any(axis=(1, 2))
+    axes = tuple(axis for axis, moves in zip(mesh_shape, varies, strict=True) if moves)
+    operands = [a for name in instruction.operands if name in computation for a in computation[name].arrays]
+    sent, results = sum(a.bytes for a in operands), sum(a.bytes for a in instruction.arrays)
+    if instruction.opcode.endswith("-start"):  # whose result repeats its operands
+        results -= sent
+    whole = max(sent, results) if kind in ("all-gather", "reduce-scatter") else sent
+    largest = max(operands, key=lambda a: a.bytes)
+    if kind == "all-gather":
+        largest = max(instruction.arrays, key=lambda a: a.bytes)
+    part = (size - 1) / size
+    received = {"all-reduce": 2 * part, "collective-permute": 1.0}.get(kind, part) * whole if size > 1 else 0.0
+    shape = f"{largest.dtype}[{','.join(map(str, largest.shape))}]"
+    return Collective(kind, axes, shape, whole, received, count)
+
+
+@functools.lru_cache(maxsize=256)
+def _groups(text: str, devices: int) -> list[list[int]]:
+    """The devices that exchange with each other, by their place in the mesh."""
+    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", text)
+    if pairs:
+        found = [sorted({int(n) for n in pair.split(",")}) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
+        return [pair for pair in found if len(pair) == 2] or [[0]]
+    listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text)
+    if listed:
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if iota:
+        shape, source = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
+        order = [int(n) for n in iota[3].split(",")] if iota[3] else range(len(source))
+        return np.arange(devices).reshape(source).transpose(order).reshape(shape).tolist()
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? ?\{([^}]*)\}", text)
+    if mesh:
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        named = [name for name in sizes if f"'{name}'" in mesh[2]]
+        front = [list(sizes).index(name) for name in sizes if name not in named]
+        back = [list(sizes).index(name) for name in named]
+        array = np.arange(devices).reshape(tuple(sizes.values())).transpose(front + back)
+        return array.reshape(-1, math.prod(sizes[name] for name in named)).tolist()
+    return [list(range(devices))]

@@ -68,7 +68,9 @@ def get_config(variant: str = "124m") -> ConfigDict:
     config.eval_every = 5000
     config.eval_batches = 100
     config.checkpoint_every = 1000
-    config.model.update(vocab_size=50304, dtype="bfloat16", remat="full", **sizes("124m" if name == "all" else variant))
+    config.model.update(
+        vocab_size=50304, dtype="bfloat16", remat="projections", **sizes("124m" if name == "all" else variant)
+    )
     config.data.dataset = "text_files"
     # 1 % of the rung's own steps: grow.restart_schedule lets each rung warm up and decay anew.
     config.optimizer.warmup_steps = RUNG_STEPS // 100 if rung else FIRST_STEPS // 100

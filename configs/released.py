@@ -40,7 +40,7 @@ def get_config(variant: str = "354m") -> ConfigDict:
     config.checkpoint_every = 500
     config.model.update(num_layers=24, num_heads=16, embed_dim=1024)
     config.model.update(qkv_tokens=tokens, out_tokens=tokens, ffn_tokens=4 * tokens)
-    config.model.update(vocab_size=50304, dtype="bfloat16", remat="full")
+    config.model.update(vocab_size=50304, dtype="bfloat16", remat="projections")
     config.data.dataset = "text_files"
     config.optimizer.warmup_steps = steps // 100
     return config

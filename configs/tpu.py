@@ -40,7 +40,7 @@ def get_config(variant: str = "124m") -> ConfigDict:
     config.eval_batches = 100
     config.checkpoint_every = 10_000
     config.model.update(qkv_tokens=tokens, out_tokens=tokens, ffn_tokens=4 * tokens)
-    config.model.update(vocab_size=50304, dtype="bfloat16", remat="full")
+    config.model.update(vocab_size=50304, dtype="bfloat16", remat="projections")
     config.model.update(gelu="tanh", rotary_fraction=0.0)
     if variant == "defaults":
         config.model.stochastic_depth = 0.1

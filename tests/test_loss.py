@@ -12,7 +12,7 @@ from tests.helpers import assert_trees_equal
 from tokenformer_jax import loss
 from tokenformer_jax.loss import cross_entropy
 
-BATCH, DIM, VOCAB, CHUNK = 3, 16, 50, 64
+BATCH, DIM, VOCAB, CHUNK = 3, 16, 50, 48
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,9 @@ def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
             dlogits_BCV = (jax.nn.softmax(logits_BCV) - is_target_BCV) * weights_BC[..., None]
             dlogits_BCV = dlogits_BCV.astype(h_BCD.dtype)
             dtable_DV = jnp.einsum("bcv,bcd->dv", dlogits_BCV, h_BCD, preferred_element_type=jnp.float32)
-            return (loss, sums[1] + dtable_DV), jnp.einsum("bcv,vd->bcd", dlogits_BCV, table_VD)
+            return (loss, sums[1] + constrain(dtable_DV, None, "vocab")), jnp.einsum(
+                "bcv,vd->bcd", dlogits_BCV, table_VD
+            )
 
         parts = _parts(targets_BL.shape, len(table_VD))
         split = [x.reshape(x.shape[0], parts, -1, *x.shape[2:]).swapaxes(0, 1) for x in (h_BLD, targets_BL, weights_BL)]

@@ -185,10 +185,11 @@ def _parts(shape: tuple[int, ...], num_tokens: int) -> int:
     return next(fits, shape[0])
 
 
-def _sum_outer(a_BLI: jax.Array, b_BLJ: jax.Array) -> jax.Array:
-    """The sum over positions of outer products, float32 [I, J]."""
-    positions = tuple(range(a_BLI.ndim - 1))
-    return jax.lax.dot_general(a_BLI, b_BLJ, ((positions, positions), ((), ())), preferred_element_type=jnp.float32)
+def _sum_outer(a_BLD: jax.Array, b_BLN: jax.Array) -> jax.Array:
+    """The sum over positions of outer products, float32 [D, N]."""
+    positions = tuple(range(a_BLD.ndim - 1))
+    sums_DN = jax.lax.dot_general(a_BLD, b_BLN, ((positions, positions), ((), ())), preferred_element_type=jnp.float32)
+    return constrain(sums_DN, None, "tokens")
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -106,36 +107,25 @@ def sum_over_batch(function: Callable, rows: Any, shared: Any) -> tuple[Any, Any
     Left to the compiler, sums inside a loop would be exchanged in its every turn.
 
     Args:
-      function: `function(*rows, *shared)` gives arrays of the same rows, and sums: scalars and matrices [D, …].
+      function: `function(*rows, *shared)` gives arrays of the same rows, and sums over them.
       rows: arrays whose first axis is the batch.
       shared: arrays that are the same for all rows.
 
     Returns:
-      The rows, and the sums over the whole batch; matrices are sharded over D, as parameters are.
+      The rows, and the sums over the whole batch.
     """
     axes = batch_axes()
     if not axes:
         return function(*rows, *shared)
 
-    def scatter(x: jax.Array) -> bool:
-        return x.ndim == 2 and "fsdp" in axes
-
-    def reduce(x: jax.Array) -> jax.Array:
-        if scatter(x):
-            x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=0, tiled=True)
-        others = tuple(axis for axis in axes if axis != "fsdp" or not scatter(x))
-        return jax.lax.psum(x, others) if others else x
-
     def local(rows: Any, shared: Any) -> tuple[Any, Any]:
         out, sums = function(*rows, *shared)
-        return out, jax.tree.map(reduce, sums)
+        return out, jax.tree.map(lambda x: x[None], sums)
 
-    _, sums = jax.eval_shape(function, *rows, *shared)
-    sums_specs = jax.tree.map(lambda x: P("fsdp") if scatter(x) else P(), sums)
-    mapped = jax.shard_map(
-        local, in_specs=(P(axes), P()), out_specs=(P(axes), sums_specs), axis_names=set(axes), check_vma=False
+    out, sums = jax.shard_map(local, in_specs=(P(axes), P()), out_specs=P(axes), axis_names=set(axes), check_vma=False)(
+        rows, shared
     )
-    return mapped(rows, shared)
+    return out, jax.tree.map(lambda parts: jnp.sum(parts, 0), sums)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -62,12 +62,28 @@ class Frozen(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class OnMesh:
+    """A jitted function that is always called, and lowered, under a mesh."""
+
+    function: Any
+    mesh: Mesh
+
+    def __call__(self, *args: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.function(*args)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        with jax.set_mesh(self.mesh):
+            return self.function.lower(*args)
+
+
+@dataclasses.dataclass(frozen=True)
 class Step:
     """What `make_step` compiles for a config on a mesh. All functions take and give sharded arrays."""
 
     abstract_state: TrainState  # ShapeDtypeStructs with shardings
     init: Callable[[jax.Array], TrainState]  # PRNG key -> state
-    train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # donates the state
+    train: OnMesh  # (state, Batch) -> state, metrics; donates the state
     evaluate: Callable[[TrainState, Batch], Metrics]  # sums of nll (nats) and weights; needs no opt_state
     batch: NamedSharding  # of every array of a Batch
     mesh: Mesh
@@ -200,25 +216,19 @@ def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0, frozen: Frozen |
     )
     batch = batch_sharding(mesh)
 
-    def on_mesh(function: Callable) -> Callable:
-        def call(*args: Any) -> Any:
-            with jax.set_mesh(mesh):
-                return function(*args)
-
-        return call
-
     return Step(
         abstract_state=with_shardings(abstract, state_shardings),
-        init=on_mesh(jax.jit(init, out_shardings=state_shardings)),
-        train=on_mesh(
+        init=OnMesh(jax.jit(init, out_shardings=state_shardings), mesh),
+        train=OnMesh(
             jax.jit(
                 train,
                 in_shardings=(state_shardings, batch),
                 out_shardings=(state_shardings, whole),
                 donate_argnums=0,
-            )
+            ),
+            mesh,
         ),
-        evaluate=on_mesh(jax.jit(evaluate, out_shardings=whole)),
+        evaluate=OnMesh(jax.jit(evaluate, out_shardings=whole), mesh),
         batch=batch,
         mesh=mesh,
     )

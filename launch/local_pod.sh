@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs a command as N processes of one pod on this machine, to try on a CPU what runs on a pod:
 #   bash launch/local_pod.sh N python -m tokenformer_jax.train --config=… --workdir=…
-# All write to this terminal. When one dies the others end too, as on a pod; the exit code is that of the first to fail.
+# All write to this terminal. When one dies the others end too, as on a pod; the exit code is that of the first to fail,
+# where it is not 75, with which processes end because another did.
 set -euo pipefail
 [[ $# -ge 2 && $1 =~ ^[1-9][0-9]*$ ]] || { echo "usage: bash launch/local_pod.sh N COMMAND…" >&2; exit 2; }
 count=$1
@@ -19,8 +20,8 @@ status=0
 while ((${#pids[@]})); do
   code=0 ended=
   wait -n -p ended "${pids[@]}" || code=$?
-  [[ $ended ]] || continue  # a signal came, and was passed on
+  [[ ${ended-} ]] || continue  # a signal came, and was passed on
   unset "pids[$ended]"
-  if ((code && !status)); then status=$code; fi
+  if ((code && (!status || status == 75))); then status=$code; fi
 done
 exit $status

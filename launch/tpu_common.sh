@@ -276,7 +276,7 @@ job_state() { # DRY_ANSWER: what the workers together are doing, or unreachable;
     echo "$1" && return
   fi
   answers=$(each_slice on_workers all "$worker status || echo \"\$HOSTNAME: idle\"" 2>/dev/null) || answers=': unreachable'
-  for word in unreachable idle lost failed stopped running finished; do
+  for word in unreachable idle lost failed orphaned stopped running finished; do
     if grep -q "^[^ ]*: $word" <<<"$answers"; then break; fi
   done
   [[ $word != running ]] || say "$(head -n 1 <<<"$answers")"
@@ -296,8 +296,8 @@ follow() { # returns 0 when the command has finished, 1 when it failed or was st
     fi
     case $word in
       finished) return 0 ;;
-      idle | lost)
-        say "a worker was restarted"
+      idle | lost | orphaned) # orphaned and none that failed: one is out of reach of the others
+        say "a worker was restarted or lost"
         return 3
         ;;
       unreachable)

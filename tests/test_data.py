@@ -42,7 +42,7 @@ def test_an_epoch_of_training_reads_every_whole_window_once():
 
 
 @pytest.mark.parametrize("num_tokens", [2, 9, 10, 33, 8 * 8 + 1, 100])
-@pytest.mark.parametrize("process_count", [1, 2])
+@pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_evaluation_predicts_every_token_but_the_first_once(num_tokens, process_count):
     split = make_split(num_tokens)
     parts = [eval_batches(split, 4, 8, process_index=i, process_count=process_count) for i in range(process_count)]

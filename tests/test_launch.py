@@ -258,11 +258,27 @@ def test_a_worker_that_lost_its_process_is_started_again(cloud):
     os.killpg(int(cloud.read("home/pod-1/.tokenformer_job/pid")), signal.SIGKILL)  # as a reboot does
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
-    assert "a worker was restarted" in errors
+    assert "a worker was restarted or lost" in errors
     assert [action for action in cloud.actions if action in ("create", "stop", "start")] == [
         *("create", "start", "stop", "start")
     ]
     assert len(cloud.ran("pod-0")) == 2
+
+
+def test_workers_that_lost_each_other_are_started_again(cloud):
+    cloud.write("python", '[[ -e $FAKE/lost ]] || { touch "$FAKE/lost"; exit 75; }')
+    code, _, errors = cloud.vm("run", "--", *TRAIN)
+    assert code == 0 and "starting again" in errors
+    assert [action for action in cloud.actions if action in ("create", "stop", "start")] == [
+        *("create", "start", "stop", "start")
+    ]
+
+
+def test_a_worker_that_fails_fails_the_run_also_where_others_end_because_of_it(cloud):
+    cloud.write("python", "[[ $HOME == *pod-1 ]] || exit 75; exit 3")
+    code, _, errors = cloud.vm("run", "--", *TRAIN)
+    assert code == 1 and "the command failed" in errors
+    assert cloud.actions.count("start") == 1
 
 
 def test_a_worker_that_fails_fails_the_run_and_shows_its_log(cloud):

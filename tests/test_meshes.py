@@ -15,7 +15,7 @@ from tokenformer_jax import step as step_module
 from tokenformer_jax.checkpoint import Checkpoints, Record
 from tokenformer_jax.config import MeshConfig, UserError
 from tokenformer_jax.generate import Sampling, generate
-from tokenformer_jax.sharding import MESH_AXES, arrange, make_mesh
+from tokenformer_jax.sharding import MESH_AXES, arrange, make_mesh, this_process
 from tokenformer_jax.step import make_step, put_batch
 from tokenformer_jax.tokenizer import train_tokenizer
 
@@ -220,6 +220,22 @@ def test_only_the_slice_axis_crosses_slices():
     slices = np.vectorize(lambda device: device.slice_index)(grid)
     assert grid.shape == (2, 2, 2, 2)
     assert (slices[0] == 0).all() and (slices[1] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "sizes, devices_each, parts",
+    [((4, 1, 1), 1, [0, 1, 2, 3]), ((1, 2, 2), 1, [0, 0, 1, 1]), ((1, 1, 4), 1, [0] * 4), ((1, 2, 2), 2, [0, 1])],
+)
+def test_processes_that_share_tokens_read_the_same_part_and_all_parts_are_read(monkeypatch, sizes, devices_each, parts):
+    shape = (1, *sizes)
+    devices = [SimpleNamespace(process_index=i // devices_each) for i in range(4)]
+    mesh = SimpleNamespace(devices=np.array(devices).reshape(shape), shape=dict(zip(MESH_AXES, shape, strict=True)))
+    read = []
+    for process in range(len(parts)):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        read.append(this_process(mesh))
+    assert [part["process_index"] for part in read] == parts
+    assert {part["process_count"] for part in read} == {len(set(parts))}
 
 
 def test_hosts_of_gpus_may_be_taken_as_one_network():

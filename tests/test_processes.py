@@ -1,11 +1,15 @@
-"""Laws of several processes: they compute what one does, and a run that was killed ends as if it had not been.
+"""Laws of several processes: they compute what one does, and end together when one dies; a run that was killed ends as
+if it had not been.
 
 They are started as users start them on one machine, by launch/local_pod.sh.
 """
 
+import json
 import os
 import pathlib
+import re
 import signal
+import socket
 import subprocess
 import time
 
@@ -28,7 +32,7 @@ def get_config():
 LADDER = {
     "rungs": (
         {"step": 6, "model": {"qkv_tokens": 32, "ffn_tokens": 128}, "mesh": {"fsdp": 1, "data": 2}},
-        {"step": 12, "model": {"ffn_tokens": 192}, "batch_size": 16, "mesh": {"fsdp": 2, "data": 1}},
+        {"step": 12, "model": {"ffn_tokens": 192}, "batch_size": 16, "mesh": {"tensor": 2, "data": 1}},
     ),
     "steps": 18,
     "checkpoint_every": 4,
@@ -40,7 +44,10 @@ LADDER = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A config, and the workdir `whole` of its run from end to end by two processes of one device each."""
+    """A config, and the workdir `whole` of its run from end to end by two processes of one device each.
+
+    On the last rung the two share `tensor`, and so read the same rows.
+    """
     folder = tmp_path_factory.mktemp("processes")
     data = {"data__dataset": "text_files", "data__path": str(write_corpus(folder / "text"))}
     overrides = LADDER | data | {"data__cache_dir": str(folder / "cache")}
@@ -49,13 +56,33 @@ def folder(tmp_path_factory):
     return folder, tiny_config(**overrides)
 
 
-def start(folder, name):
+def start(folder, name, *overrides):
     """Two processes that train the ladder in a workdir."""
-    command = ["bash", "launch/local_pod.sh", "2", "python", "-m", "tokenformer_jax.train"]
-    command += [f"--config={folder}/config.py", f"--workdir={folder}/{name}"]
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    log = (folder / f"{name}.log").open("a")
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, stdout=log, start_new_session=True)
+    return start_pod(2, folder / f"{name}.log", "train", *training(folder, name), *overrides)
+
+
+def training(folder, name):
+    return f"--config={folder}/config.py", f"--workdir={folder}/{name}"
+
+
+def start_pod(count, log, module, *flags):
+    """Processes of one device each."""
+    return popen(log, 1, "bash", "launch/local_pod.sh", str(count), "python", "-m", f"tokenformer_jax.{module}", *flags)
+
+
+def popen(log, devices, *command):
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flag, "PYTHONPATH": str(ROOT)}
+    with log.open("a") as out:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=out, stdout=out, start_new_session=True)
+
+
+def worker(processes, index):
+    """The process of this number among those of a pod."""
+    for child in pathlib.Path(f"/proc/{processes.pid}/task/{processes.pid}/children").read_text().split():
+        if f"JAX_PROCESS_ID={index}".encode() in pathlib.Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"no process {index}")
 
 
 def finish(processes, seconds=400):
@@ -92,6 +119,46 @@ def test_two_processes_compute_what_one_does(folder):
         np.testing.assert_allclose(*pair, rtol=tolerance, err_msg=name)
 
 
+@pytest.fixture(scope="module")
+def deaths(folder):
+    """Of a process's death, for each of the two: seconds until both had ended, the exit code, and what they said."""
+    folder, _ = folder
+    pods = {index: start(folder, f"death{index}", "--config.steps=100000") for index in (0, 1)}
+    died = {}
+    for index, pod in pods.items():
+        wait_for(pod, folder / f"death{index}", 1)
+        os.kill(worker(pod, index), signal.SIGKILL)
+        died[index] = time.monotonic()
+    ended = {}
+    while len(ended) < 2:
+        assert time.monotonic() < max(died.values()) + 100
+        ended |= {index: time.monotonic() for index, pod in pods.items() if index not in ended and pod.poll()}
+        time.sleep(0.05)
+    logs = {index: (folder / f"death{index}.log").read_text() for index in pods}
+    return {index: (ended[index] - died[index], pods[index].returncode, logs[index]) for index in pods}
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_when_a_process_dies_the_other_says_which_and_ends_within_30_seconds(deaths, index):
+    seconds, code, log = deaths[index]
+    print(f"ended {seconds:.1f} s after the death of process {index}")
+    assert seconds < 30
+    assert code not in (0, 2)
+    assert f"\nerror: process {index} of 2 (host {socket.gethostname()}) died or lost its network: " in log
+    assert "Traceback" not in log
+
+
+def test_when_a_process_fails_the_others_say_which_and_why(tmp_path):
+    command = "import os, time; from tokenformer_jax.config import run_command; "
+    command += "run_command(lambda: 1 / int(os.environ['JAX_PROCESS_ID']) and time.sleep(100))"
+    pod = popen(tmp_path / "log", 1, "bash", "launch/local_pod.sh", "2", "python", "-c", command)
+    assert finish(pod, 60) == 1
+    log = (tmp_path / "log").read_text()
+    reason = "failed (ZeroDivisionError: division by zero): the others stop"
+    assert f"\nerror: process 0 of 2 (host {socket.gethostname()}) {reason}\n" in log
+    assert log.count("Traceback") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [(5, 7), (11, 13)], ids=str)
 def test_two_processes_killed_on_both_sides_of_a_rung_end_the_same(folder, steps):
@@ -116,3 +183,53 @@ def test_a_signal_to_two_processes_saves_one_step_and_the_run_goes_on(folder):
     assert finish(processes) == 0
     assert finish(start(folder, "stopped")) == 0
     assert rows_of(folder / "stopped") == rows_of(folder / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_signal_to_one_process_saves_one_step_on_both(folder, index):
+    folder, _ = folder
+    name = f"preempted{index}"
+    processes = start(folder, name)
+    wait_for(processes, folder / name, 7)
+    os.kill(worker(processes, index), signal.SIGTERM)
+    assert finish(processes) == 0  # as both have
+    log = (folder / f"{name}.log").read_text()
+    step = int(re.search(r"stopped and saved at step (\d+)", log)[1])
+    assert 7 <= step < 18
+    saved = folder / name / "checkpoints" / str(step)
+    assert len(list((saved / "data").glob("process_*"))) == 2
+    assert finish(start(folder, name)) == 0
+    assert rows_of(folder / name) == rows_of(folder / "whole")
+
+
+@pytest.mark.slow
+def test_four_processes_train_evaluate_and_grow_as_one_does(folder, tmp_path):
+    """They form fsdp 2 x tensor 2, one device each; the one has four."""
+    folder, _ = folder
+    mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.rungs=()", "--config.steps=6")
+    config = f"--config={folder}/config.py"
+    larger = ("--config.model.qkv_tokens=32", "--config.model.ffn_tokens=128", "--config.steps=10")
+    for name, count in (("four", 4), ("one", 1)):
+        home = tmp_path / name
+        home.mkdir()
+
+        def run(module, *flags, home=home, count=count):
+            alone = ("python", "-m", f"tokenformer_jax.{module}", *flags)
+            pod = start_pod(4, home / "log", module, *flags) if count == 4 else popen(home / "log", 4, *alone)
+            assert finish(pod) == 0, (home / "log").read_text()
+
+        run("train", config, f"--workdir={home}/small", *mesh)
+        run("evaluate", f"--workdir={home}/small")
+        run("grow", f"--source={home}/small", config, f"--workdir={home}/large", *mesh, *larger)
+        run("evaluate", f"--workdir={home}/large")
+    four, one = tmp_path / "four", tmp_path / "one"
+    for name in ("loss", "eval_loss"):
+        pair = ([row[name] for row in rows_of(home / "small") if name in row] for home in (four, one))
+        np.testing.assert_allclose(*pair, rtol=1e-5)
+    for size in ("small", "large"):
+        evaluations = [json.loads((home / size / "eval.json").read_text()) for home in (four, one)]
+        for name in ("step", "params", "trained_tokens", "tokens", "loss"):
+            assert evaluations[0][name] == pytest.approx(evaluations[1][name], rel=1e-5)
+        states = [load_trained(home / size).state for home in (four, one)]
+        assert_trees_equal(*(state.params for state in states), atol=1e-4)

@@ -15,16 +15,18 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from tokenformer_jax.processes import Others
+
 SIZES = ("qkv_tokens", "out_tokens", "ffn_tokens")  # keys of the model that say counts of parameter tokens
-DEAD_AFTER = 20  # seconds without a sign of life of a process, after which the others end
 
 
 class UserError(Exception):
     """A mistake that its user can mend. Commands print its one line and exit with code 2."""
+
+    exit_code = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,9 +416,8 @@ def run_command(main: Callable[[], None]) -> None:
             return extra
 
     def guarded(_: list[str]) -> None:
-        if distributed.value:
-            _join_processes()
-        main()
+        with _join_processes() if distributed.value else contextlib.nullcontext():
+            main()
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what is handled here; --verbosity=0 shows it
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)  # the same errors, a second time
@@ -424,19 +425,19 @@ def run_command(main: Callable[[], None]) -> None:
         app.run(guarded, flags_parser=parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
 
 
-def _join_processes() -> None:
+def _join_processes() -> Others:
     numbers = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
     if not all(number is None or number.isdecimal() for number in numbers):
         raise UserError(f"JAX_NUM_PROCESSES, JAX_PROCESS_ID = {numbers}: must be two numbers, such as 2 and 0")
     count, index = (None if number is None else int(number) for number in numbers)
     try:
-        jax.distributed.initialize(num_processes=count, process_id=index, heartbeat_timeout_seconds=DEAD_AFTER)
+        return Others(count, index)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--distributed: the processes did not find each other ({reason})") from None

@@ -15,6 +15,7 @@ from tokenformer_jax import step as step_module
 from tokenformer_jax.checkpoint import Checkpoints, Record
 from tokenformer_jax.config import MeshConfig, UserError
 from tokenformer_jax.generate import Sampling, generate
+from tokenformer_jax.hlo import device_groups
 from tokenformer_jax.sharding import MESH_AXES, arrange, make_mesh, this_process
 from tokenformer_jax.step import make_step, put_batch
 from tokenformer_jax.tokenizer import train_tokenizer
@@ -153,26 +154,9 @@ def collectives(hlo):
         match = re.search(r"= (.*?) (all-\w+|collective-\w+|reduce-scatter|ragged-\w+)(?:-start)?\(", line)
         if match and not match[2].endswith("-done"):
             shapes = [tuple(map(int, s.split(","))) if s else () for s in re.findall(r"\w+\[([\d,]*)\]", match[1])]
-            groups = np.unravel_index(device_groups(line), SLICED)
+            groups = np.unravel_index(device_groups(line, 8), SLICED)
             axes = {axis for axis, places in zip(MESH_AXES, groups, strict=True) if np.any(places != places[:, :1])}
             yield match[2], shapes, axes
-
-
-def device_groups(line):
-    """The devices that a collective joins, an array [groups, devices], from any of XLA's three ways to write it."""
-    numbers = lambda text: [int(n) for n in re.findall(r"\d+", text)]  # noqa: E731
-    iota = lambda shape, order: np.arange(8).reshape(shape).transpose(order or range(len(shape)))  # noqa: E731
-    if match := re.search(r"replica_groups=\{(\{.*?\})\}", line):
-        return np.array([numbers(group) for group in re.findall(r"\{(.*?)\}", match[1])])
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        return iota(numbers(match[2]), numbers(match[3] or "")).reshape(numbers(match[1]))
-    named = r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{('\w+'(?:,'\w+')*)\}"
-    match = re.search(named, line)
-    assert match, line
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-    devices = iota(numbers(match[2] or "8"), numbers(match[3] or "")).reshape(list(sizes.values()))
-    joined = [list(sizes).index(name) for name in re.findall(r"\w+", match[4])]
-    return np.moveaxis(devices, joined, range(-len(joined), 0)).reshape(-1, np.prod([devices.shape[i] for i in joined]))
 
 
 def has_positions(shape):

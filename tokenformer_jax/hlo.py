@@ -255,9 +255,9 @@ def _kind(instruction: Instruction, computation: str) -> str:
 def _collective(
     instruction: Instruction, computation: Computation, kind: str, mesh_shape: dict[str, int], count: int
 ) -> Collective:
-    groups = _groups(instruction.rest, math.prod(mesh_shape.values()))
-    size = len(groups[0])
-    places = np.stack(np.unravel_index(np.array(groups), tuple(mesh_shape.values())))
+    groups = device_groups(instruction.rest, math.prod(mesh_shape.values()))
+    size = groups.shape[1]
+    places = np.stack(np.unravel_index(groups, tuple(mesh_shape.values())))
     varies = (places != places[:, :, :1]).any(axis=(1, 2))
     axes = tuple(axis for axis, moves in zip(mesh_shape, varies, strict=True) if moves)
     operands = [a for name in instruction.operands if name in computation for a in computation[name].arrays]
@@ -275,26 +275,28 @@ def _collective(
 
 
 @functools.lru_cache(maxsize=256)
-def _groups(text: str, devices: int) -> list[list[int]]:
-    """The devices that exchange with each other, by their place in the mesh."""
-    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", text)
-    if pairs:
-        found = [sorted({int(n) for n in pair.split(",")}) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
-        return [pair for pair in found if len(pair) == 2] or [[0]]
-    listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text)
-    if listed:
-        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if iota:
-        shape, source = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
-        order = [int(n) for n in iota[3].split(",")] if iota[3] else range(len(source))
-        return np.arange(devices).reshape(source).transpose(order).reshape(shape).tolist()
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? ?\{([^}]*)\}", text)
-    if mesh:
-        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        named = [name for name in sizes if f"'{name}'" in mesh[2]]
-        front = [list(sizes).index(name) for name in sizes if name not in named]
-        back = [list(sizes).index(name) for name in named]
-        array = np.arange(devices).reshape(tuple(sizes.values())).transpose(front + back)
-        return array.reshape(-1, math.prod(sizes[name] for name in named)).tolist()
-    return [list(range(devices))]
+def device_groups(text: str, devices: int) -> np.ndarray:
+    """The devices that a collective joins, by their place in the mesh: [groups, devices], from all ways to write it."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(n) for n in re.findall(r"\d+", text)]
+
+    def iota(shape: str, order: str | None) -> np.ndarray:
+        array = np.arange(devices).reshape(numbers(shape))
+        return array.transpose(numbers(order)) if order else array
+
+    if match := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
+        pairs = [numbers(pair) for pair in re.findall(r"\{(.*?)\}", match[1])]
+        return np.array([pair for pair in pairs if pair[0] != pair[1]] or [[0]])
+    if match := re.search(r"replica_groups=\{(\{.*?\})\}", text):
+        return np.array([numbers(group) for group in re.findall(r"\{(.*?)\}", match[1])])
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        return iota(match[2], match[3]).reshape(numbers(match[1]))
+    named = r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{('\w+'(?:,'\w+')*)\}"
+    if match := re.search(named, text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        array = iota(match[2] or str(devices), match[3]).reshape(list(sizes.values()))
+        joined = [list(sizes).index(name) for name in re.findall(r"\w+", match[4])]
+        count = math.prod(array.shape[i] for i in joined)
+        return np.moveaxis(array, joined, range(-len(joined), 0)).reshape(-1, count)
+    return np.arange(devices)[None]

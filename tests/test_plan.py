@@ -1,0 +1,158 @@
+"""What `plan` reads in a compiled program is what the program does; its report is true, its refusals are clear."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.helpers import tiny_config
+from tokenformer_jax.config import MeshConfig
+from tokenformer_jax.hlo import read_program
+from tokenformer_jax.metrics import train_flops_per_token
+from tokenformer_jax.plan import alternatives, make_plan
+from tokenformer_jax.sharding import MESH_AXES, make_mesh
+
+MESH = MeshConfig(slice=1, data=2, fsdp=2, tensor=2)
+SIZES = {axis: getattr(MESH, axis) for axis in MESH_AXES}
+
+# A dot as a TPU's compiler writes it: a convolution whose window slides over padding that meets no input.
+PADDED = """
+HloModule padded, is_scheduled=true
+
+ENTRY %main (x: f32[8,32], w: f32[32,16]) -> f32[8,16] {
+  %x = f32[4,8,32]{2,1,0:T(8,128)} parameter(0)
+  %w = f32[4,32,16]{2,1,0:T(8,128)S(1)} parameter(1)
+  ROOT %c = f32[4,8,16] convolution(%x, %w), window={size=4 stride=3 pad=0_9 lhs_dilate=4}, dim_labels=0bf_0io->0bf
+}
+"""
+
+
+def compiled_text(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+def test_contractions_in_nested_loops_are_counted_as_often_as_they_run():
+    x, weights = jnp.ones((8, 16)), jnp.ones((5, 16, 16))
+
+    def layer(x, w):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=3)[0], None
+
+    program = read_program(compiled_text(lambda x, w: jax.lax.scan(layer, x, w)[0], x, weights), {"data": 1})
+    assert sum(o.flops * o.count for o in program.operations) == 5 * 3 * 2 * 8 * 16 * 16
+    assert not program.collectives
+
+
+def test_a_convolution_counts_where_its_window_meets_inputs():
+    program = read_program(PADDED, {"data": 1})
+    (operation,) = program.operations
+    positions = np.arange(4)[:, None] * 3 + np.arange(4)
+    pairs = np.sum((positions % 4 == 0) & (positions <= 12))
+    assert operation.flops == 2 * 8 * 16 * 32 * pairs
+    assert operation.bytes == 4 * (4 * 8 * 32 + 4 * 8 * 16)  # the weights lie in the memory on the chip
+
+
+@pytest.mark.parametrize("axes", [("tensor",), ("data", "fsdp"), ("fsdp",), ("data", "fsdp", "tensor")])
+def test_collectives_name_their_mesh_axes_and_what_they_move(axes):
+    mesh = make_mesh(MESH)
+    devices = int(np.prod([SIZES[axis] for axis in axes]))
+
+    def total(x):
+        def turn(x, _):
+            return jax.lax.psum(x, axes) / devices, None
+
+        return jax.lax.scan(turn, x, None, length=7)[0]
+
+    mapped = jax.shard_map(total, mesh=mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False)
+    x = jax.ShapeDtypeStruct((8 * devices, 3), jnp.float32, sharding=NamedSharding(mesh, P(axes)))
+    (found,) = read_program(compiled_text(mapped, x), SIZES).collectives
+    assert (found.kind, found.axes, found.bytes, found.count) == ("all-reduce", axes, 8 * 3 * 4, 7)
+    assert found.received == 2 * (devices - 1) / devices * 8 * 3 * 4
+
+
+def test_gathers_count_the_whole_that_they_make():
+    mesh = make_mesh(MESH)
+    x = jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+    with jax.set_mesh(mesh):
+        text = (
+            jax.jit(lambda x: jax.lax.with_sharding_constraint(2 * x, P()), out_shardings=NamedSharding(mesh, P()))
+            .lower(x)
+            .compile()
+            .as_text()
+        )
+    (found,) = read_program(text, SIZES).collectives
+    assert (found.kind, found.axes, found.bytes, found.received) == ("all-gather", ("fsdp",), 192, 96)
+
+
+def test_a_loop_without_a_known_end_is_refused():
+    text = compiled_text(lambda x: jax.lax.while_loop(lambda x: x[0] < 9.0, lambda x: x * 2, x), jnp.ones(3))
+    with pytest.raises(ValueError, match="a loop whose turns are not in the program's text"):
+        read_program(text, {"data": 1})
+
+
+def test_alternatives_ask_for_more_and_more():
+    cfg = tiny_config(batch_size=8)
+    flags = [asked for asked, _ in alternatives(cfg)]
+    assert flags == [
+        "--config.model.remat=projections",
+        "--config.model.remat=full",
+        *(f"--config.model.remat=full --config.accumulation={parts}" for parts in (2, 4, 8)),
+    ]
+    assert [other.accumulation for _, other in alternatives(cfg)] == [1, 1, 2, 4, 8]
+
+
+def test_a_plan_of_a_tpu_pod_adds_up():
+    pytest.importorskip("libtpu")
+    cfg = tiny_config(mesh__fsdp=4, batch_size=8, model__dtype="bfloat16")
+    plan = make_plan(cfg, "v5e:2x2")
+    memory = plan["memory"]
+    assert plan["fits"] and plan["devices"] == 4
+    assert memory["moments"] == 2 * memory["parameters"] + 2 * 4  # and two counters
+    assert memory["parameters"] == plan["model_parameters"] * 4 / 4
+    assert memory["total"] == sum(size for name, size in memory.items() if name not in ("total", "limit"))
+    tokens = cfg.batch_size * cfg.model.context_length / 4
+    assert plan["model_flops"] == tokens * train_flops_per_token(cfg.model)
+    attention = tokens * 12 * cfg.model.num_layers * cfg.model.context_length * cfg.model.embed_dim
+    assert plan["contraction_flops"] >= plan["model_flops"] - attention
+    assert {row["axes"] for row in plan["collectives"]} == {("fsdp",)}
+    assert 0 < plan["mfu_one_after_another"] <= plan["mfu_at_most"] <= 1
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "tokenformer_jax.plan", "--config=configs/quickstart.py:small", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "error: --topology is missing; --topology=v5e:4x4 would do"),
+        (
+            ["--topology=v9:4x4"],
+            "error: --topology=v9:4x4: must be one of v4, v5e, v5p, v6e, tpu7x, a colon and a shape",
+        ),
+        (["--topology=v5e:3x5"], "error: --topology=v5e:3x5: "),
+        (["--topology=v5e:2x2"], "error: mesh: is of 1 devices, but the topology has 4; --config.mesh.fsdp=4"),
+    ],
+)
+def test_a_wrong_plan_is_refused_in_one_line(arguments, message, tmp_path):
+    pytest.importorskip("libtpu")
+    done = run(*arguments, f"--out={tmp_path}")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_command_leaves_a_plan_and_its_plot(tmp_path):
+    pytest.importorskip("libtpu")
+    done = run("--topology=v5e:2x2", "--config.mesh.fsdp=4", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["topology"] == "v5e:2x2" and (tmp_path / "plan.png").stat().st_size > 1000
+    assert "MFU at most" in done.stdout and "fits" in done.stdout

@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tests.helpers import assert_trees_equal, random_batch, tiny_config
 from tokenformer_jax import step as step_module
 from tokenformer_jax.checkpoint import Checkpoints, Record
 from tokenformer_jax.config import MeshConfig, UserError
 from tokenformer_jax.generate import Sampling, generate
-from tokenformer_jax.hlo import device_groups
+from tokenformer_jax.hlo import device_groups, read_program
+from tokenformer_jax.pattention import pattention
 from tokenformer_jax.sharding import MESH_AXES, arrange, make_mesh, this_process
 from tokenformer_jax.step import make_step, put_batch
 from tokenformer_jax.tokenizer import train_tokenizer
@@ -241,3 +244,29 @@ def test_hosts_of_gpus_may_be_taken_as_one_network():
 def test_a_mesh_that_does_not_fit_the_slices_is_refused_by_name(sizes, message):
     with pytest.raises(UserError, match=message):
         arrange(MeshConfig(**sizes), pod("tpu"))
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1, 8), (1, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_pattention_exchanges_a_scalar_and_an_output_of_each_position_over_tensor_in_each_direction(mesh, recompute):
+    sizes = dict(zip(MESH_AXES, mesh, strict=True))
+    devices = make_mesh(MeshConfig(**sizes))
+    rows, tokens = P(("slice", "data", "fsdp")), P("tensor", "fsdp")
+    arrays = [((8, LENGTH, 16), rows), ((64, 16), tokens), ((64, 16), tokens), ((8, LENGTH, 16), rows)]
+    x, keys, values, dy = (jax.ShapeDtypeStruct(s, float, sharding=NamedSharding(devices, p)) for s, p in arrays)
+
+    def forward(x, keys, values):
+        return pattention(x, keys, values, 8.0, recompute=recompute)
+
+    def both(x, keys, values, dy):
+        y, backward = jax.vjp(forward, x, keys, values)
+        return y, *backward(dy)
+
+    for function, arguments, directions in ((forward, (x, keys, values), 1), (both, (x, keys, values, dy), 2)):
+        with jax.set_mesh(devices):
+            text = jax.jit(function).lower(*arguments).compile().as_text()
+        over_tensor = [c for c in read_program(text, sizes).collectives if "tensor" in c.axes]
+        local = 8 // (mesh[0] * mesh[1] * mesh[2]) * LENGTH * 4
+        assert sum(c.bytes for c in over_tensor) == (local + local * 16) * directions
+        assert len(over_tensor) <= 2 * directions
+        assert {(c.kind, c.axes) for c in over_tensor} == {("all-reduce", ("tensor",))}

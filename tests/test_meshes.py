@@ -248,7 +248,8 @@ def test_a_mesh_that_does_not_fit_the_slices_is_refused_by_name(sizes, message):
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1, 8), (1, 2, 2, 2)], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_pattention_exchanges_a_scalar_and_an_output_of_each_position_over_tensor_in_each_direction(mesh, recompute):
+def test_pattention_exchanges_one_output_of_each_position_over_tensor_in_each_direction_and_scalars(mesh, recompute):
+    """The scalars are the norm's sum, again in the backward pass, and that of its gradient."""
     sizes = dict(zip(MESH_AXES, mesh, strict=True))
     devices = make_mesh(MeshConfig(**sizes))
     rows, tokens = P(("slice", "data", "fsdp")), P("tensor", "fsdp")
@@ -262,11 +263,13 @@ def test_pattention_exchanges_a_scalar_and_an_output_of_each_position_over_tenso
         y, backward = jax.vjp(forward, x, keys, values)
         return y, *backward(dy)
 
-    for function, arguments, directions in ((forward, (x, keys, values), 1), (both, (x, keys, values, dy), 2)):
+    for function, arguments, results in ((forward, (x, keys, values), x), (both, (x, keys, values, dy), None)):
+        shardings = jax.tree.map(lambda a: a.sharding, results or (x, x, keys, values))
         with jax.set_mesh(devices):
-            text = jax.jit(function).lower(*arguments).compile().as_text()
+            text = jax.jit(function, out_shardings=shardings).lower(*arguments).compile().as_text()
+        directions = 1 if results else 2
         over_tensor = [c for c in read_program(text, sizes).collectives if "tensor" in c.axes]
         local = 8 // (mesh[0] * mesh[1] * mesh[2]) * LENGTH * 4
-        assert sum(c.bytes for c in over_tensor) == (local + local * 16) * directions
-        assert len(over_tensor) <= 2 * directions
+        scalars = 1 if results else 3
+        assert sum(c.bytes for c in over_tensor) == local * scalars + local * 16 * directions
         assert {(c.kind, c.axes) for c in over_tensor} == {("all-reduce", ("tensor",))}

@@ -142,9 +142,9 @@ class Checkpoints:
           tokenizer: what made the tokens.
           record: the rest.
         """
-        if step in [checkpoint.step for checkpoint in self._checkpointer.checkpoints]:
-            return
         with self._writing(), _storage(state), jax.transfer_guard("allow"):  # copying to the host is what a save is
+            if step in [checkpoint.step for checkpoint in self._checkpointer.checkpoints]:
+                return
             small = {"record": dataclasses.asdict(record), "position": data.get_state()}
             small["tokenizer"] = tokenizer.to_json()
             items = {"state": state, "record": _RecordFile(small, _by_name(state))}
@@ -222,7 +222,8 @@ class Checkpoints:
             differing = [name for name, sums in found.items() if as_text(sums) != saved[name].fingerprint]
             yield arrays, dict.fromkeys(differing, "its fingerprint differs")
             del state, arrays, found
-            _give_back()
+            if sum(saved[names[i]].nbytes for i in part) > _CHUNK_BYTES:  # it takes longer than reading less
+                _give_back()
 
     def faults(self, step: int) -> dict[str, str]:
         """Reads all of a checkpoint, on one device: what is damaged -> how; empty if it is good."""
@@ -315,7 +316,10 @@ class _RecordFile:
         text = await asyncio.to_thread(self.text)
         folder = await directory.await_creation()
         if jax.process_index() == 0:
-            (folder / self.name).write_text(text)
+            with open(folder / self.name, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
 
     async def load(self, directory: Any) -> Awaitable[None]:
         raise NotImplementedError("Checkpoints reads the file itself")

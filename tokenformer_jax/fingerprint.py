@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,14 +49,19 @@ def fingerprints(
         shape = x.shape if shapes is None else shapes[name]
         parts[name] = _fingerprint(x, shape, getattr(x, "sharding", None))
     spread = {name: p for name, p in parts.items() if not (p.is_fully_addressable or p.is_fully_replicated)}
-    everywhere = {name: NamedSharding(p.sharding.mesh, P()) for name, p in spread.items()}
-    gather = jax.jit(lambda parts: parts, out_shardings=everywhere)
-    return parts | (gather(spread) if spread else {})
+    if spread:  # over processes, on the one mesh that these share
+        parts |= _gather_on(next(iter(spread.values())).sharding.mesh)(spread)
+    return parts
 
 
 def as_text(parts: jax.Array) -> str:
     """16 hexadecimal digits of a fingerprint, once it is computed."""
     return "".join(f"{lane:08x}" for lane in np.asarray(parts).sum(axis=0, dtype=np.uint32).tolist())
+
+
+@functools.cache
+def _gather_on(mesh: jax.sharding.Mesh) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+    return jax.jit(lambda parts: parts, out_shardings=NamedSharding(mesh, P()))
 
 
 class _Axis(NamedTuple):
@@ -93,8 +98,8 @@ def _sum(x: jax.Array, axes: list[_Axis]) -> jax.Array:
     """
     if x.dtype.itemsize == 8:
         x, axes = jax.lax.bitcast_convert_type(x, jnp.uint32), [*axes, _Axis(2, 0, False)]
-    elif jnp.issubdtype(x.dtype, jnp.floating):  # of moved floats XLA may change a NaN's bits
-        x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}"))
+    elif x.dtype.itemsize < 4:  # XLA may change a NaN's bits when it moves such floats; of larger ones this would copy
+        x = _bits(x)
     while x.ndim < 2:
         x, axes = x[None], [_Axis(1, 0, False), *axes]
     if x.size == 0:
@@ -111,7 +116,7 @@ def _sum(x: jax.Array, axes: list[_Axis]) -> jax.Array:
         at = [jnp.asarray(s + axis.begin, jnp.uint32) for s, axis in zip(start, axes, strict=True)]
         at[-2:] = (at[i] + jax.lax.broadcasted_iota(jnp.uint32, block.shape, i % 2) for i in (-2, -1))
         place = functools.reduce(operator.add, map(operator.mul, at, strides))
-        lanes = _mix(block.astype(jnp.uint32), place)
+        lanes = _mix(_bits(block).astype(jnp.uint32), place)
         for i, axis in zip(at, axes, strict=True):
             if axis.is_padded:
                 lanes = jax.tree.map(lambda lane, is_in=i < axis.size: jnp.where(is_in, lane, 0), lanes)
@@ -128,6 +133,13 @@ def _mix(bits: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
     first = u ^ (u >> 16)
     v = first * _C
     return first, v ^ (v >> 15)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """Floats as unsigned integers of their size; others as they are."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}"))
 
 
 def sealed(tree: dict[str, Any]) -> str:

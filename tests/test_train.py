@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -174,7 +175,9 @@ def test_damaged_newest_checkpoint_is_set_aside_for_an_older_one(cfg, whole, tmp
     train(dataclasses.replace(cfg, steps=4), tmp_path)
     truncate(tmp_path / "checkpoints" / "4")
     train(cfg, tmp_path)
-    assert "checkpoints/4: state cannot be read" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(r"checkpoints/4: step, params.* damaged \(.*\); step 2 is used instead", said)
+    assert "damaged checkpoint of step 4 was moved to" in said
     assert len(list((tmp_path / "damaged_checkpoints").iterdir())) == 1
     assert Checkpoints(tmp_path / "checkpoints").steps == [6, 8]
     rows = [row for row in losses(tmp_path) if row["step"] > 4]
@@ -184,7 +187,7 @@ def test_damaged_newest_checkpoint_is_set_aside_for_an_older_one(cfg, whole, tmp
 def test_damaged_only_checkpoint_is_named(cfg, tmp_path):
     train(dataclasses.replace(cfg, steps=3, checkpoint_every=0), tmp_path)
     truncate(tmp_path / "checkpoints" / "3")
-    with pytest.raises(UserError, match=r"checkpoints/3: state cannot be read"):
+    with pytest.raises(UserError, match=r"checkpoints/3: step, params.* and \d+ more damaged"):
         train(cfg, tmp_path)
     assert Checkpoints(tmp_path / "checkpoints").steps == [3]
 

@@ -1,29 +1,35 @@
 """Checkpoints of a run through Orbax: state, data position, tokenizer and the run's record, all or nothing.
 
 It knows trees, not models: what to restore is said by a tree of ShapeDtypeStructs, whose shardings may be those of
-another mesh than the one that saved.
+another mesh than the one that saved. Orbax does not see when bytes change on the disk. So the record's file holds a
+fingerprint of every array, and a checksum of itself, and all that is read is compared with those.
+
+python -m tokenformer_jax.checkpoint --workdir=W   # lists the checkpoints and reads every array of each
 """
 
+import asyncio
 import contextlib
 import ctypes
 import dataclasses
 import functools
 import gc
-import json
 import math
 import os
 import pathlib
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from tokenformer_jax.config import UserError
+from tokenformer_jax.config import UserError, read_model, run_command, workdir_flag
+from tokenformer_jax.fingerprint import as_text, fingerprints, sealed, unsealed
 from tokenformer_jax.metrics import replace_file
 from tokenformer_jax.tokenizer import Tokenizer, tokenizer_from_json
 
@@ -43,11 +49,29 @@ class Record:
     plateau: dict[str, Any] = dataclasses.field(default_factory=dict)  # `ladder.Plateau` of this rung
 
 
+Read = TypeVar("Read")
+
 _CHUNK_BYTES = 64 << 20  # what is read or written at once
 
 
 class DamagedError(UserError):
-    """A checkpoint that cannot be read."""
+    """A checkpoint that cannot be read, or is not what was saved: `names` says which arrays, or its "record"."""
+
+    def __init__(self, message: str, names: Sequence[str] = (), reason: str = ""):
+        super().__init__(message)
+        self.names, self.reason = names, reason
+
+
+class Saved(NamedTuple):
+    """An array as it was saved."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    fingerprint: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Checkpoints:
@@ -61,79 +85,93 @@ class Checkpoints:
             raise UserError(f"{directory}: no checkpoints here; is {directory.parent} the directory of a training run?")
 
     @functools.cached_property
-    def _checkpointer(self) -> ocp.training.Checkpointer:  # made when needed, since it makes the directory
-        try:
+    def _checkpointer(self) -> ocp.training.Checkpointer:  # made to save, since it makes the directory
+        with self._writing():
             return ocp.training.Checkpointer(
-                self.directory,
-                preservation_policy=_Keep(self),
-                cleanup_tmp_directories=self.keep is not None,
+                self.directory, preservation_policy=_Keep(self), cleanup_tmp_directories=True
             )
-        except OSError as error:
-            raise UserError(f"{self.directory}: cannot be opened ({error.strerror})") from None
 
     @property
     def steps(self) -> list[int]:
+        """Of the finished checkpoints, good or not, in order."""
         if not self.directory.is_dir():
             return []
-        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
 
     def choose(self, step: int | None) -> int:
         """The given step, or the newest; UserError where there is none."""
         if not self.steps:
             raise UserError(f"{self.directory}: holds no finished checkpoint; train first")
         if step is not None and step not in self.steps:
-            raise UserError(f"--step={step}: {self.directory} holds the steps {', '.join(map(str, self.steps))}")
+            raise UserError(f"--step={step}: {self.directory} holds the steps {_listed(self.steps)}")
         return self.steps[-1] if step is None else step
+
+    def newest_good(self, step: int | None, read: Callable[[int], Read]) -> Read:
+        """What `read` makes of the given step or, without one, of the newest that it can read.
+
+        Those that it passed over, since they are damaged, are told on stderr. Raises a DamagedError where the given
+        one is, or all are.
+        """
+        self.choose(step)
+        if step is not None:
+            try:
+                return read(step)
+            except DamagedError as error:
+                others = [s for s in self.steps if s != step]
+                raise DamagedError(f"{error}; there is also step {_listed(others)}" if others else str(error)) from None
+        faults: list[str] = []
+        for number in reversed(self.steps):
+            try:
+                result = read(number)
+            except DamagedError as error:
+                faults.append(str(error))
+                continue
+            if jax.process_index() == 0:
+                for fault in faults:
+                    print(f"warning: {fault}; step {number} is used instead", file=sys.stderr)
+            return result
+        raise DamagedError(f"{faults[0]}; none of the checkpoints is good" if len(faults) > 1 else faults[0])
 
     def save(self, step: int, state: Any, data: Any, tokenizer: Tokenizer, record: Record) -> None:
         """Saves in the background, once the arrays are copied. Waits for the save before, and raises its error.
 
         Args:
           step: number of the checkpoint; one already there is left alone.
-          state: a tree of arrays.
-          data: the training iterator; its position is saved, one file a process.
+          state: a tree of arrays, which may be donated afterwards.
+          data: the training iterator; its position is saved, which is the same on all processes.
           tokenizer: what made the tokens.
           record: the rest.
         """
-        if step in self.steps:
-            return
-        items = {"state": state, "data": data, "tokenizer": {"json": tokenizer.to_json()}}
         with self._writing(), _storage(state), jax.transfer_guard("allow"):  # copying to the host is what a save is
-            self._checkpointer.save_checkpointables_async(
-                step, items, force=True, custom_metadata=dataclasses.asdict(record)
-            )
+            if step in [checkpoint.step for checkpoint in self._checkpointer.checkpoints]:
+                return
+            small = {"record": dataclasses.asdict(record), "position": data.get_state()}
+            small["tokenizer"] = tokenizer.to_json()
+            items = {"state": state, "record": _RecordFile(small, _by_name(state))}
+            self._checkpointer.save_checkpointables_async(step, items, force=True)
 
     def record(self, step: int) -> Record:
         try:
-            return Record(**self._metadata(step).custom_metadata)
+            return Record(**self._contents(step)["record"])
         except TypeError:
             raise UserError(f"{self.directory / str(step)}: not a checkpoint of tokenformer_jax") from None
 
     def tokenizer(self, step: int) -> Tokenizer:
-        return tokenizer_from_json(self._load(step, "tokenizer", None)["json"])
+        return tokenizer_from_json(self._contents(step)["tokenizer"])
 
     def restore_data(self, step: int, data: Any) -> None:
-        """Sets a training iterator to the saved position: one number, the same on all processes that saved it.
-
-        Orbax's own reader asks for as many processes as there were then.
-        """
-        try:
-            path, *_ = sorted((self.directory / str(step) / "data").glob("process_*.json"))
-            data.set_state(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._unreadable(step, "data", error) from error
+        """Sets a training iterator to the saved position."""
+        data.set_state(self._contents(step)["position"])
 
     def restore(self, step: int, abstract: Any, padded: bool = False) -> Any:
         """The saved state, in the shapes, dtypes and shardings of `abstract`, a tree of ShapeDtypeStructs.
 
         `abstract` may be a part of what was saved, in nested dicts. With `padded` its arrays may be larger than those
         that were saved, and are filled up with zeros. Raises a UserError that names the first array that is missing or
-        differs in shape or dtype.
+        differs in shape or dtype, and a DamagedError that names those that are not what was saved.
         """
-        saved = self._metadata(step).metadata
-        if saved is None:  # Orbax only warns of what it could not read; reading it raises the reason
-            return self._load(step, "state", abstract)
-        saved, sizes = _by_name(saved), []
+        saved = self._saved(step)
+        self._metadata(step)
         for name, wanted in _by_name(abstract).items():
             found = saved.get(name)
             if found is None:
@@ -148,51 +186,101 @@ class Checkpoints:
                     f"{self.directory / str(step)}: {name} is {found.dtype}{list(found.shape)}, "
                     f"but the config asks for {wanted.dtype}{list(wanted.shape)}"
                 )
-            sizes.append(math.prod(found.shape) * found.dtype.itemsize)
+        arrays: dict[str, jax.Array] = {}
+        faults: dict[str, str] = {}
+        for read, found_faults in self._read(step, abstract, saved, padded):
+            arrays, faults = arrays | read, faults | found_faults
+        if faults:
+            raise self._damaged(step, list(faults), next(iter(faults.values())))
+        return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in _by_name(abstract)])
+
+    def _read(
+        self, step: int, abstract: Any, saved: dict[str, Saved], padded: bool = False
+    ) -> Iterator[tuple[dict[str, jax.Array], dict[str, str]]]:
+        """Reads arrays in parts: name -> array, and name -> fault of those that are not what was saved."""
+        leaves, tree = jax.tree.flatten(abstract)
+        names = list(_by_name(abstract))
         context = ocp.Context()
-        context.memory.read_concurrent_bytes = _in_flight(sizes)
+        context.memory.read_concurrent_bytes = _in_flight([saved[name].nbytes for name in names])
         context.pytree.loading.partial_load = True
         context.array.loading.enable_padding_and_truncation = padded  # nothing is truncated: shapes were compared
-        leaves, tree = jax.tree.flatten(abstract)
-        for part in _parts([math.prod(leaf.shape) for leaf in leaves]):
+        parts = _parts([math.prod(leaf.shape) for leaf in leaves])
+        while parts:
+            part = parts.pop(0)
             some = jax.tree.unflatten(tree, [leaf if i in part else None for i, leaf in enumerate(leaves)])
-            with context:
-                read = jax.tree.leaves(jax.block_until_ready(self._load(step, "state", some)))
-            leaves[part.start : part.stop] = read
-            _give_back()
-        return jax.tree.unflatten(tree, leaves)
+            try:
+                with context:
+                    state = ocp.load(self.directory / str(step), some, checkpointable_name="state")
+                    arrays = _by_name(jax.block_until_ready(state))
+            except Exception as error:
+                if len(part) > 1 and jax.process_count() == 1:  # one by one, to find out which
+                    parts = [range(i, i + 1) for i in part] + parts
+                else:
+                    yield {}, {names[i]: _reason(error) for i in part}
+                continue
+            found = fingerprints(arrays, {name: saved[name].shape for name in arrays})
+            differing = [name for name, sums in found.items() if as_text(sums) != saved[name].fingerprint]
+            yield arrays, dict.fromkeys(differing, "its fingerprint differs")
+            del state, arrays, found
+            if sum(saved[names[i]].nbytes for i in part) > _CHUNK_BYTES:  # it takes longer than reading less
+                _give_back()
 
-    def _load(self, step: int, item: str, abstract: Any) -> Any:
+    def faults(self, step: int) -> dict[str, str]:
+        """Reads all of a checkpoint, on one device: what is damaged -> how; empty if it is good."""
         try:
-            return self._checkpointer.load_checkpointables(step, {item: abstract})[item]
-        except Exception as error:
-            raise self._unreadable(step, item, error) from error
+            saved = self._saved(step)
+            self._metadata(step)
+        except DamagedError as error:
+            return dict.fromkeys(error.names, error.reason)
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for name, a in saved.items()}
+        faults: dict[str, str] = {}
+        for _, found in self._read(step, _as_tree(wanted), saved):
+            faults |= found
+        return faults
+
+    def _contents(self, step: int) -> dict[str, Any]:
+        """What the record's file holds."""
+        try:
+            return unsealed((self.directory / str(step) / "record" / _RecordFile.name).read_text())
+        except (OSError, ValueError) as error:
+            raise self._damaged(step, ["record"], _reason(error)) from error
+
+    def _saved(self, step: int) -> dict[str, "Saved"]:
+        arrays = self._contents(step)["arrays"]
+        return {name: Saved(jnp.dtype(dtype), tuple(shape), text) for name, (dtype, shape, text) in arrays.items()}
 
     def _metadata(self, step: int) -> Any:
         try:
             return ocp.metadata(self.directory / str(step), "state")
         except Exception as error:
-            raise self._unreadable(step, "state", error) from error
+            raise self._damaged(step, ["state"], _reason(error)) from error
 
-    def _unreadable(self, step: int, item: str, error: Exception) -> DamagedError:
-        others = [str(s) for s in self.steps if s != step]
-        instead = f"; there is also step {' and '.join(others)}" if others else ""
-        return DamagedError(f"{self.directory / str(step)}: {item} cannot be read ({_reason(error)}){instead}")
+    def is_listed(self, step: int) -> bool:
+        """Whether Orbax can tell what a checkpoint holds. One that it cannot keeps it from saving another."""
+        try:
+            self._metadata(step)
+        except DamagedError:
+            return False
+        return True
+
+    def _damaged(self, step: int, names: list[str], reason: str) -> DamagedError:
+        return DamagedError(f"{self.directory / str(step)}: {_listed(names)} damaged ({reason})", names, reason)
 
     def set_aside(self, step: int) -> pathlib.Path:
-        """Moves a checkpoint out of the way, and tells where to."""
+        """Moves a checkpoint out of the way, and tells where to. Only before anything is saved."""
         aside = self.directory.with_name("damaged_checkpoints") / f"{step}_{int(time.time())}"
         if jax.process_index() == 0:
             aside.parent.mkdir(exist_ok=True)
             os.replace(self.directory / str(step), aside)
         multihost_utils.sync_global_devices("set aside")
-        self._checkpointer.reload()
         return aside
 
     def wait(self) -> None:
         """Blocks until what is being saved is safe; raises its error."""
-        with self._writing():
-            self._checkpointer.wait()
+        if "_checkpointer" in self.__dict__:
+            with self._writing():
+                self._checkpointer.wait()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -202,8 +290,39 @@ class Checkpoints:
             raise UserError(f"{self.directory}: a checkpoint cannot be written ({_reason(error)})") from error
 
     def close(self) -> None:
-        if self.directory.is_dir():
+        if "_checkpointer" in self.__dict__:
             self._checkpointer.close()
+
+
+class _RecordFile:
+    """All that is not an array, in one file. It is written in the background, when the fingerprints are computed."""
+
+    name = "record.json"
+
+    def __init__(self, small: dict[str, Any], arrays: dict[str, jax.Array]):
+        self.small = small
+        self.kinds = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
+        self.fingerprints = fingerprints(arrays)
+
+    def text(self) -> str:
+        arrays = {name: [*kind, as_text(self.fingerprints[name])] for name, kind in self.kinds.items()}
+        return sealed(self.small | {"arrays": arrays})
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        """Called by Orbax; what it returns is awaited in a thread of its own."""
+        return self._write(directory)
+
+    async def _write(self, directory: Any) -> None:
+        text = await asyncio.to_thread(self.text)
+        folder = await directory.await_creation()
+        if jax.process_index() == 0:
+            with open(folder / self.name, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        raise NotImplementedError("Checkpoints reads the file itself")
 
 
 class _Keep:
@@ -272,10 +391,30 @@ def _reason(error: BaseException) -> str:
     return lines[0].split(" [tensorstore_spec")[0]
 
 
+def _listed(values: Sequence[Any]) -> str:
+    """A few values, and how many there are beside these."""
+    few = ", ".join(map(str, values[:6]))
+    return few + (f" and {len(values) - 6} more" if len(values) > 6 else "")
+
+
 def _by_name(tree: Any) -> dict[str, Any]:
     """The leaves by their path, which is the same for a NamedTuple and for the dict that Orbax makes of it."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _as_tree(by_name: dict[str, Any]) -> Any:
+    """The inverse, in dicts and, where the keys are numbers, lists."""
+    if "" in by_name:
+        return by_name[""]
+    groups: dict[str, dict[str, Any]] = {}
+    for name, leaf in by_name.items():
+        key, _, rest = name.partition(".")
+        groups.setdefault(key, {})[rest] = leaf
+    tree = {key: _as_tree(group) for key, group in groups.items()}
+    if not all(key.isdecimal() for key in tree):
+        return tree
+    return [tree.get(str(i)) for i in range(1 + max(map(int, tree)))]
 
 
 def write_workdir(
@@ -318,3 +457,46 @@ def write_workdir(
     finally:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def describe(checkpoints: Checkpoints, step: int) -> tuple[str, dict[str, str]]:
+    """A checkpoint in words, and what of it is damaged -> how. Reads all of it."""
+    faults = checkpoints.faults(step)
+    files = [path for path in (checkpoints.directory / str(step)).rglob("*") if path.is_file()]
+    lines = [f"step {step}: {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB"]
+    try:
+        record = checkpoints.record(step)
+        tokens = read_model(record.model, str(checkpoints.directory / str(step))).tokens
+        lines[0] += f", {record.tokens:,} tokens seen, parameter tokens: {_counts(tokens) or 'none'}"
+        for growth in record.growth:
+            changed = {name: n for name, n in growth["to"].items() if growth["from"].get(name) != n}
+            before = {name: growth["from"].get(name, 0) for name in changed}
+            lines.append(f"  grown at step {growth['step']}: {_counts(before)} -> {_counts(changed)}")
+    except UserError:  # then it is among the faults, or no model of ours
+        pass
+    for why in dict.fromkeys(faults.values()):
+        lines.append(f"  damaged: {_listed([name for name in faults if faults[name] == why])} ({why})")
+    lines += [] if faults else ["  good"]
+    return "\n".join(lines), faults
+
+
+def _counts(tokens: dict[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in tokens.items())
+
+
+def main() -> None:
+    checkpoints = Checkpoints(_WORKDIR() / "checkpoints")
+    checkpoints.choose(None)
+    damaged: dict[int, list[str]] = {}
+    for step in checkpoints.steps:
+        text, faults = describe(checkpoints, step)
+        print(text, flush=True)
+        damaged |= {step: list(faults)} if faults else {}
+    if damaged:
+        which = "; ".join(f"step {step}: {_listed(names)}" for step, names in damaged.items())
+        raise UserError(f"{checkpoints.directory}: damaged are {which}")
+
+
+if __name__ == "__main__":
+    _WORKDIR = workdir_flag()
+    run_command(main)

@@ -18,6 +18,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from tokenformer_jax.fingerprint import sealed, unsealed
 from tokenformer_jax.processes import Others
 
 SIZES = ("qkv_tokens", "out_tokens", "ffn_tokens")  # keys of the model that say counts of parameter tokens
@@ -141,7 +142,8 @@ class Config:
     rungs: tuple[dict[str, Any], ...]  # `ladder.stages` reads them
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """The text of a `config.json`, with a checksum."""
+        return sealed(dataclasses.asdict(self))
 
 
 def read_config(tree: Mapping[str, Any], source: str = "config") -> Config:
@@ -156,13 +158,22 @@ def read_config(tree: Mapping[str, Any], source: str = "config") -> Config:
 
 
 def load_config(path: pathlib.Path) -> Config:
-    """Reads the `config.json` of a workdir. Raises UserError when it is missing or not a config."""
+    """Reads the `config.json` of a workdir. Raises UserError when it is missing, damaged or not a config."""
     try:
-        tree = json.loads(path.read_text())
+        text = path.read_text()
+        tree = json.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; is {path.parent} the --workdir of a training run?") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not a readable JSON config ({error})") from None
+    if isinstance(tree, dict) and "checksum" in tree:
+        try:
+            tree = unsealed(text)
+        except ValueError:
+            raise UserError(
+                f"{path}: has changed since it was written; if that was meant, delete its checksum, and if not, the "
+                "--config of the run would do: train writes it anew"
+            ) from None
     return read_config(tree, str(path))
 
 

@@ -7,12 +7,13 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from absl import flags
 
-from tokenformer_jax.checkpoint import Checkpoints, Record
+from tokenformer_jax.checkpoint import Checkpoints, Read, Record
 from tokenformer_jax.config import (
     Config,
     MeshConfig,
@@ -81,17 +82,22 @@ class Trained:
     num_params: int
 
 
-def open_checkpoint(workdir: pathlib.Path, step_number: int | None) -> tuple[Config, Checkpoints, int, Record]:
-    """A run's config, with the model of its newest (or given) checkpoint, and that checkpoint's number and record.
+def newest_good(workdir: pathlib.Path, step_number: int | None, read: Callable[[int], Read]) -> Read:
+    """What `read` makes of the given checkpoint of a run or, without one, of the newest that is not damaged."""
+    load_config(workdir / "config.json")  # what is no run's directory is told first
+    return Checkpoints(workdir / "checkpoints").newest_good(step_number, read)
+
+
+def open_checkpoint(workdir: pathlib.Path, step_number: int) -> tuple[Config, Checkpoints, Record]:
+    """A run's config, with the model of a checkpoint, and that checkpoint's record.
 
     On a ladder each rung has a model of its own.
     """
     cfg = load_config(workdir / "config.json")
     checkpoints = Checkpoints(workdir / "checkpoints")
-    step_number = checkpoints.choose(step_number)
     record = checkpoints.record(step_number)
     cfg = read_config(dataclasses.asdict(cfg) | {"model": record.model}, str(workdir / "checkpoints"))
-    return cfg, checkpoints, step_number, record
+    return cfg, checkpoints, record
 
 
 def load_trained(workdir: pathlib.Path, step_number: int | None = None, mesh: tuple[int, ...] | None = None) -> Trained:
@@ -101,8 +107,15 @@ def load_trained(workdir: pathlib.Path, step_number: int | None = None, mesh: tu
       workdir: of `train`, `grow` or `convert`.
       step_number: which checkpoint.
       mesh: (slice, data, fsdp, tensor); by default the run's own if there are as many devices, else a single device.
+
+    Raises:
+      UserError: there is none, or it is damaged; without `step_number` a damaged one is passed over, which is told.
     """
-    cfg, checkpoints, step_number, record = open_checkpoint(workdir, step_number)
+    return newest_good(workdir, step_number, lambda number: _load_trained(workdir, number, mesh))
+
+
+def _load_trained(workdir: pathlib.Path, step_number: int, mesh: tuple[int, ...] | None) -> Trained:
+    cfg, checkpoints, record = open_checkpoint(workdir, step_number)
     if mesh is not None:
         cfg = dataclasses.replace(cfg, mesh=MeshConfig(**dict(zip(MESH_AXES, mesh, strict=True))))
     elif math.prod(dataclasses.astuple(cfg.mesh)) > jax.device_count():

@@ -23,6 +23,7 @@ from flax import nnx
 from tokenformer_jax.config import Config, ModelConfig, UserError, config_flag, run_command, validate, workdir_flag
 from tokenformer_jax.corpus import TokenSplit
 from tokenformer_jax.data import Batch, eval_batches
+from tokenformer_jax.evaluate import newest_good
 from tokenformer_jax.ladder import check_growth
 from tokenformer_jax.pattention import pattention
 from tokenformer_jax.recipes import RECIPES, Growth
@@ -296,8 +297,14 @@ def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: 
     is only read. Returns what `grow.json` holds.
 
     Raises:
-      UserError: where the two models do not fit, the target is taken, or a check fails; nothing is written then.
+      UserError: where the two models do not fit, the target is taken, a check fails, or the checkpoint is damaged;
+        nothing is written then. Without `step_number` a damaged one is passed over, which is told.
     """
+    return newest_good(source, step_number, lambda number: grow_checkpoint(source, cfg, workdir, number))
+
+
+def grow_checkpoint(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: int) -> dict[str, Any]:
+    """Grows that checkpoint, as `grow` does."""
     plan = Succession.open(source, cfg, workdir, step_number, lambda old, new: check_growth(old, new, cfg.grow.recipe))
     step = plan.step
     seconds: dict[str, float] = {}

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenformer_jax.config import SIZES, Config, ModelConfig, UserError
-from tokenformer_jax.evaluate import evaluate_split
+from tokenformer_jax.evaluate import evaluate_split, newest_good
 from tokenformer_jax.ladder import check_same_but_sizes
 from tokenformer_jax.step import Step, TauRamp, TrainState
 from tokenformer_jax.successor import Succession, size_figures, size_table
@@ -106,8 +106,14 @@ def shrink(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number
     evaluates on. Returns what `shrink.json` holds.
 
     Raises:
-      UserError: where the two models do not fit, or the target is taken; nothing is written then.
+      UserError: where the two models do not fit, the target is taken, or the checkpoint is damaged; nothing is
+        written then. Without `step_number` a damaged one is passed over, which is told.
     """
+    return newest_good(source, step_number, lambda number: shrink_checkpoint(source, cfg, workdir, number))
+
+
+def shrink_checkpoint(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: int) -> dict[str, Any]:
+    """Shrinks that checkpoint, as `shrink` does."""
     plan = Succession.open(source, cfg, workdir, step_number, check_shrinking)
     cfg, step = plan.cfg, plan.step
     old = plan.checkpoints.restore(plan.step_number, plan.old_step.abstract_state)

@@ -47,10 +47,10 @@ class Succession:
         source: pathlib.Path,
         cfg: Config,
         workdir: pathlib.Path,
-        step_number: int | None,
+        step_number: int,
         check: Callable[[ModelConfig, ModelConfig], None],
     ) -> "Succession":
-        """Reads the newest (or given) checkpoint's record and the corpus; no arrays yet.
+        """Reads a checkpoint's record and the corpus; no arrays yet.
 
         Args:
           source: the run's workdir.
@@ -63,7 +63,7 @@ class Succession:
           UserError: the two do not fit, or the target is taken.
         """
         written_cfg, cfg = cfg, stages(cfg)[0]
-        source_cfg, checkpoints, step_number, record = open_checkpoint(source, step_number)
+        source_cfg, checkpoints, record = open_checkpoint(source, step_number)
         old_cfg = dataclasses.replace(cfg, model=source_cfg.model)
         check(old_cfg.model, cfg.model)
         for name in ("grow.json", "shrink.json"):

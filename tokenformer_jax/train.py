@@ -17,7 +17,7 @@ import grain
 import jax
 from jax.experimental import multihost_utils
 
-from tokenformer_jax.checkpoint import Checkpoints, DamagedError, Record
+from tokenformer_jax.checkpoint import Checkpoints, Record
 from tokenformer_jax.config import (
     FREE_MODEL_KEYS,
     Config,
@@ -120,7 +120,14 @@ def agree_with_workdir(cfg: Config, workdir: pathlib.Path) -> None:
     """Raises a UserError where the workdir holds a run of another model, or something else."""
     path = workdir / "config.json"
     if path.exists():
-        theirs = load_config(path).model
+        try:
+            theirs = load_config(path).model
+        except UserError as error:
+            if not (workdir / "checkpoints").is_dir():
+                raise
+            if jax.process_index() == 0:
+                print(f"warning: {error}", file=sys.stderr)
+            return  # each checkpoint holds its model, too
         for key, ours in dataclasses.asdict(cfg.model).items():
             if getattr(theirs, key) != ours and key not in FREE_MODEL_KEYS:
                 raise UserError(
@@ -193,28 +200,32 @@ def begin(plan: list[Config], checkpoints: Checkpoints) -> Run:
 
 
 def resume(plan: list[Config], workdir: pathlib.Path, checkpoints: Checkpoints) -> Run:
-    """Takes a run up at its newest checkpoint that can be read; others are set aside, which is said."""
-    start = checkpoints.choose(None)
-    try:
-        record = checkpoints.record(start)
-        cfg = stage_of(plan, record, workdir)
-        checkpoints.kept_for_good |= {growth["step"] for growth in record.growth}
-        step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, frozen_tokens(cfg, record))
-        corpus = prepare(cfg, checkpoints.tokenizer(start))
-        identity = data_identity(corpus.train, cfg)
-        if record.data != identity:
-            raise UserError(
-                f"config.data or config.seed: {workdir} was trained on {record.data}, and this is {identity}; "
-                "use those, or go on with these in a new workdir, made from this one by grow"
-            )
-        data = train_batches(corpus.train, cfg, **this_process(step.mesh))
-        state = checkpoints.restore(start, step.abstract_state)
-        checkpoints.restore_data(start, data)
-    except DamagedError as error:
-        if len(checkpoints.steps) == 1:
-            raise
-        print(f"warning: {error}; moved to {checkpoints.set_aside(start)}", file=sys.stderr)
-        return resume(plan, workdir, checkpoints)
+    """Takes a run up at its newest good checkpoint; damaged ones are set aside, which is said."""
+    run = checkpoints.newest_good(None, lambda step: resume_at(step, plan, workdir, checkpoints))
+    for step in checkpoints.steps:
+        if step > run.start or not checkpoints.is_listed(step):
+            aside = checkpoints.set_aside(step)
+            if jax.process_index() == 0:
+                print(f"warning: the damaged checkpoint of step {step} was moved to {aside}", file=sys.stderr)
+    checkpoints.kept_for_good |= {growth["step"] for growth in run.record.growth}
+    return run
+
+
+def resume_at(start: int, plan: list[Config], workdir: pathlib.Path, checkpoints: Checkpoints) -> Run:
+    """Takes a run up at a checkpoint."""
+    record = checkpoints.record(start)
+    cfg = stage_of(plan, record, workdir)
+    step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, frozen_tokens(cfg, record))
+    corpus = prepare(cfg, checkpoints.tokenizer(start))
+    identity = data_identity(corpus.train, cfg)
+    if record.data != identity:
+        raise UserError(
+            f"config.data or config.seed: {workdir} was trained on {record.data}, and this is {identity}; "
+            "use those, or go on with these in a new workdir, made from this one by grow"
+        )
+    data = train_batches(corpus.train, cfg, **this_process(step.mesh))
+    state = checkpoints.restore(start, step.abstract_state)
+    checkpoints.restore_data(start, data)
     keep_position(data, record.batch_size, cfg.batch_size)
     record = dataclasses.replace(record, batch_size=cfg.batch_size)
     return Run(plan, cfg, start, step, state, data, corpus, checkpoints, record, Plateau(**record.plateau))

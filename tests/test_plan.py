@@ -124,6 +124,14 @@ def test_a_plan_of_a_tpu_pod_adds_up():
     assert 0 < plan["mfu_one_after_another"] <= plan["mfu_at_most"] <= 1
 
 
+def test_a_plan_of_what_does_not_fit_says_what_it_would_need():
+    pytest.importorskip("libtpu")
+    cfg = tiny_config(mesh__fsdp=4, batch_size=4 * 2**17, model__context_length=256)
+    plan = make_plan(cfg, "v5e:2x2")
+    assert not plan["fits"] and "seconds" not in plan
+    assert plan["memory"]["total"] > plan["memory"]["limit"] > 15e9
+
+
 def run(*arguments):
     command = [sys.executable, "-m", "tokenformer_jax.plan", "--config=configs/quickstart.py:small", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})

@@ -89,12 +89,11 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
     return list(devices), Chip(*(quantity / cores for quantity in chip))
 
 
-def compile_step(cfg: Config, devices: list[Any]) -> tuple[jax.stages.Compiled, dict[str, float]]:
-    """The config's training step as those devices would run it, and the bytes of its state on each device.
+def lower_step(cfg: Config, devices: list[Any]) -> tuple[jax.stages.Lowered, dict[str, float]]:
+    """The config's training step for those devices, and the bytes of its state on each.
 
     Raises:
       UserError: the mesh is not one of all devices.
-      jax.errors.JaxRuntimeError: the program needs more memory than a device has.
     """
     size = math.prod(getattr(cfg.mesh, axis) for axis in MESH_AXES)
     if size != len(devices):
@@ -109,7 +108,7 @@ def compile_step(cfg: Config, devices: list[Any]) -> tuple[jax.stages.Compiled, 
     batch = Batch(**arrays)
     state = step.abstract_state
     held = {"parameters": state.params, "moments": state.opt_state}
-    return step.train.lower(state, batch).compile(), {name: _bytes_on_a_device(tree) for name, tree in held.items()}
+    return step.train.lower(state, batch), {name: _bytes_on_a_device(tree) for name, tree in held.items()}
 
 
 def _bytes_on_a_device(tree: Any) -> float:
@@ -125,7 +124,7 @@ def make_plan(cfg: Config, topology: str, slices: int = 1) -> dict[str, Any]:
       memory, there is no more than that.
 
     Raises:
-      UserError: as `devices_of` and `compile_step`.
+      UserError: as `devices_of` and `lower_step`.
     """
     devices, chip = devices_of(topology, slices)
     began = time.monotonic()
@@ -142,14 +141,16 @@ def make_plan(cfg: Config, topology: str, slices: int = 1) -> dict[str, Any]:
         "packages": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "chip": chip._asdict(),
     }
+    lowered, held = lower_step(cfg, devices)
     try:
-        compiled, held = compile_step(cfg, devices)
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        needed = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
             raise
-        needed = float(used[1]) * (2**30 if used[2] == "G" else 2**20) if used else math.nan
-        return plan | {"fits": False, "memory": {"total": needed, "limit": chip.memory}}
+        held["activations, gradients, buffers"] = float(needed[1]) * 2**30
+        memory = held | {"total": sum(held.values()), "limit": float(needed[2]) * 2**30}
+        return plan | {"fits": False, "memory": memory}
     sizes, text = compiled.memory_analysis(), compiled.as_text()
     assert sizes is not None and text is not None  # as they are for every TPU
     held["activations, gradients, buffers"] = float(sizes.temp_size_in_bytes)

@@ -18,6 +18,10 @@ def get_config() -> ConfigDict:
     config.eval_batches = 0  # batches of the validation split an evaluation reads; 0 reads all
     config.checkpoint_every = 200  # steps; 0 saves at the end only (and when told to stop)
     config.checkpoints_kept = 2
+    config.non_finite = "raise"  # a step whose loss or gradient is not finite never learns; then "raise", "skip" its
+    # batch, or "rollback" to the last checkpoint and skip the batches since
+    config.non_finite_limit = 10  # steps skipped in a row, or rollbacks, after which the run ends all the same
+    config.loss_spike = 0.0  # nats above the mean of 20 steps at which a loss counts as not finite, too; 0: none does
     config.profile_at = 0  # step whose next 5 steps are written as a profile to WORKDIR/tensorboard; 0: none
 
     config.rungs = ()  # growths on the way: (dict(step=1000, model=dict(ffn_tokens=4096)), …); see configs/ladder.py

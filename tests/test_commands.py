@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -11,11 +10,10 @@ import time
 import numpy as np
 import pytest
 
+from tests.commands import ROOT, call, call_well, complaint
 from tests.helpers import write_corpus
 from tokenformer_jax.checkpoint import Checkpoints
 from tokenformer_jax.tokenizer import tokenizer_from_json
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 CONFIG = """
 from configs import base
@@ -34,18 +32,6 @@ def get_config(variant="small"):
 """
 
 
-def run(command, *args):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", f"tokenformer_jax.{command}", *map(str, args)]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300, check=False)
-
-
-def run_well(command, *args):
-    result = run(command, *args)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a config, a trained run `small` and its grown successor `grown`, through the commands."""
@@ -58,12 +44,12 @@ def folder(tmp_path_factory):
         ("grow", f"--source={folder}/small", f"{config}:grown", f"--workdir={folder}/grown"),
         ("train", f"{config}:grown", f"--workdir={folder}/grown"),
     ):
-        run_well(command, *args)
+        call_well(command, *args)
     return folder
 
 
 def test_evaluate(folder):
-    assert "bits per byte" in run_well("evaluate", f"--workdir={folder}/grown")
+    assert "bits per byte" in call_well("evaluate", f"--workdir={folder}/grown")
     figures = json.loads((folder / "grown" / "eval.json").read_text())
     rows = [json.loads(line) for line in (folder / "grown" / "metrics.jsonl").read_text().splitlines()]
     assert figures["loss"] == pytest.approx([row["eval_loss"] for row in rows if "eval_loss" in row][-1], rel=1e-5)
@@ -103,33 +89,33 @@ def test_the_readmes_python_runs(folder):
 
 def test_growth_by_nothing_goes_on_with_the_same_model(folder):
     config, workdir = f"--config={folder}/config.py:small", folder / "fork"
-    out = run_well("grow", f"--source={folder}/small", config, "--config.steps=9", f"--workdir={workdir}")
+    out = call_well("grow", f"--source={folder}/small", config, "--config.steps=9", f"--workdir={workdir}")
     assert "no token count changed" in out
-    run_well("train", config, "--config.steps=9", f"--workdir={workdir}")
+    call_well("train", config, "--config.steps=9", f"--workdir={workdir}")
     assert Checkpoints(workdir / "checkpoints").steps[-1] == 9
 
 
 def test_evaluate_and_generate_run_sharded(folder):
     losses = []
     for mesh in ("1,1,1", "2,2,2"):
-        run_well("evaluate", f"--workdir={folder}/grown", f"--mesh={mesh}")
+        call_well("evaluate", f"--workdir={folder}/grown", f"--mesh={mesh}")
         losses.append(json.loads((folder / "grown" / "eval.json").read_text())["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     args = f"--workdir={folder}/grown", "--prompt=key value", "--max_tokens=12", "--temperature=0"
-    assert run_well("generate", *args, "--mesh=1,1,2") == run_well("generate", *args)
+    assert call_well("generate", *args, "--mesh=1,1,2") == call_well("generate", *args)
 
 
 def test_generate_is_seeded_and_continues_the_prompt(folder):
     args = f"--workdir={folder}/grown", "--prompt=key value", "--max_tokens=12"
-    first, again, other = (run_well("generate", *args, f"--seed={seed}") for seed in (0, 0, 1))
+    first, again, other = (call_well("generate", *args, f"--seed={seed}") for seed in (0, 0, 1))
     assert first.startswith("key value") and len(first) > len("key value\n")
     assert first == again != other
-    assert run_well("generate", *args, "--samples=3").count("--- sample") == 3
-    assert run_well("generate", f"--workdir={folder}/grown", "--prompt=\udcff", "--max_tokens=1").startswith("\ufffd")
+    assert call_well("generate", *args, "--samples=3").count("--- sample") == 3
+    assert call_well("generate", f"--workdir={folder}/grown", "--prompt=\udcff", "--max_tokens=1").startswith("\ufffd")
 
 
 def test_report_draws_the_plot_and_lists_the_stages(folder):
-    run_well("report", f"--runs=small={folder}/small,grown={folder}/grown", f"--out={folder}/report")
+    call_well("report", f"--runs=small={folder}/small,grown={folder}/grown", f"--out={folder}/report")
     rows = json.loads((folder / "report" / "report.json").read_text())
     assert [row["run"] for row in rows] == ["small", "grown, right after growth", "grown"]
     assert rows[1]["eval_loss"] == pytest.approx(rows[0]["eval_loss"], rel=1e-5)  # growth is lossless
@@ -139,7 +125,7 @@ def test_report_draws_the_plot_and_lists_the_stages(folder):
 
 def test_growth_with_zero_values_warns(folder):
     config, workdir = f"--config={folder}/config.py:grown", folder / "zeros"
-    out = run_well("grow", f"--source={folder}/small", config, f"--workdir={workdir}", "--recipe=zero_padding")
+    out = call_well("grow", f"--source={folder}/small", config, f"--workdir={workdir}", "--recipe=zero_padding")
     assert "warning" in out and "never learn" in out
     assert json.loads((workdir / "grow.json").read_text())["new_key_gradient_norm"] == 0
 
@@ -150,7 +136,7 @@ def test_growth_killed_at_any_moment_leaves_nothing_or_a_whole_workdir(folder, t
     args = f"--source={folder}/small", f"--config={folder}/config.py:grown"
     line = [sys.executable, "-m", "tokenformer_jax.grow", *args, f"--workdir={tmp_path}/w"]
     began = time.monotonic()
-    run_well("grow", *args, f"--workdir={tmp_path}/whole")
+    call_well("grow", *args, f"--workdir={tmp_path}/whole")
     whole = time.monotonic() - began
     kept = {path: path.read_bytes() for path in (folder / "small").rglob("*") if path.is_file()}
     left = []
@@ -160,24 +146,24 @@ def test_growth_killed_at_any_moment_leaves_nothing_or_a_whole_workdir(folder, t
             process.kill()
         left.append((tmp_path / "w").exists())
         if left[-1]:
-            run_well("train", f"--config={folder}/config.py:grown", f"--workdir={tmp_path}/w")
+            call_well("train", f"--config={folder}/config.py:grown", f"--workdir={tmp_path}/w")
             shutil.rmtree(tmp_path / "w")
     assert not all(left)
-    run_well("grow", *args, f"--workdir={tmp_path}/w")
+    call_well("grow", *args, f"--workdir={tmp_path}/w")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["w", "whole"]
     assert kept == {path: path.read_bytes() for path in (folder / "small").rglob("*") if path.is_file()}
 
 
 def test_an_older_step_can_be_grown(folder):
     config, workdir = f"--config={folder}/config.py:grown", folder / "older"
-    run_well("grow", f"--source={folder}/small", config, f"--workdir={workdir}", "--step=3")
+    call_well("grow", f"--source={folder}/small", config, f"--workdir={workdir}", "--step=3")
     assert Checkpoints(workdir / "checkpoints").steps == [3]
 
 
 def test_shrinking_tells_the_loss_before_and_after(folder):
     config, workdir = f"--config={folder}/config.py:small", folder / "smaller"
     args = f"--source={folder}/grown", config, "--config.steps=15", f"--workdir={workdir}", "--shrink"
-    assert "24 -> 16" in (out := run_well("grow", *args))
+    assert "24 -> 16" in (out := call_well("grow", *args))
     figures = json.loads((workdir / "shrink.json").read_text())
     assert f"{figures['loss_before']:.5f} -> {figures['loss_after']:.5f} nats" in out
 
@@ -255,9 +241,5 @@ def test_a_mistake_gives_one_line_and_exit_code_2(folder, command, args, names):
     )
     (folder / "notrun").mkdir(exist_ok=True)
     (folder / "notrun" / "config.json").write_text('{"steps": "x"')
-    result = run(command, *args.format(f=folder).split())
-    lines = result.stderr.strip().splitlines()
-    assert result.returncode == 2, result.stderr
-    assert names in lines[-1] and lines[-1].startswith("error: "), result.stderr
-    assert len(lines) == 1, result.stderr
+    assert names in complaint(call(command, *args.format(f=folder).split()))
     assert not (folder / "w").exists()

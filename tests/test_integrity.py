@@ -1,16 +1,13 @@
 """Laws of damage: what changed on the disk is told by name and passed over, or it changes nothing that is read."""
 
 import dataclasses
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
+from tests.commands import call
 from tests.helpers import assert_trees_equal, tiny_config, write_corpus
 from tokenformer_jax.checkpoint import Checkpoints, DamagedError, _by_name, write_workdir
 from tokenformer_jax.config import UserError, load_config
@@ -21,7 +18,6 @@ from tokenformer_jax.shrink import shrink
 from tokenformer_jax.step import make_step
 from tokenformer_jax.train import open_run, train
 
-ROOT = pathlib.Path(__file__).parents[1]
 OLD, NEW = 2, 4  # steps
 
 
@@ -221,10 +217,7 @@ def test_an_array_of_a_mesh_is_saved_with_the_fingerprint_that_one_device_comput
 
 
 def command(name, *args):
-    line = [sys.executable, "-m", f"tokenformer_jax.{name}", *map(str, args)]
-    result = subprocess.run(
-        line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False
-    )
+    result = call(name, *args)
     return result.returncode, result.stdout, result.stderr.strip().splitlines()
 
 

@@ -124,7 +124,7 @@ class Cloud:
     def start(self, script, *args):
         pipe = subprocess.PIPE
         line = ["bash", f"{ROOT}/launch/{script}", *args]
-        return subprocess.Popen(line, env=self.environment, stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(line, env=self.environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
     def run(self, script, *args):
         process = self.start(script, *args)
@@ -294,7 +294,7 @@ def test_a_run_that_is_called_again_follows_its_command(cloud):
     flags = [f"--{name}={value}" for name, value in SLICE.items()]
     process = cloud.start("tpu_vm.sh", "run", *flags, "--", *TRAIN)
     cloud.wait_for("home/pod-1/ran")
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert "the command goes on" in process.communicate(timeout=30)[1] and process.returncode == 130
     assert "pod-1: running step 7" in cloud.vm("status")[1]
     code, _, errors = cloud.vm("run", "--", "python", "another.py")

@@ -1,9 +1,6 @@
 """What `plan` reads in a compiled program is what the program does; its report is true, its refusals are clear."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.commands import call
 from tests.helpers import tiny_config
 from tokenformer_jax.config import MeshConfig
 from tokenformer_jax.hlo import read_program
@@ -133,8 +131,7 @@ def test_a_plan_of_what_does_not_fit_says_what_it_would_need():
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "tokenformer_jax.plan", "--config=configs/quickstart.py:small", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
+    return call("plan", "--config=configs/quickstart.py:small", *arguments, XLA_FLAGS="")
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,8 @@ class Record:
     growth: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # step, tokens before and after, checks
     rung: int = 0  # of the ladder, how many were climbed
     plateau: dict[str, Any] = dataclasses.field(default_factory=dict)  # `ladder.Plateau` of this rung
+    rollbacks: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # from step, to step, examples, why
+    losses: list[float] = dataclasses.field(default_factory=list)  # of the last steps, to tell a spike by
 
 
 Read = TypeVar("Read")

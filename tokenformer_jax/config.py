@@ -140,6 +140,9 @@ class Config:
     checkpoints_kept: int
     profile_at: int
     rungs: tuple[dict[str, Any], ...]  # `ladder.stages` reads them
+    non_finite: str = "raise"
+    non_finite_limit: int = 10
+    loss_spike: float = 0.0
 
     def to_json(self) -> str:
         """The text of a `config.json`, with a checksum."""
@@ -237,6 +240,7 @@ FREE_MODEL_KEYS = ("dropout", "stochastic_depth", "dtype", "remat")
 
 CHOICES = {
     "model.projection": ("pattention", "linear"),
+    "non_finite": ("raise", "skip", "rollback"),
     "model.normalizer": ("l2_norm_gelu", "gelu_l2_norm", "softmax"),
     "model.gelu": ("erf", "tanh"),
     "model.dtype": ("float32", "bfloat16"),
@@ -246,12 +250,12 @@ CHOICES = {
 POSITIVE = (
     "model.vocab_size model.context_length model.num_layers model.num_heads model.embed_dim model.ffn_tokens "
     "optimizer.peak_learning_rate optimizer.epsilon optimizer.clip_norm mesh.slice mesh.data mesh.fsdp "
-    "mesh.tensor steps batch_size accumulation log_every checkpoints_kept"
+    "mesh.tensor steps batch_size accumulation log_every checkpoints_kept non_finite_limit"
 ).split()
 NOT_NEGATIVE = (
     "optimizer.final_learning_rate optimizer.warmup_steps optimizer.weight_decay seed eval_every eval_batches "
     "checkpoint_every profile_at model.qkv_tokens model.out_tokens model.tau_tokens model.pad_tokens_to "
-    "grow.freeze_steps grow.patience grow.min_improvement"
+    "grow.freeze_steps grow.patience grow.min_improvement loss_spike"
 ).split()
 FRACTIONS = "model.rotary_fraction grow.tau_ramp".split()
 BELOW_ONE = "model.dropout model.stochastic_depth optimizer.beta1 optimizer.beta2".split()
@@ -277,6 +281,11 @@ def validate(cfg: Config) -> None:
     _require(cfg.seed < 2**63, "seed", cfg.seed, "must be below 2**63")
     for key in BELOW_ONE:
         _require(0 <= get(key) < 1, key, get(key), "must be 0 or above, and below 1")
+    if cfg.loss_spike and cfg.non_finite == "skip":
+        raise UserError(
+            f"loss_spike = {cfg.loss_spike}: is seen once its step has learnt, too late for non_finite = 'skip'; "
+            "'rollback' would do"
+        )
     validate_model(cfg.model)
     mesh = cfg.mesh
     model, padded = cfg.model, cfg.model.padding_counted()

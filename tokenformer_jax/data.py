@@ -41,15 +41,20 @@ def train_batches(
     """
     length, batch_size = cfg.model.context_length, cfg.batch_size
     rows = _process_rows(batch_size, process_index, process_count)
-    check_length(split, "data.train_split", length)
-    num_windows = (split.num_tokens - 1) // length
-    windows = grain.MapDataset.range(num_windows).seed(cfg.seed % 2**32).shuffle().repeat()
+    windows = _shuffled_windows(split, cfg)
 
     def read(step: int) -> Batch:
         return _read_windows(split, [windows[step * batch_size + row] for row in rows], length)
 
     steps = grain.MapDataset.range(sys.maxsize // batch_size).map(read)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def _shuffled_windows(split: TokenSplit, cfg: Config) -> grain.MapDataset:
+    """The examples of training in their order: which window each reads."""
+    check_length(split, "data.train_split", cfg.model.context_length)
+    num_windows = (split.num_tokens - 1) // cfg.model.context_length
+    return grain.MapDataset.range(num_windows).seed(cfg.seed % 2**32).shuffle().repeat()
 
 
 def data_identity(split: TokenSplit, cfg: Config) -> str:
@@ -106,6 +111,17 @@ def eval_batches(
     count = -(-(split.num_tokens - 1) // context_length)
     chosen = min(count, max_batches * batch_size or count)
     return EvalBatches(split, np.arange(chosen) * count // chosen, batch_size, context_length, rows)
+
+
+def training_examples(
+    split: TokenSplit, cfg: Config, examples: Sequence[int], *, process_index: int = 0, process_count: int = 1
+) -> EvalBatches:
+    """Examples by their number in the order of training, each in a batch whose other rows are padding."""
+    windows = np.full((len(examples), cfg.batch_size), split.num_tokens)
+    order = _shuffled_windows(split, cfg)
+    windows[:, 0] = [order[example] for example in examples]
+    rows = _process_rows(cfg.batch_size, process_index, process_count)
+    return EvalBatches(split, windows.reshape(-1), cfg.batch_size, cfg.model.context_length, rows)
 
 
 def _process_rows(batch_size: int, process_index: int, process_count: int) -> range:

@@ -1,6 +1,7 @@
 """Loss, perplexity and bits per byte of a trained model on a split.
 
 python -m tokenformer_jax.evaluate --workdir=W [--step=N] [--split=validation] [--mesh=1,1,1,1]
+python -m tokenformer_jax.evaluate --workdir=W --examples=96:104   # of training, by their order: each text and its loss
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from tokenformer_jax.config import (
     workdir_flag,
 )
 from tokenformer_jax.corpus import Corpus, TokenSplit, prepare
-from tokenformer_jax.data import eval_batches
+from tokenformer_jax.data import eval_batches, training_examples
 from tokenformer_jax.metrics import Progress, replace_file
 from tokenformer_jax.sharding import MESH_AXES, make_mesh, this_process
 from tokenformer_jax.step import Step, TrainState, make_step, put_batch
@@ -152,8 +153,40 @@ def mesh_flag() -> Any:
     return read
 
 
+def show_examples(run: Trained, split: TokenSplit, examples: range) -> None:
+    """Prints the loss and the text of training examples, such as those of a step whose loss was not finite."""
+    batches = training_examples(split, run.cfg, examples, **this_process(run.step.mesh))
+    for example, batch in zip(examples, batches, strict=True):
+        sums = jax.device_get(run.step.evaluate(run.state, put_batch(run.step, batch)))
+        if jax.process_index() == 0:  # the first row is its own
+            print(f"--- example {example}, loss {sums['nll'] / sums['weights']:.4f} nats")
+            print(run.tokenizer.decode(batch.tokens_BL[0].tolist()), flush=True)
+
+
+def examples_flag() -> Callable[[], range | None]:
+    """Defines `--examples=first:end`; returns its reader."""
+    holder = flags.DEFINE_string("examples", None, "first:end, of training in its order, to be shown with their losses")
+
+    def read() -> range | None:
+        if holder.value is None:
+            return None
+        numbers = holder.value.split(":")
+        if len(numbers) != 2 or not all(n.isascii() and n.isdecimal() and len(n) < 16 for n in numbers):
+            raise UserError(f"--examples={holder.value}: must be two numbers, first:end, such as 0:8")
+        examples = range(*map(int, numbers))
+        if not examples:
+            raise UserError(f"--examples={holder.value}: are none; the second number is the one after the last")
+        return examples
+
+    return read
+
+
 def main() -> None:
+    examples = _EXAMPLES()
     run = load_trained(_WORKDIR(), _STEP.value, _MESH())
+    if examples:
+        show_examples(run, prepare(run.cfg, run.tokenizer).train, examples)
+        return
     split = choose_split(prepare(run.cfg, run.tokenizer), _SPLIT.value)
     figures = evaluate_split(run.step, run.state, split, run.cfg, progress=True)
     result = {
@@ -178,4 +211,5 @@ if __name__ == "__main__":
     _STEP = flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
     _SPLIT = flags.DEFINE_string("split", "validation", "train or validation")
     _MESH = mesh_flag()
+    _EXAMPLES = examples_flag()
     run_command(main)

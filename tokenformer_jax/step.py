@@ -83,7 +83,7 @@ class Step:
 
     abstract_state: TrainState  # ShapeDtypeStructs with shardings
     init: Callable[[jax.Array], TrainState]  # PRNG key -> state
-    train: OnMesh  # (state, Batch) -> state, metrics; donates the state
+    train: OnMesh  # (state, Batch) -> state, metrics; donates the state, and does not learn from what is not finite
     evaluate: Callable[[TrainState, Batch], Metrics]  # sums of nll (nats) and weights; needs no opt_state
     batch: NamedSharding  # of every array of a Batch
     mesh: Mesh
@@ -152,6 +152,11 @@ def freeze(updates: Params, step: jax.Array, frozen: Frozen) -> Params:
     return updates | {"blocks": blocks | grown}
 
 
+def unless(finite: jax.Array, old: Any, new: Any) -> Any:
+    """The new arrays, or where the step was not finite the old ones; its integers, which count steps, go on."""
+    return jax.tree.map(lambda o, n: jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.floating) else n, old, new)
+
+
 def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0, frozen: Frozen | None = None) -> Step:
     """Compiles (on first use) the functions that train this config on this mesh.
 
@@ -198,7 +203,10 @@ def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0, frozen: Frozen |
             "loss": mean,
             "grad_norm": optax.global_norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "grad_norms": jnp.stack([optax.global_norm(grad) for grad in jax.tree.leaves(grads)]),
         }
+        finite = jnp.isfinite(mean) & jnp.isfinite(metrics["grad_norm"])
+        params, opt_state = unless(finite, (state.params, state.opt_state), (params, opt_state))
         return TrainState(state.step + 1, params, opt_state, state.tau), metrics
 
     def evaluate(state: TrainState, batch: Batch) -> Metrics:

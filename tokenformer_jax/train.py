@@ -3,6 +3,7 @@
 python -m tokenformer_jax.train --config=configs/quickstart.py:small --workdir=W
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -15,6 +16,7 @@ from types import FrameType
 
 import grain
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from tokenformer_jax.checkpoint import Checkpoints, Record
@@ -48,6 +50,8 @@ from tokenformer_jax.sharding import make_mesh, this_process
 from tokenformer_jax.step import Frozen, Metrics, Step, TrainState, make_step, put_batch
 from tokenformer_jax.transformer import count_params
 
+SPIKE_WINDOW = 20  # steps whose mean loss tells a spike
+
 
 def train(cfg: Config, workdir: pathlib.Path) -> None:
     """Trains up to `cfg.steps`, from the workdir's newest checkpoint if it has one, and leaves a checkpoint.
@@ -62,8 +66,12 @@ def train(cfg: Config, workdir: pathlib.Path) -> None:
         profiler = stack.enter_context(Profiler(cfg.profile_at, workdir))
         signals = stack.enter_context(StopSignals())
         while True:
-            with contextlib.closing(Log(run, workdir)) as log, jax.transfer_guard("disallow"):
-                finished = train_stage(run, log, profiler, signals)
+            try:
+                with contextlib.closing(Log(run, workdir)) as log, jax.transfer_guard("disallow"):
+                    finished = train_stage(run, log, profiler, signals)
+            except BadStep as error:
+                run = roll_back(run, workdir, error)
+                continue
             if not finished or run.is_last:
                 return
             run = climb(run)
@@ -111,6 +119,17 @@ def train_stage(run: "Run", log: "Log", profiler: Profiler, signals: "StopSignal
     return True
 
 
+class BadStep(UserError):
+    """A step whose loss or gradient is not finite, or whose loss is a spike."""
+
+    def __init__(self, step: int, examples: tuple[int, int], why: str):
+        super().__init__(
+            f"step {step}: {why}; a lower optimizer.peak_learning_rate may do, or non_finite = 'skip' or 'rollback'; "
+            f"evaluate's --examples={examples[0]}:{examples[1]} shows the batch"
+        )
+        self.step, self.examples, self.why = step, examples, why
+
+
 def is_time(step: int, every: int, last: int) -> bool:
     """Whether something done every so many steps (0: never) and at the last step is due."""
     return step == last or (every > 0 and step % every == 0)
@@ -140,7 +159,7 @@ def agree_with_workdir(cfg: Config, workdir: pathlib.Path) -> None:
 
 @dataclasses.dataclass
 class Run:
-    """A run in progress, on one rung of its ladder. Only `state`, `plateau` and the position of `data` change."""
+    """A run in progress, on one rung of its ladder. Below `record` is what changes, with `state` and `data`."""
 
     plan: list[Config]  # of all stages
     cfg: Config  # of this one
@@ -152,6 +171,16 @@ class Run:
     checkpoints: Checkpoints
     record: Record  # as of `start`
     plateau: Plateau = dataclasses.field(default_factory=Plateau)
+    skipped: int = 0  # steps in a row that were not finite
+
+    def __post_init__(self) -> None:
+        self.losses = collections.deque(self.record.losses, SPIKE_WINDOW)
+        self.first_batch = self.data.get_state()["next_index"]
+
+    def examples(self, n: int) -> tuple[int, int]:
+        """The batch of step n: its first example in the order of training, and the one after its last."""
+        batch = self.first_batch + n - self.start - 1
+        return batch * self.cfg.batch_size, (batch + 1) * self.cfg.batch_size
 
     @property
     def is_last(self) -> bool:
@@ -167,10 +196,30 @@ class Run:
             "train_flops": self.record.train_flops + tokens * train_flops_per_token(self.cfg.model),
         }
 
+    def what_is_bad(self, figures: Row, norms: np.ndarray) -> str:
+        """Of a step that did not learn, or should not have; empty where all is well."""
+        loss, losses = figures["loss"], self.losses
+        if not math.isfinite(loss + figures["grad_norm"]):
+            paths = jax.tree_util.tree_leaves_with_path(self.step.abstract_state.params)
+            names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+            largest = np.argsort(-np.nan_to_num(norms, nan=np.inf), kind="stable")[:3]
+            return f"loss {loss:g}, grad_norm {figures['grad_norm']:g}, and the largest gradients are those of " + (
+                ", ".join(f"{names[i]} ({norms[i]:.3g})" for i in largest)
+            )
+        mean = sum(losses) / SPIKE_WINDOW
+        if self.cfg.loss_spike and len(losses) == SPIKE_WINDOW and loss > mean + self.cfg.loss_spike:
+            return f"loss {loss:.4g} is more than {self.cfg.loss_spike:g} nats above {mean:.4g}, the mean before"
+        return ""
+
     def record_at(self, n: int) -> Record:
         now = self.figures(n)
-        plateau = dataclasses.asdict(self.plateau)
-        return dataclasses.replace(self.record, tokens=now["tokens"], train_flops=now["train_flops"], plateau=plateau)
+        return dataclasses.replace(
+            self.record,
+            tokens=now["tokens"],
+            train_flops=now["train_flops"],
+            plateau=dataclasses.asdict(self.plateau),
+            losses=list(self.losses) if self.cfg.loss_spike else [],
+        )
 
     def save(self, n: int) -> None:
         self.checkpoints.save(n, self.state, self.data, self.corpus.tokenizer, self.record_at(n))
@@ -253,6 +302,24 @@ def frozen_tokens(cfg: Config, record: Record) -> Frozen | None:
     return Frozen({name: n for name, n in before.items() if after[name] > n}, step + cfg.grow.freeze_steps)
 
 
+def roll_back(run: Run, workdir: pathlib.Path, bad: BadStep) -> Run:
+    """Goes on from the newest checkpoint, with the examples after the bad step's.
+
+    Raises the BadStep where the config does not want it, or too often was not enough. A run that is stopped before
+    its next checkpoint comes by the same bad step again, and goes the same way.
+    """
+    rollbacks = [*run.record.rollbacks, {"from": bad.step, "examples": bad.examples, "why": bad.why}]
+    if run.cfg.non_finite != "rollback" or len(rollbacks) > run.cfg.non_finite_limit:
+        raise bad
+    run.checkpoints.wait()
+    checkpoints, plan = run.checkpoints, run.plan
+    run.state = None  # type: ignore[assignment]  # before another is read
+    run = resume(plan, workdir, checkpoints) if checkpoints.steps else begin(plan, checkpoints)
+    rollbacks[-1]["to"] = run.start
+    run.data.set_state({"next_index": -(-bad.examples[1] // run.cfg.batch_size)})
+    return dataclasses.replace(run, record=dataclasses.replace(run.record, rollbacks=rollbacks))
+
+
 def climb(run: Run) -> Run:
     """Grows the model to the next rung, on that one's mesh, and goes on from the same example.
 
@@ -297,6 +364,10 @@ class Log:
         self.progress = Progress(run.start, run.cfg.steps)
         self.step_tokens = run.cfg.batch_size * run.cfg.model.context_length
         self.last_step, self.last_time = run.start, time.monotonic()
+        for rollback in run.record.rollbacks:
+            if rollback["to"] <= run.start < rollback["from"]:  # later rows were dropped
+                self.writer.write(run.figures(run.start) | {"step": rollback["from"], "rollback": rollback})
+                self.say(f"rolled back from step {rollback['from']} to step {rollback['to']}: {rollback['why']}")
         used = f", on {run.step.mesh.size} of {jax.device_count()} devices" if jax.device_count() > 1 else ""
         self.say(
             f"{count_params(run.state.params):,} parameters, {run.corpus.train.num_tokens:,} training tokens, "
@@ -304,14 +375,21 @@ class Log:
         )
 
     def step(self, n: int, metrics: Metrics) -> None:
-        """Reads the metrics of step n, waiting for it; raises a UserError where its loss is not finite."""
+        """Reads the metrics of step n, waiting for it; raises a BadStep where it is one that may not be skipped."""
         cfg = self.run.cfg
-        figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not math.isfinite(figures["loss"] + figures["grad_norm"]):
-            raise UserError(
-                f"step {n} has loss {figures['loss']} and grad_norm {figures['grad_norm']}; nothing was saved since; "
-                f"a lower optimizer.peak_learning_rate than {cfg.optimizer.peak_learning_rate:g} may do"
-            )
+        arrays = jax.device_get(metrics)
+        norms = arrays.pop("grad_norms")
+        figures = {name: float(value) for name, value in arrays.items()}
+        if why := self.run.what_is_bad(figures, norms):
+            bad = BadStep(n, self.run.examples(n), why)
+            self.run.skipped += 1
+            if cfg.non_finite != "skip" or self.run.skipped > cfg.non_finite_limit:
+                raise bad
+            self.writer.write(self.run.figures(n) | {"skipped": {"examples": bad.examples, "why": why}})
+            self.say(f"step {n} is skipped: {why}")
+            return
+        self.run.skipped = 0
+        self.run.losses.append(figures["loss"])
         due = is_time(n, cfg.log_every, cfg.steps)
         now = time.monotonic()
         speed = (n - self.last_step) * self.step_tokens / (now - self.last_time)

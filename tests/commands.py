@@ -1,0 +1,54 @@
+"""Runs the project's commands in processes of their own that need not import anything first: a server forks them."""
+
+import multiprocessing
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = "train grow evaluate generate convert report checkpoint plan".split()
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload([f"tokenformer_jax.{name}" for name in NAMES])
+
+
+def call(command: str, *args: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What `python -m tokenformer_jax.COMMAND ARGS` does; the environment must not concern what is imported."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/stdout", f"{folder}/stderr"]
+        process = _FORKS.Process(target=_run, args=(command, list(map(str, args)), paths, environment))
+        process.start()
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{command} {args}")
+        out, err = (pathlib.Path(path).read_text() for path in paths)
+    return subprocess.CompletedProcess([command, *args], process.exitcode or 0, out, err)
+
+
+def call_well(command: str, *args: Any) -> str:
+    """Its output; it must succeed."""
+    result = call(command, *args)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def complaint(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line, with exit code 2, that a mistake must give."""
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+def _run(command: str, args: list[str], paths: list[str], environment: dict[str, str]) -> None:
+    for path, number in zip(paths, (1, 2), strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = [command, *args]
+    del sys.modules[f"tokenformer_jax.{command}"]
+    runpy.run_module(f"tokenformer_jax.{command}", run_name="__main__", alter_sys=True)

@@ -154,6 +154,11 @@ def test_growth_killed_at_any_moment_leaves_nothing_or_a_whole_workdir(folder, t
     assert kept == {path: path.read_bytes() for path in (folder / "small").rglob("*") if path.is_file()}
 
 
+def test_profile_is_written_where_tensorboard_looks(folder, tmp_path):
+    call_well("train", f"--config={folder}/config.py", "--config.profile_at=2", f"--workdir={tmp_path}")
+    assert list((tmp_path / "tensorboard").rglob("*.xplane.pb"))
+
+
 def test_an_older_step_can_be_grown(folder):
     config, workdir = f"--config={folder}/config.py:grown", folder / "older"
     call_well("grow", f"--source={folder}/small", config, f"--workdir={workdir}", "--step=3")

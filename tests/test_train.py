@@ -234,8 +234,3 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     data = iter(grain.MapDataset.range(3).to_iter_dataset())
     with pytest.raises(UserError, match=r"cannot be written \(RESOURCE_EXHAUSTED: No space left on device\)$"):
         checkpoints.save(1, {"x": jnp.ones(3)}, data, train_tokenizer(["a"], 257), Record({}, "", 1))
-
-
-def test_profile_is_written_where_tensorboard_looks(cfg, tmp_path):
-    train(dataclasses.replace(cfg, profile_at=2, eval_every=0, checkpoint_every=0), tmp_path)
-    assert list((tmp_path / "tensorboard").rglob("*.xplane.pb"))

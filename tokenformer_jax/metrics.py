@@ -189,9 +189,7 @@ class Profiler:
 
     def before_step(self, step: int) -> None:
         if self.at and step == self.at:
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # following Python in all threads has crashed
-            jax.profiler.start_trace(str(self.directory), profiler_options=options)
+            jax.profiler.start_trace(str(self.directory))
             self.running = True
         elif self.running and step >= self.at + PROFILED_STEPS:
             self.__exit__()

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pathlib
+import resource
 import runpy
 import subprocess
 import sys
@@ -16,11 +17,14 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([f"tokenformer_jax.{name}" for name in NAMES])
 
 
-def call(command: str, *args: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What `python -m tokenformer_jax.COMMAND ARGS` does; the environment must not concern what is imported."""
+def call(command: str, *args: Any, file_limit: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What `python -m tokenformer_jax.COMMAND ARGS` does.
+
+    With `file_limit` no file may become larger, in bytes. The environment must not concern what is imported.
+    """
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"{folder}/stdout", f"{folder}/stderr"]
-        process = _FORKS.Process(target=_run, args=(command, list(map(str, args)), paths, environment))
+        process = _FORKS.Process(target=_run, args=(command, list(map(str, args)), paths, file_limit, environment))
         process.start()
         process.join(300)
         if process.is_alive():
@@ -44,7 +48,9 @@ def complaint(result: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-def _run(command: str, args: list[str], paths: list[str], environment: dict[str, str]) -> None:
+def _run(command: str, args: list[str], paths: list[str], file_limit: int, environment: dict[str, str]) -> None:
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     for path, number in zip(paths, (1, 2), strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(environment)

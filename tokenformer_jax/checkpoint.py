@@ -28,8 +28,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from tokenformer_jax.config import UserError, read_model, run_command, workdir_flag
+from tokenformer_jax.config import LOCK, UserError, read_model, run_command, workdir_flag
 from tokenformer_jax.fingerprint import as_text, fingerprints, sealed, unsealed
+from tokenformer_jax.lock import clear, only_writer
 from tokenformer_jax.metrics import replace_file
 from tokenformer_jax.tokenizer import Tokenizer, tokenizer_from_json
 
@@ -144,6 +145,8 @@ class Checkpoints:
           tokenizer: what made the tokens.
           record: the rest.
         """
+        if "_checkpointer" in self.__dict__ and not self.directory.is_dir():  # Orbax would make another
+            raise UserError(f"{self.directory}: is gone; was {self.directory.parent} moved? The run ends here")
         with self._writing(), _storage(state), jax.transfer_guard("allow"):  # copying to the host is what a save is
             if step in [checkpoint.step for checkpoint in self._checkpointer.checkpoints]:
                 return
@@ -293,7 +296,8 @@ class Checkpoints:
 
     def close(self) -> None:
         if "_checkpointer" in self.__dict__:
-            self._checkpointer.close()
+            with self._writing():
+                self._checkpointer.close()
 
 
 class _RecordFile:
@@ -439,26 +443,27 @@ def write_workdir(
     workdir = workdir.resolve()
     partial = workdir.with_name(f".{workdir.name}.partial")
     first = jax.process_index() == 0
-    try:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-            partial.mkdir(parents=True)
-        multihost_utils.sync_global_devices("workdir begun")
-        checkpoints = Checkpoints(partial / "checkpoints", keep=1)
-        checkpoints.save(step, *items)
-        checkpoints.wait()
-        checkpoints.close()
-        texts = files()
-        if first:
-            for name, text in texts.items():
-                replace_file(partial / name, text)
-            os.replace(partial, workdir)
-        multihost_utils.sync_global_devices("workdir made")
-    except OSError as error:
-        raise UserError(f"{workdir}: cannot be written ({error.strerror or error})") from None
-    finally:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
+    with only_writer(partial):
+        try:
+            if first:
+                clear(partial)  # of a process that was killed
+            multihost_utils.sync_global_devices("workdir begun")
+            checkpoints = Checkpoints(partial / "checkpoints", keep=1)
+            checkpoints.save(step, *items)
+            checkpoints.wait()
+            checkpoints.close()
+            texts = files()
+            if first:
+                for name, text in texts.items():
+                    replace_file(partial / name, text)
+                (workdir / LOCK).unlink(missing_ok=True)
+                os.replace(partial, workdir)
+            multihost_utils.sync_global_devices("workdir made")
+        except OSError as error:
+            raise UserError(f"{workdir}: cannot be written ({error.strerror or error})") from None
+        finally:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def describe(checkpoints: Checkpoints, step: int) -> tuple[str, dict[str, str]]:

@@ -235,6 +235,8 @@ def _divisors(n: int, near: int) -> str:
     return " or ".join(map(str, sorted(divisors[:2])))
 
 
+LOCK = ".lock"  # in a folder that a command writes
+
 # How to compute and to train, not what: they may change from run to run.
 FREE_MODEL_KEYS = ("dropout", "stochastic_depth", "dtype", "remat")
 
@@ -439,7 +441,8 @@ def run_command(main: Callable[[], None]) -> None:
         with _join_processes() if distributed.value else contextlib.nullcontext():
             main()
 
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is handled here; --verbosity=0 shows it
+    logging.set_verbosity(logging.FATAL)  # Orbax logs what is handled here; --verbosity=0 shows it
+    sys.unraisablehook = lambda _: None  # nor what its destructors raise after a save that failed
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)  # the same errors, a second time
     try:
         app.run(guarded, flags_parser=parse)
@@ -477,5 +480,5 @@ def workdir_flag(name: str = "workdir", help_text: str = "the run's directory") 
 
 def require_empty(workdir: pathlib.Path, why: str) -> None:
     """Raises a UserError unless the directory is new or empty."""
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    if workdir.exists() and (not workdir.is_dir() or any(path.name != LOCK for path in workdir.iterdir())):
         raise UserError(f"--workdir={workdir}: {why}; name a new or an empty directory")

@@ -1,5 +1,6 @@
 """What a run says of itself: metrics.jsonl and TensorBoard, a progress bar with an ETA, FLOPs, MFU, profiles."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -7,12 +8,15 @@ import pathlib
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from tokenformer_jax.config import ModelConfig, UserError
@@ -35,6 +39,7 @@ PEAK_FLOPS = {
 }
 
 PROFILED_STEPS = 5
+FLUSH_EVERY = 30  # seconds between TensorBoard's sights of a run
 
 
 def peak_flops(devices: int) -> float | None:
@@ -73,8 +78,21 @@ class MetricsWriter:
         rows = read_metrics(workdir) if self.path.exists() else []
         self.kept = [row for row in rows if (row["step"], row["params"]) <= (start_step, params)]
         replace_file(self.path, "".join(json.dumps(row) + "\n" for row in self.kept))
-        self.file = self.path.open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        with self._writing():
+            self.file = self.path.open("a", buffering=1)
+            # Its SummaryWriter would wait forever for a thread that ended since the disk was full.
+            self.tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
+            purge = Event(wall_time=time.time(), step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
+            self.tensorboard.write_event(purge)
+        self.flushed = time.monotonic()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from None
 
     def holds(self, row: Row, name: str) -> bool:
         """Whether an earlier start wrote this figure of the same step and model. The same on all processes."""
@@ -87,25 +105,31 @@ class MetricsWriter:
     def write(self, row: Row) -> None:
         if not self.active:
             return
-        self.file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self.tensorboard.add_scalar(name, value, row["step"])
+        with self._writing():
+            self.file.write(json.dumps(row) + "\n")
+            for name, value in row.items():
+                if name != "step" and isinstance(value, int | float):
+                    event = Event(wall_time=time.time(), step=row["step"], summary=scalar(name, value))
+                    self.tensorboard.write_event(event)
+            if time.monotonic() - self.flushed > FLUSH_EVERY:
+                self.tensorboard.flush()
+                self.flushed = time.monotonic()
 
     def close(self) -> None:
         if self.active:
-            self.file.close()
-            self.tensorboard.close()
+            with self._writing():
+                self.tensorboard.close()
+                self.file.close()
 
 
 def read_metrics(workdir: pathlib.Path) -> list[Row]:
-    """The rows of WORKDIR/metrics.jsonl; a line cut short by a crash is passed over."""
+    """The rows of WORKDIR/metrics.jsonl; a line that a crash cut short or damage made another is passed over."""
     rows = []
     for line in (workdir / "metrics.jsonl").read_text(errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and all(type(row.get(key)) is int for key in ("step", "params")):
+                rows.append(row)
     return rows
 
 

@@ -36,6 +36,7 @@ from tokenformer_jax.data import data_identity, keep_position, train_batches
 from tokenformer_jax.evaluate import evaluate_split
 from tokenformer_jax.grow import describe, grow_model, grow_moments, history
 from tokenformer_jax.ladder import Plateau, shifted, stages
+from tokenformer_jax.lock import only_writer
 from tokenformer_jax.metrics import (
     MetricsWriter,
     Profiler,
@@ -61,6 +62,7 @@ def train(cfg: Config, workdir: pathlib.Path) -> None:
     """
     agree_with_workdir(cfg, workdir)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(only_writer(workdir))
         run = open_run(cfg, workdir)
         stack.enter_context(contextlib.closing(run.checkpoints))
         profiler = stack.enter_context(Profiler(cfg.profile_at, workdir))

@@ -23,15 +23,21 @@ def call(command: str, *args: Any, file_limit: int = 0, **environment: str) -> s
     With `file_limit` no file may become larger, in bytes. The environment must not concern what is imported.
     """
     with tempfile.TemporaryDirectory() as folder:
-        paths = [f"{folder}/stdout", f"{folder}/stderr"]
-        process = _FORKS.Process(target=_run, args=(command, list(map(str, args)), paths, file_limit, environment))
-        process.start()
+        process = start(folder, command, *args, file_limit=file_limit, **environment)
         process.join(300)
         if process.is_alive():
             process.kill()
             raise TimeoutError(f"{command} {args}")
-        out, err = (pathlib.Path(path).read_text() for path in paths)
+        out, err = (pathlib.Path(folder, name).read_text() for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess([command, *args], process.exitcode or 0, out, err)
+
+
+def start(folder: str, command: str, *args: Any, file_limit: int = 0, **environment: str) -> Any:
+    """The process, running; it writes FOLDER/stdout and FOLDER/stderr."""
+    paths = [f"{folder}/stdout", f"{folder}/stderr"]
+    process = _FORKS.Process(target=_run, args=(command, list(map(str, args)), paths, file_limit, environment))
+    process.start()
+    return process
 
 
 def call_well(command: str, *args: Any) -> str:

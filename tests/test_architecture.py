@@ -5,8 +5,8 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1] / "tokenformer_jax"
 ORDER = """
-    processes fingerprint config sharding recipes ladder tokenizer metrics corpus data pattention attention transformer
-    loss step checkpoint evaluate generate successor shrink grow convert model report train hlo plan
+    processes fingerprint config lock sharding recipes ladder tokenizer metrics corpus data pattention attention
+    transformer loss step checkpoint evaluate generate successor shrink grow convert model report train hlo plan
 """.split()
 
 

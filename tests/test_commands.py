@@ -223,6 +223,36 @@ WRONG = [
     ("generate", "--workdir={f}/small --max_tokens=0", "max_tokens = 0"),
     ("generate", "--workdir={f}/small --seed=-1", "--seed=-1"),
     ("evaluate", "--workdir={f}/small --mesh=\u00b2,1,1", "--mesh="),
+    ("evaluate", "--workdir={f}/small --examples=8", "--examples=8"),
+    ("evaluate", "--workdir={f}/small --examples=8:2", "--examples=8:2"),
+    ("evaluate", "--workdir={f}/small --examples=a:b", "--examples=a:b"),
+    ("evaluate", "--workdir={f}/small --step=many", "step"),
+    ("evaluate", "--workdir={f}/config.py", "config.py"),
+    ("train", "--config={f}/config.py --config.non_finite=ignore --workdir={f}/w", "raise, skip, rollback"),
+    (
+        "train",
+        "--config={f}/config.py --config.non_finite=skip --config.loss_spike=1 --workdir={f}/w",
+        "loss_spike = 1.0",
+    ),
+    ("train", "--config={f}/config.py --config.batch_size=0 --workdir={f}/w", "batch_size = 0"),
+    ("train", "--config={f}/config.py --config.optimizer.peak_learning_rate=nan --workdir={f}/w", "peak_learning_rate"),
+    ("train", "--config={f}/config.py --config.model.dropout=1 --workdir={f}/w", "model.dropout = 1.0"),
+    ("train", "--config={f}/config.py --config.model.rotary_fraction=2 --workdir={f}/w", "rotary_fraction = 2.0"),
+    ("train", "--config={f}/config.py --config.optimizer.warmup_steps=6 --workdir={f}/w", "warmup_steps = 6"),
+    ("train", "--config={f}/config.py --config.model.context_length=100000 --workdir={f}/w", "data.train_split"),
+    ("train", "--config={f}/broken.py --workdir={f}/w", "broken.py"),
+    ("train", "--config={f}/empty.py --workdir={f}/w", "empty.py"),
+    ("train", "--config={f}/config.py --config.data.path={f}/none.jsonl --workdir={f}/w", "data.path"),
+    ("train", "--config={f}/config.py --config.data.tokenizer={f}/none.json --workdir={f}/w", "none.json"),
+    ("train", "--config={f}/config.py --workdir={f}/config.py", "config.py"),
+    ("checkpoint", "--workdir={f}/text", "no checkpoints here"),
+    ("checkpoint", "", "--workdir is missing"),
+    ("generate", "--workdir={f}/small --top_k=-1", "top_k = -1"),
+    ("generate", "--workdir={f}/none", "none/config.json"),
+    ("generate", "--workdir={f}/small --samples=0", "--samples=0"),
+    ("convert", "--workdir={f}/w", "--from_torch"),
+    ("convert", "--from_torch={f}/none.safetensors --config={f}/config.py --workdir={f}/w", "none.safetensors"),
+    ("convert", "--from_torch={f}/broken.safetensors --config={f}/config.py --workdir={f}/w", "broken.safetensors"),
     ("report", "--runs={f}/small,{f}/x/small", "two runs are named 'small'"),
     ("report", "--runs=", "--runs is missing"),
     ("report", "--runs=a={f}/none", "none"),
@@ -244,6 +274,9 @@ def test_a_mistake_gives_one_line_and_exit_code_2(folder, command, args, names):
             }
         )
     )
+    (folder / "broken.py").write_text("def get_config(:")
+    (folder / "empty.py").write_text("")
+    (folder / "broken.safetensors").write_bytes(b"\xff" * 100)
     (folder / "notrun").mkdir(exist_ok=True)
     (folder / "notrun" / "config.json").write_text('{"steps": "x"')
     assert names in complaint(call(command, *args.format(f=folder).split()))

@@ -248,7 +248,7 @@ class Checkpoints:
         """What the record's file holds."""
         try:
             return unsealed((self.directory / str(step) / "record" / _RecordFile.name).read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise self._damaged(step, ["record"], _reason(error)) from error
 
     def _saved(self, step: int) -> dict[str, "Saved"]:

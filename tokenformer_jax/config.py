@@ -167,7 +167,7 @@ def load_config(path: pathlib.Path) -> Config:
         tree = json.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; is {path.parent} the --workdir of a training run?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON config ({error})") from None
     if isinstance(tree, dict) and "checksum" in tree:
         try:

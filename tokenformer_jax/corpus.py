@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokenformer_jax.config import Config, DataConfig, UserError
-from tokenformer_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json, train_tokenizer
+from tokenformer_jax.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 Path = pathlib.Path
 
@@ -344,12 +344,12 @@ def _open_corpus(folder: Path, cfg: Config, tokenizer: Tokenizer | None) -> Corp
         file = _tokenizer_file(folder, cfg)
         if not file.exists():
             return None
-        tokenizer = tokenizer_from_json(file.read_text(encoding="utf-8"), str(file))
+        tokenizer = load_tokenizer(file)
     tokens = _tokens_folder(folder, cfg, tokenizer)
     try:
         meta = json.loads((tokens / "meta.json").read_text())
         splits = {name: _open_split(tokens, name, **meta[name]) for name in ("train", "validation")}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return Corpus(tokenizer, **splits)
 

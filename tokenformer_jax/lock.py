@@ -43,7 +43,13 @@ def only_writer(folder: pathlib.Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing was begun
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
 
 
 def clear(folder: pathlib.Path) -> None:

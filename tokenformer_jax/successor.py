@@ -151,7 +151,7 @@ def _what_is_there(path: pathlib.Path) -> str:
         return (
             f"holds a model of {made['params_after']:,} parameters, made from step {made['step']} of {made['source']}"
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "holds a run already"
 
 

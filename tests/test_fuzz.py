@@ -1,0 +1,188 @@
+"""Whatever values a config holds and whatever bytes a file: it is read, or refused by a UserError; nothing else."""
+
+import dataclasses
+import io
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from tests.helpers import tiny_config, write_corpus
+from tokenformer_jax.checkpoint import Checkpoints
+from tokenformer_jax.config import UserError, load_config, read_config
+from tokenformer_jax.convert import from_official, model_config, read_state_dict, to_official
+from tokenformer_jax.corpus import prepare
+from tokenformer_jax.evaluate import load_trained
+from tokenformer_jax.ladder import stages
+from tokenformer_jax.metrics import read_metrics
+from tokenformer_jax.tokenizer import load_tokenizer, train_tokenizer
+from tokenformer_jax.train import train
+from tokenformer_jax.transformer import abstract_model
+
+TREE = dataclasses.asdict(tiny_config())
+KEYS = [(key,) for key in TREE] + [
+    (group, key) for group in TREE if isinstance(TREE[group], dict) for key in TREE[group]
+]
+VALUES = st.one_of(
+    st.integers(-3, 5),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=5),
+    st.sampled_from(
+        ["pattention", "linear", "softmax", "gelu_l2_norm", "isometric", "split", "rollback", "skip", "tanh"]
+    ),
+    st.booleans(),
+    st.none(),
+    st.lists(
+        st.dictionaries(st.sampled_from(["step", "model", "mesh", "seed"]), st.integers(-1, 9), max_size=2), max_size=2
+    ),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+QUICK = settings(
+    max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+)
+FILES = settings(QUICK, max_examples=60)
+
+
+@QUICK
+@given(st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=3))
+def test_config_values_are_read_or_refused(changes):
+    tree = json.loads(json.dumps(TREE))
+    for (*group, key), value in changes:
+        place = tree[group[0]] if group else tree
+        if isinstance(place, dict):
+            place[key] = value
+    try:
+        cfg = read_config(tree)
+        stages(cfg)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    sizes = (cfg.model.vocab_size, cfg.model.embed_dim, cfg.model.num_layers, *cfg.model.tokens.values())
+    if max(sizes) < 2**20:  # what is no mistake can be built, if not held
+        abstract_model(cfg.model)
+    assert read_config(json.loads(json.dumps(dataclasses.asdict(cfg)))) == cfg
+
+
+@st.composite
+def damages(draw):
+    """What becomes of some bytes: a byte changed, a part cut out or doubled, the end cut off, or something else."""
+    kind = draw(st.sampled_from(["flip", "cut", "double", "end", "replace"]))
+    place, length, byte = draw(st.floats(0, 1, exclude_max=True)), draw(st.integers(1, 40)), draw(st.integers(1, 255))
+    other = draw(st.sampled_from([b"", b"\0", b"null", b"[]", b"{}", b'"', b"\xff\xfe", b"1e999", b"[" * 5000]))
+
+    def damage(raw: bytes) -> bytes:
+        at = int(place * max(len(raw), 1))
+        if kind == "flip" and raw:
+            return raw[:at] + bytes([raw[at] ^ byte]) + raw[at + 1 :]
+        if kind == "cut":
+            return raw[:at] + raw[at + length :]
+        if kind == "double":
+            return raw[:at] + raw[at : at + length] + raw[at:]
+        return raw[:at] if kind == "end" else other
+
+    return damage
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    cfg = tiny_config(
+        data__dataset="text_files",
+        data__path=str(write_corpus(folder / "text")),
+        data__cache_dir=str(folder / "cache"),
+        steps=2,
+        optimizer__warmup_steps=1,
+        model__num_layers=1,
+    )
+    train(cfg, folder / "run")
+    (folder / "tokenizer.json").write_text(train_tokenizer(["some text", "and more"], 280).to_json())
+    arrays = to_official(load_trained(folder / "run").state.params)
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(arrays, folder / "model.safetensors")
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    (folder / "model.npz").write_bytes(buffer.getvalue())
+    return folder
+
+
+def read_or_refuse(path: pathlib.Path, damage, read):
+    """Reads a file with damaged bytes; what is refused is refused in one line."""
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(damage(whole))
+        read(path)
+    except UserError as error:
+        assert "\n" not in str(error).strip()
+    finally:
+        path.write_bytes(whole)
+
+
+@FILES
+@given(damages())
+def test_configs_of_workdirs(folder, damage):
+    read_or_refuse(folder / "run" / "config.json", damage, load_config)
+
+
+@FILES
+@given(damages())
+def test_records_of_checkpoints(folder, damage):
+    checkpoints = Checkpoints(folder / "run" / "checkpoints")
+    good = checkpoints.record(2)
+
+    def read(_):
+        assert checkpoints.record(2) == good  # what is read is what was written
+
+    read_or_refuse(folder / "run" / "checkpoints" / "2" / "record" / "record.json", damage, read)
+
+
+@FILES
+@given(damages())
+def test_tokenizers(folder, damage):
+    read_or_refuse(folder / "tokenizer.json", damage, lambda path: load_tokenizer(path).encode("some text, and λ"))
+
+
+@FILES
+@given(damages())
+def test_metrics(folder, damage):
+    read_or_refuse(folder / "run" / "metrics.jsonl", damage, lambda path: read_metrics(path.parent))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.npz"])
+def test_state_dicts(folder, name):
+    @FILES
+    @given(damages())
+    def law(damage):
+        def read(path):
+            state_dict = read_state_dict(path)
+            model_config(state_dict, 4, context_length=16)
+            from_official(state_dict)
+
+        read_or_refuse(folder / name, damage, read)
+
+    law()
+
+
+@settings(FILES, max_examples=25)
+@given(damages(), st.sampled_from(["text", "jsonl"]))
+def test_corpora(folder, damage, kind):
+    """A text file or lines of JSON; damage to a text's bytes is another text, or none."""
+    place = folder / f"one_{kind}"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    words = "key value query token norm grow " * 40
+    lines = "".join(json.dumps({"text": words + str(i)}) + "\n" for i in range(30)) if kind == "jsonl" else words * 30
+    (place / ("0.jsonl" if kind == "jsonl" else "0.txt")).write_bytes(damage(lines.encode()))
+    for i in range(1, 12):
+        (place / f"{i}.txt").write_text(words + str(i))
+    shutil.rmtree(folder / "cache2", ignore_errors=True)
+    cfg = tiny_config(data__dataset="text_files", data__path=str(place), data__cache_dir=str(folder / "cache2"))
+    try:
+        prepare(cfg)
+    except UserError as error:
+        assert "\n" not in str(error)

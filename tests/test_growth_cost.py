@@ -57,6 +57,7 @@ def test_a_stack_of_layers_is_stored_a_layer_at_a_time(tmp_path):
     assert stored["embed"].storage_metadata.chunk_shape == (40, 8)
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_two_processes_grow_what_one_saved(tmp_path, monkeypatch, capsys):
     out = tmp_path / "cost.json"
     command = f"growth_cost --config=tiny --repeats=1 --processes=2 --folder={tmp_path} --out={out}"

@@ -72,7 +72,7 @@ def test_the_last_model_of_each_rung_is_kept_and_can_be_used(ladder):
     assert sizes == {6: 96, 12: 128, 18: 192}
 
 
-@pytest.mark.parametrize("kills", [(5, 7), (11, 13, 15)], ids=str)
+@pytest.mark.parametrize("kills", [(5, 11, 13), pytest.param((7, 15), marks=pytest.mark.slow)], ids=str)
 def test_a_run_killed_on_both_sides_of_a_rung_ends_the_same(ladder, tmp_path, monkeypatch, kills):
     cfg, whole = ladder
     trained = train_module.Log.step

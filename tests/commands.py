@@ -58,7 +58,7 @@ def _run(command: str, args: list[str], paths: list[str], file_limit: int, envir
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     for path, number in zip(paths, (1, 2), strict=True):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = [command, *args]

@@ -1,6 +1,7 @@
 """Small configs and the golden models, shared by the tests."""
 
 import pathlib
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from configs import base
 from tokenformer_jax.config import Config, read_config
 from tokenformer_jax.data import Batch
+from tokenformer_jax.metrics import read_metrics
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -105,6 +107,25 @@ def write_corpus(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
     for i in range(24):
         (folder / f"{i}.txt").write_text("\n".join(" ".join(rng.choice(words, 8)) for _ in range(30)))
     return folder
+
+
+def corpus_overrides(folder: pathlib.Path) -> dict[str, str]:
+    """What makes a config read a small corpus, written to a folder, with a cache of its own."""
+    text = write_corpus(folder / "text")
+    return {"data__dataset": "text_files", "data__path": str(text), "data__cache_dir": str(folder / "cache")}
+
+
+def write_config(path: pathlib.Path, cfg: Config) -> str:
+    """Writes a config file for the commands; returns their flag."""
+    lines = "from ml_collections import ConfigDict", "def get_config():", f"    return ConfigDict({asdict(cfg)!r})"
+    path.write_text("\n".join(lines) + "\n")
+    return f"--config={path}"
+
+
+def rows_of(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """What a run reports, but its speed."""
+    clock = ("tokens_per_second", "mfu")
+    return [{name: value for name, value in row.items() if name not in clock} for row in read_metrics(workdir)]
 
 
 def assert_trees_equal(a: Any, b: Any, **tolerance: float) -> None:

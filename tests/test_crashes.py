@@ -1,6 +1,5 @@
 """Laws of crashes: a run that is killed at any moment, and started again, ends as if it never had been."""
 
-import dataclasses
 import json
 import random
 import time
@@ -8,17 +7,10 @@ import time
 import pytest
 
 from tests.commands import start
-from tests.helpers import assert_trees_equal, tiny_config, write_corpus
+from tests.helpers import assert_trees_equal, corpus_overrides, rows_of, tiny_config, write_config
 from tokenformer_jax.checkpoint import Checkpoints
 from tokenformer_jax.metrics import read_metrics
 
-CONFIG = """
-from configs import base
-from ml_collections import ConfigDict
-
-def get_config():
-    return ConfigDict({tree!r})
-"""
 STEPS, RUNG = 40, 20
 
 
@@ -27,9 +19,7 @@ def folder(tmp_path_factory):
     """A config of two rungs, and a run of it that nobody killed."""
     folder = tmp_path_factory.mktemp("crashes")
     cfg = tiny_config(
-        data__dataset="text_files",
-        data__path=str(write_corpus(folder / "text")),
-        data__cache_dir=str(folder / "cache"),
+        **corpus_overrides(folder),
         log_every=1,
         eval_every=5,
         checkpoint_every=3,
@@ -37,7 +27,7 @@ def folder(tmp_path_factory):
         grow__patience=9,  # never reached, but what counts towards it must come out the same
         rungs=({"step": RUNG, "model": {"ffn_tokens": 128, "out_tokens": 48}},),
     )
-    (folder / "config.py").write_text(CONFIG.format(tree=dataclasses.asdict(cfg)))
+    write_config(folder / "config.py", cfg)
     began = time.monotonic()
     process = begin(folder, "whole")
     process.join(300)
@@ -91,7 +81,7 @@ def run_killed(folder, name, moments):
 
 
 def figures(workdir):
-    rows = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(workdir)]
+    rows = rows_of(workdir)
     for row in rows:
         if "growth" in row:
             row["growth"] = {k: v for k, v in row["growth"].items() if "seconds" not in k}

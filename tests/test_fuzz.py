@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from tests.helpers import tiny_config, write_corpus
+from tests.helpers import corpus_overrides, tiny_config
 from tokenformer_jax.checkpoint import Checkpoints
 from tokenformer_jax.config import UserError, load_config, read_config
 from tokenformer_jax.convert import from_official, model_config, read_state_dict, to_official
@@ -93,9 +93,7 @@ def damages(draw):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     cfg = tiny_config(
-        data__dataset="text_files",
-        data__path=str(write_corpus(folder / "text")),
-        data__cache_dir=str(folder / "cache"),
+        **corpus_overrides(folder),
         steps=2,
         optimizer__warmup_steps=1,
         model__num_layers=1,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_trees_equal, random_batch, tiny_config, tiny_linear_config, write_corpus
+from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, tiny_config, tiny_linear_config
 from tokenformer_jax.checkpoint import Checkpoints
 from tokenformer_jax.config import UserError, load_config
 from tokenformer_jax.evaluate import load_trained
@@ -182,8 +182,7 @@ def test_softmax_and_plain_transformers_do_not_grow():
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grow")
-    data = {"data__dataset": "text_files", "data__path": str(write_corpus(folder / "text"))}
-    cfg = tiny_config(**data, data__cache_dir=str(folder / "cache"))
+    cfg = tiny_config(**corpus_overrides(folder))
     train(cfg, folder / "small")
     return cfg, folder / "small"
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.commands import call
-from tests.helpers import assert_trees_equal, tiny_config, write_corpus
-from tokenformer_jax.checkpoint import Checkpoints, DamagedError, _by_name, write_workdir
+from tests.helpers import assert_trees_equal, corpus_overrides, tiny_config
+from tokenformer_jax.checkpoint import Checkpoints, DamagedError, by_name, write_workdir
 from tokenformer_jax.config import UserError, load_config
 from tokenformer_jax.evaluate import load_trained
 from tokenformer_jax.grow import grow
@@ -24,8 +24,7 @@ OLD, NEW = 2, 4  # steps
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
     folder = tmp_path_factory.mktemp("integrity")
-    data = {"data__dataset": "text_files", "data__path": str(write_corpus(folder / "text"))}
-    return tiny_config(**data, data__cache_dir=str(folder / "cache"), log_every=1, checkpoint_every=2, eval_every=3)
+    return tiny_config(**corpus_overrides(folder), log_every=1, checkpoint_every=2, eval_every=3)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def damage(workdir, name, step=NEW):
     """Flips a bit of an array, which is found in the files by what it holds."""
     cfg = load_config(workdir / "config.json")
     abstract = make_step(cfg, make_mesh(cfg.mesh)).abstract_state
-    row = np.asarray(_by_name(Checkpoints(workdir / "checkpoints").restore(step, abstract))[name])[7].tobytes()
+    row = np.asarray(by_name(Checkpoints(workdir / "checkpoints").restore(step, abstract))[name])[7].tobytes()
     (path,) = [p for p in (workdir / "checkpoints" / str(step)).rglob("*") if p.is_file() and row in p.read_bytes()]
     flip(path, path.read_bytes().index(row) + 5, 3)
 

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_trees_equal, random_batch, tiny_config, write_corpus
+from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, rows_of, tiny_config
 from tokenformer_jax import train as train_module
 from tokenformer_jax.checkpoint import Checkpoints
 from tokenformer_jax.config import UserError
 from tokenformer_jax.evaluate import load_trained
 from tokenformer_jax.ladder import Plateau, stages
-from tokenformer_jax.metrics import read_metrics
 from tokenformer_jax.sharding import make_mesh
 from tokenformer_jax.step import Frozen, make_step, put_batch
 from tokenformer_jax.train import train
@@ -34,15 +33,9 @@ class Killed(Exception):
 def ladder(tmp_path_factory):
     """The config of a ladder, and the workdir of its run from end to end."""
     folder = tmp_path_factory.mktemp("ladder")
-    data = {"data__dataset": "text_files", "data__path": str(write_corpus(folder / "text"))}
-    cfg = tiny_config(**LADDER, **data, data__cache_dir=str(folder / "cache"))
+    cfg = tiny_config(**LADDER, **corpus_overrides(folder))
     train(cfg, folder / "whole")
     return cfg, folder / "whole"
-
-
-def rows_of(workdir):
-    """What a run reports, but its speed."""
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(workdir)]
 
 
 def test_a_run_climbs_its_rungs_and_tells_so(ladder):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.commands import call_well
-from tests.helpers import assert_trees_equal, random_batch, tiny_config, write_corpus
+from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, rows_of, tiny_config
 from tokenformer_jax import train as training
 from tokenformer_jax.checkpoint import Checkpoints
 from tokenformer_jax.config import UserError
@@ -22,9 +22,8 @@ from tokenformer_jax.train import open_run, train
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
     folder = tmp_path_factory.mktemp("non_finite")
-    data = {"data__dataset": "text_files", "data__path": str(write_corpus(folder / "text"))}
     every = {"log_every": 1, "eval_every": 4, "checkpoint_every": 2}
-    return tiny_config(**data, data__cache_dir=str(folder / "cache"), **every)
+    return tiny_config(**corpus_overrides(folder), **every)
 
 
 @pytest.fixture
@@ -45,14 +44,10 @@ def poison(cfg, tmp_path, monkeypatch):
     return choose
 
 
-def rows(workdir):
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(workdir)]
-
-
 def test_what_is_not_finite_changes_neither_parameters_nor_moments():
     cfg = tiny_config()
     step = make_step(cfg, make_mesh(cfg.mesh))
-    state, _ = step.train(make_state(step), put_batch(step, random_batch(cfg)))
+    state, _ = step.train(step.init(jax.random.key(0)), put_batch(step, random_batch(cfg)))
     for weight in (np.nan, np.inf):
         bad = random_batch(cfg)
         bad = put_batch(step, bad._replace(weights_BL=np.full_like(bad.weights_BL, weight)))
@@ -64,10 +59,6 @@ def test_what_is_not_finite_changes_neither_parameters_nor_moments():
             assert_trees_equal(getattr(after.opt_state[1][0], moments), getattr(state.opt_state[1][0], moments))
     good, _ = step.train(copy(state), put_batch(step, random_batch(cfg, seed=1)))
     assert np.abs(good.params["embed"] - state.params["embed"]).max() > 0
-
-
-def make_state(step):
-    return step.init(jax.random.key(0))
 
 
 def copy(state):
@@ -98,9 +89,9 @@ def test_skipping_goes_on_with_the_next_batch(cfg, tmp_path, poison):
     poison(2, 4)
     cfg = dataclasses.replace(cfg, non_finite="skip")
     train(cfg, tmp_path / "run")
-    said = {row["step"]: row["skipped"]["examples"] for row in rows(tmp_path / "run") if "skipped" in row}
+    said = {row["step"]: row["skipped"]["examples"] for row in rows_of(tmp_path / "run") if "skipped" in row}
     assert said == {3: [16, 24], 5: [32, 40]}
-    losses = {row["step"]: row["loss"] for row in rows(tmp_path / "run") if "loss" in row}
+    losses = {row["step"]: row["loss"] for row in rows_of(tmp_path / "run") if "loss" in row}
     assert sorted(losses) == [1, 2, 4, 6, 7, 8] and losses[8] < losses[1]
 
 
@@ -121,8 +112,8 @@ def test_rolling_back_goes_on_behind_the_bad_batch_also_when_killed(cfg, tmp_pat
     # Step 4 reads batch 3: back to step 2, whose next step reads batch 4 and the one after it batch 5: back again.
     assert [(r["from"], r["to"], r["examples"]) for r in run.record.rollbacks] == [(4, 2, [24, 32]), (4, 2, [40, 48])]
     assert run.data.get_state()["next_index"] == 6 + 8  # eight steps after batch 5
-    assert sum("rollback" in row for row in rows(tmp_path / "run")) == 2
-    assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == list(range(1, 11))
+    assert sum("rollback" in row for row in rows_of(tmp_path / "run")) == 2
+    assert [row["step"] for row in rows_of(tmp_path / "run") if "loss" in row] == list(range(1, 11))
 
     class Killed(BaseException):
         pass
@@ -136,7 +127,7 @@ def test_rolling_back_goes_on_behind_the_bad_batch_also_when_killed(cfg, tmp_pat
         patch.setattr("tokenformer_jax.train.StopSignals.stop_after", die)
         train(cfg, tmp_path / "killed")
     train(cfg, tmp_path / "killed")
-    assert rows(tmp_path / "killed") == rows(tmp_path / "run")
+    assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "run")
 
 
 def test_rolling_back_too_often_ends_the_run(cfg, tmp_path, poison):
@@ -156,7 +147,7 @@ def test_a_spike_of_the_loss_counts_when_asked_for(cfg, tmp_path, poison, monkey
         peak = 4.0 if int(np.round(figures["loss"] * 1e6)) == spike else 0.0
         return real(self, figures | {"loss": figures["loss"] + peak}, norms)
 
-    spike = next(int(np.round(row["loss"] * 1e6)) for row in rows(tmp_path / "smooth") if row["step"] == 7)
+    spike = next(int(np.round(row["loss"] * 1e6)) for row in rows_of(tmp_path / "smooth") if row["step"] == 7)
     monkeypatch.setattr(training.Run, "what_is_bad", spiked)
     train(cfg, tmp_path / "run")
     (rollback,) = open_run(cfg, tmp_path / "run").record.rollbacks

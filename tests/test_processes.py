@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.helpers import assert_trees_equal, tiny_config, write_corpus
+from tests.helpers import assert_trees_equal, corpus_overrides, rows_of, tiny_config
 from tokenformer_jax.checkpoint import Checkpoints
 from tokenformer_jax.evaluate import load_trained
 from tokenformer_jax.metrics import read_metrics
@@ -50,8 +50,7 @@ def folder(tmp_path_factory):
     On the last rung the two share `tensor`, and so read the same rows.
     """
     folder = tmp_path_factory.mktemp("processes")
-    data = {"data__dataset": "text_files", "data__path": str(write_corpus(folder / "text"))}
-    overrides = LADDER | data | {"data__cache_dir": str(folder / "cache")}
+    overrides = LADDER | corpus_overrides(folder)
     (folder / "config.py").write_text(CONFIG.format(overrides=overrides))
     assert finish(start(folder, "whole")) == 0
     return folder, tiny_config(**overrides)
@@ -103,10 +102,6 @@ def wait_for(processes, workdir, step):
         assert processes.poll() is None
         time.sleep(0.1)
     raise AssertionError(f"no step {step}")
-
-
-def rows_of(workdir):
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(workdir)]
 
 
 def test_two_processes_compute_what_one_does(folder):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_trees_equal, tiny_config, tiny_linear_config, write_corpus
+from tests.helpers import assert_trees_equal, corpus_overrides, tiny_config, tiny_linear_config
 from tokenformer_jax.checkpoint import Checkpoints
 from tokenformer_jax.config import UserError
 from tokenformer_jax.evaluate import load_trained
@@ -123,8 +123,7 @@ def test_tau_falls_with_the_scores_norm_and_then_goes_to_the_root_of_the_count()
 def runs(tmp_path_factory):
     """A run, and its successor right after growth."""
     folder = tmp_path_factory.mktemp("shrink")
-    data = {"data__dataset": "text_files", "data__path": str(write_corpus(folder / "text"))}
-    small = tiny_config(**data, data__cache_dir=str(folder / "cache"))
+    small = tiny_config(**corpus_overrides(folder))
     train(small, folder / "small")
     grow(folder / "small", dataclasses.replace(tiny_config(**SIZES, steps=16), data=small.data), folder / "grown")
     return small, folder

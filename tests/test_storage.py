@@ -1,6 +1,5 @@
 """Laws of the workdir: in use, full, not writable or gone, or with metrics that a crash left damaged."""
 
-import dataclasses
 import errno
 import re
 import shutil
@@ -9,28 +8,19 @@ import time
 import pytest
 
 from tests.commands import call, call_well, complaint
-from tests.helpers import tiny_config, write_corpus
+from tests.helpers import corpus_overrides, rows_of, tiny_config, write_config
 from tokenformer_jax.checkpoint import Checkpoints
 from tokenformer_jax.config import UserError
 from tokenformer_jax.lock import only_writer
-from tokenformer_jax.metrics import MetricsWriter, read_metrics
+from tokenformer_jax.metrics import MetricsWriter
 from tokenformer_jax.train import open_run, train
-
-CONFIG = """
-from configs import base
-from ml_collections import ConfigDict
-
-def get_config():
-    return ConfigDict({tree!r})
-"""
 
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
     folder = tmp_path_factory.mktemp("storage")
-    data = {"data__dataset": "text_files", "data__path": str(write_corpus(folder / "text"))}
     every = {"log_every": 1, "eval_every": 3, "checkpoint_every": 2, "steps": 6}
-    return tiny_config(**data, data__cache_dir=str(folder / "cache"), **every)
+    return tiny_config(**corpus_overrides(folder), **every)
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +32,17 @@ def whole(cfg, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flag(cfg, tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "config.py"
-    path.write_text(CONFIG.format(tree=dataclasses.asdict(cfg)))
-    return f"--config={path}"
-
-
-def figures(workdir):
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(workdir)]
+    return write_config(tmp_path_factory.mktemp("config") / "config.py", cfg)
 
 
 def test_a_workdir_in_use_is_refused_and_its_user_named(cfg, flag, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"]
+    before = [path.read_bytes() for path in files]
     with only_writer(tmp_path / "run"):
         line = complaint(call("train", flag, f"--workdir={tmp_path}/run"))
         assert "run: is written by process " in line
-        after = {path: path.read_bytes() for path in before if path.name != ".lock"}
-    assert {path: after[path] for path in after} == {p: b for p, b in before.items() if p.name != ".lock"}
+        assert [path.read_bytes() for path in files] == before
     call_well("train", flag, f"--workdir={tmp_path}/run")
 
 
@@ -137,7 +121,7 @@ def test_a_clock_that_jumps_changes_nothing(cfg, whole, tmp_path, monkeypatch):
         patch.setattr("tokenformer_jax.train.open_run", lambda *args: run.append(open_run(*args)) or run[0])
         patch.setattr("tokenformer_jax.train.StopSignals.stop_after", jump)
         train(cfg, tmp_path / "run")
-    assert figures(tmp_path / "run") == figures(whole)
+    assert rows_of(tmp_path / "run") == rows_of(whole)
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 5, "los', b"\xff\x00\xfe\n\n", b'5\n[]\n{}\n{"step": "6"}\n', b"[" * 9999])
@@ -146,4 +130,4 @@ def test_metrics_with_a_damaged_tail_are_read_up_to_it(cfg, whole, tmp_path, tai
     with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
         file.write(tail)
     train(cfg, tmp_path / "run")
-    assert figures(tmp_path / "run") == figures(whole)
+    assert rows_of(tmp_path / "run") == rows_of(whole)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_trees_equal, tiny_config, write_corpus
+from tests.helpers import assert_trees_equal, corpus_overrides, rows_of, tiny_config, write_corpus
 from tokenformer_jax.checkpoint import Checkpoints, Record
 from tokenformer_jax.config import UserError, load_config
 from tokenformer_jax.metrics import read_metrics
@@ -27,9 +27,8 @@ from tokenformer_jax.train import train
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
-    data = {"data__dataset": "text_files", "data__path": str(write_corpus(folder / "text"))}
     every = {"log_every": 1, "eval_every": 3, "checkpoint_every": 2}
-    return tiny_config(**data, data__cache_dir=str(folder / "cache"), **every)
+    return tiny_config(**corpus_overrides(folder), **every)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +36,6 @@ def whole(cfg, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
     train(cfg, workdir)
     return workdir
-
-
-def losses(workdir):
-    """Every figure that does not depend on the clock."""
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu")} for row in read_metrics(workdir)]
 
 
 def final_state(cfg, workdir):
@@ -76,7 +70,7 @@ def test_stopped_and_resumed_run_is_bit_identical(cfg, whole, tmp_path, monkeypa
     assert Checkpoints(tmp_path / "checkpoints").steps[-1] == step
     train(cfg, tmp_path)
     key = lambda row: (row["step"], "eval_loss" in row)  # noqa: E731
-    assert sorted(losses(tmp_path), key=key) == sorted(losses(whole), key=key)
+    assert sorted(rows_of(tmp_path), key=key) == sorted(rows_of(whole), key=key)
     assert_trees_equal(final_state(cfg, tmp_path), final_state(cfg, whole))
 
 
@@ -105,7 +99,7 @@ def test_run_killed_after_a_checkpoint_drops_the_rows_it_repeats(cfg, whole, tmp
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "los')  # cut short
     train(cfg, tmp_path)
-    assert losses(tmp_path) == losses(whole)
+    assert rows_of(tmp_path) == rows_of(whole)
 
 
 def test_checkpoint_restores_on_any_mesh_bit_for_bit(cfg, whole):
@@ -134,9 +128,9 @@ def test_signal_saves_and_returns(cfg, tmp_path):
 
 
 def test_finished_run_has_nothing_to_do(cfg, whole):
-    before = losses(whole)
+    before = rows_of(whole)
     train(cfg, whole)
-    assert losses(whole) == before
+    assert rows_of(whole) == before
 
 
 def test_a_longer_run_goes_on(cfg, whole, tmp_path):
@@ -180,7 +174,7 @@ def test_damaged_newest_checkpoint_is_set_aside_for_an_older_one(cfg, whole, tmp
     assert "damaged checkpoint of step 4 was moved to" in said
     assert len(list((tmp_path / "damaged_checkpoints").iterdir())) == 1
     assert Checkpoints(tmp_path / "checkpoints").steps == [6, 8]
-    rows = [row for row in losses(tmp_path) if row["step"] > 4]
+    rows = [row for row in rows_of(tmp_path) if row["step"] > 4]
     assert [row["step"] for row in rows if "loss" in row] == [5, 6, 7, 8]
 
 

@@ -152,7 +152,7 @@ class Checkpoints:
                 return
             small = {"record": dataclasses.asdict(record), "position": data.get_state()}
             small["tokenizer"] = tokenizer.to_json()
-            items = {"state": state, "record": _RecordFile(small, _by_name(state))}
+            items = {"state": state, "record": _RecordFile(small, by_name(state))}
             self._checkpointer.save_checkpointables_async(step, items, force=True)
 
     def record(self, step: int) -> Record:
@@ -177,7 +177,7 @@ class Checkpoints:
         """
         saved = self._saved(step)
         self._metadata(step)
-        for name, wanted in _by_name(abstract).items():
+        for name, wanted in by_name(abstract).items():
             found = saved.get(name)
             if found is None:
                 raise UserError(f"{self.directory / str(step)}: holds no array {name}")
@@ -197,14 +197,14 @@ class Checkpoints:
             arrays, faults = arrays | read, faults | found_faults
         if faults:
             raise self._damaged(step, list(faults), next(iter(faults.values())))
-        return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in _by_name(abstract)])
+        return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in by_name(abstract)])
 
     def _read(
         self, step: int, abstract: Any, saved: dict[str, Saved], padded: bool = False
     ) -> Iterator[tuple[dict[str, jax.Array], dict[str, str]]]:
         """Reads arrays in parts: name -> array, and name -> fault of those that are not what was saved."""
         leaves, tree = jax.tree.flatten(abstract)
-        names = list(_by_name(abstract))
+        names = list(by_name(abstract))
         context = ocp.Context()
         context.memory.read_concurrent_bytes = _in_flight([saved[name].nbytes for name in names])
         context.pytree.loading.partial_load = True
@@ -216,7 +216,7 @@ class Checkpoints:
             try:
                 with context:
                     state = ocp.load(self.directory / str(step), some, checkpointable_name="state")
-                    arrays = _by_name(jax.block_until_ready(state))
+                    arrays = by_name(jax.block_until_ready(state))
             except Exception as error:
                 if len(part) > 1 and jax.process_count() == 1:  # one by one, to find out which
                     parts = [range(i, i + 1) for i in part] + parts
@@ -248,7 +248,7 @@ class Checkpoints:
         """What the record's file holds."""
         try:
             return unsealed((self.directory / str(step) / "record" / _RecordFile.name).read_text())
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise self._damaged(step, ["record"], _reason(error)) from error
 
     def _saved(self, step: int) -> dict[str, "Saved"]:
@@ -403,7 +403,7 @@ def _listed(values: Sequence[Any]) -> str:
     return few + (f" and {len(values) - 6} more" if len(values) > 6 else "")
 
 
-def _by_name(tree: Any) -> dict[str, Any]:
+def by_name(tree: Any) -> dict[str, Any]:
     """The leaves by their path, which is the same for a NamedTuple and for the dict that Orbax makes of it."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -18,7 +18,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from tokenformer_jax.fingerprint import sealed, unsealed
+from tokenformer_jax.fingerprint import parse_json, sealed, unsealed
 from tokenformer_jax.processes import Others
 
 SIZES = ("qkv_tokens", "out_tokens", "ffn_tokens")  # keys of the model that say counts of parameter tokens
@@ -164,10 +164,10 @@ def load_config(path: pathlib.Path) -> Config:
     """Reads the `config.json` of a workdir. Raises UserError when it is missing, damaged or not a config."""
     try:
         text = path.read_text()
-        tree = json.loads(text)
+        tree = parse_json(text)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; is {path.parent} the --workdir of a training run?") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable JSON config ({error})") from None
     if isinstance(tree, dict) and "checksum" in tree:
         try:

@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokenformer_jax.config import Config, DataConfig, UserError
+from tokenformer_jax.fingerprint import parse_json
 from tokenformer_jax.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 Path = pathlib.Path
@@ -186,9 +187,9 @@ def _json_text(line: bytes, key: str) -> str | None:
     if not line.strip():
         return ""
     try:
-        text = json.loads(line)[key]
+        text = parse_json(line)[key]
         text.encode()  # JSON can spell lone surrogates, which are no text
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return text
 
@@ -347,9 +348,9 @@ def _open_corpus(folder: Path, cfg: Config, tokenizer: Tokenizer | None) -> Corp
         tokenizer = load_tokenizer(file)
     tokens = _tokens_folder(folder, cfg, tokenizer)
     try:
-        meta = json.loads((tokens / "meta.json").read_text())
+        meta = parse_json((tokens / "meta.json").read_text())
         splits = {name: _open_split(tokens, name, **meta[name]) for name in ("train", "validation")}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return Corpus(tokenizer, **splits)
 

@@ -20,6 +20,7 @@ from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from tokenformer_jax.config import ModelConfig, UserError
+from tokenformer_jax.fingerprint import parse_json
 
 Row = dict[str, Any]
 
@@ -126,8 +127,8 @@ def read_metrics(workdir: pathlib.Path) -> list[Row]:
     """The rows of WORKDIR/metrics.jsonl; a line that a crash cut short or damage made another is passed over."""
     rows = []
     for line in (workdir / "metrics.jsonl").read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
+        with contextlib.suppress(ValueError):
+            row = parse_json(line)
             if isinstance(row, dict) and all(type(row.get(key)) is int for key in ("step", "params")):
                 rows.append(row)
     return rows

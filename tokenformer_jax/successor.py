@@ -18,6 +18,7 @@ from tokenformer_jax.config import Config, ModelConfig, UserError, require_empty
 from tokenformer_jax.corpus import Corpus, prepare
 from tokenformer_jax.data import data_identity, keep_position, train_batches
 from tokenformer_jax.evaluate import open_checkpoint
+from tokenformer_jax.fingerprint import parse_json
 from tokenformer_jax.ladder import stages
 from tokenformer_jax.sharding import make_mesh, this_process
 from tokenformer_jax.step import Step, TrainState, make_step
@@ -147,11 +148,11 @@ def spent(figures: dict[str, Any]) -> str:
 
 def _what_is_there(path: pathlib.Path) -> str:
     try:
-        made = json.loads(path.read_text())
+        made = parse_json(path.read_text())
         return (
             f"holds a model of {made['params_after']:,} parameters, made from step {made['step']} of {made['source']}"
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "holds a run already"
 
 

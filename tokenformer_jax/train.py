@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tokenformer_jax.checkpoint import Checkpoints, Record
+from tokenformer_jax.checkpoint import Checkpoints, Record, by_name
 from tokenformer_jax.config import (
     FREE_MODEL_KEYS,
     Config,
@@ -200,16 +200,17 @@ class Run:
 
     def what_is_bad(self, figures: Row, norms: np.ndarray) -> str:
         """Of a step that did not learn, or should not have; empty where all is well."""
-        loss, losses = figures["loss"], self.losses
+        loss = figures["loss"]
         if not math.isfinite(loss + figures["grad_norm"]):
-            paths = jax.tree_util.tree_leaves_with_path(self.step.abstract_state.params)
-            names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+            names = list(by_name(self.step.abstract_state.params))
             largest = np.argsort(-np.nan_to_num(norms, nan=np.inf), kind="stable")[:3]
             return f"loss {loss:g}, grad_norm {figures['grad_norm']:g}, and the largest gradients are those of " + (
                 ", ".join(f"{names[i]} ({norms[i]:.3g})" for i in largest)
             )
-        mean = sum(losses) / SPIKE_WINDOW
-        if self.cfg.loss_spike and len(losses) == SPIKE_WINDOW and loss > mean + self.cfg.loss_spike:
+        if not self.cfg.loss_spike or len(self.losses) < SPIKE_WINDOW:
+            return ""
+        mean = sum(self.losses) / SPIKE_WINDOW
+        if loss > mean + self.cfg.loss_spike:
             return f"loss {loss:.4g} is more than {self.cfg.loss_spike:g} nats above {mean:.4g}, the mean before"
         return ""
 

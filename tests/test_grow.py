@@ -65,11 +65,11 @@ def test_old_tokens_and_moments_are_carried_and_new_ones_are_as_said():
         drawn = new["values"][:, n:]
         assert float(jnp.std(drawn)) == pytest.approx(2 / 2 / 32**0.5, rel=0.1)  # the initialiser's scale
         for moments in ("mu", "nu"):
-            old, new = (getattr(state.opt_state[1][0], moments)["blocks"][name] for state in (before, after))
+            old, new = (getattr(state.opt_state[0], moments)["blocks"][name] for state in (before, after))
             assert_trees_equal(jax.tree.map(lambda a, n=n: a[:, :n], new), old)
             assert all(not jnp.any(leaf[:, n:]) for leaf in jax.tree.leaves(new))
     assert_trees_equal(after.params["embed"], before.params["embed"])
-    assert_trees_equal(after.opt_state[1][0].count, before.opt_state[1][0].count)
+    assert_trees_equal(after.opt_state[0].count, before.opt_state[0].count)
 
 
 def test_new_tokens_learn_and_tau_is_ramped_to_the_root_of_the_count():

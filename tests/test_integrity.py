@@ -179,16 +179,16 @@ def test_where_none_is_good_nothing_is_moved(cfg, copy):
 
 def test_growth_and_shrinking_read_an_older_step_where_moments_are_damaged(cfg, copy, tmp_path, capsys):
     """Growth reads moments into larger arrays, whose padding does not count."""
-    damage(copy, "opt_state.1.0.mu.embed")
+    damage(copy, "opt_state.0.mu.embed")
     assert load_trained(copy).step_number == NEW  # it reads no moments
     sizes = {"larger": {"qkv_tokens": 32, "ffn_tokens": 128}, "smaller": {"ffn_tokens": 64}}
     for (name, size), make in zip(sizes.items(), (grow, shrink), strict=True):
         model = dataclasses.replace(cfg.model, **size)
         other = dataclasses.replace(cfg, model=model, mesh=dataclasses.replace(cfg.mesh, fsdp=2, tensor=4))
         assert make(copy, other, tmp_path / name)["step"] == OLD
-        assert "checkpoints/4: opt_state.1.0.mu.embed damaged (its fingerprint differs)" in capsys.readouterr().err
+        assert "checkpoints/4: opt_state.0.mu.embed damaged (its fingerprint differs)" in capsys.readouterr().err
         assert not Checkpoints(tmp_path / name / "checkpoints").faults(OLD)
-        with pytest.raises(DamagedError, match=r"opt_state\.1\.0\.mu\.embed damaged .*; there is also step 2"):
+        with pytest.raises(DamagedError, match=r"opt_state\.0\.mu\.embed damaged .*; there is also step 2"):
             make(copy, other, tmp_path / "none", NEW)
         assert not (tmp_path / "none").exists()
 

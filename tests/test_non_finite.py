@@ -56,7 +56,7 @@ def test_what_is_not_finite_changes_neither_parameters_nor_moments():
         assert int(after.step) == int(state.step) + 1
         assert_trees_equal(after.params, state.params)
         for moments in ("mu", "nu"):
-            assert_trees_equal(getattr(after.opt_state[1][0], moments), getattr(state.opt_state[1][0], moments))
+            assert_trees_equal(getattr(after.opt_state[0], moments), getattr(state.opt_state[0], moments))
     good, _ = step.train(copy(state), put_batch(step, random_batch(cfg, seed=1)))
     assert np.abs(good.params["embed"] - state.params["embed"]).max() > 0
 

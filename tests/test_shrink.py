@@ -96,11 +96,11 @@ def params(state: TrainState):
 
 
 def first_moments(state: TrainState):
-    return state.opt_state[1][0].mu["blocks"]
+    return state.opt_state[0].mu["blocks"]
 
 
 def second_moments(state: TrainState):
-    return state.opt_state[1][0].nu["blocks"]
+    return state.opt_state[0].nu["blocks"]
 
 
 def test_of_equally_useful_tokens_the_latest_go():

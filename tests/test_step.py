@@ -27,7 +27,7 @@ def train(cfg, steps=3):
 def test_parameters_and_moments_are_sharded_as_the_table_says():
     cfg = tiny_config(mesh__fsdp=2, mesh__tensor=4)
     state = make_step(cfg, make_mesh(cfg.mesh)).init(jax.random.key(0))
-    adam = state.opt_state[1][0]
+    adam = state.opt_state[0]
     for tree in (state.params, adam.mu, adam.nu):
         keys = tree["blocks"]["ffn"]["keys"]
         assert keys.addressable_shards[0].data.shape == (2, 96 // 4, 32 // 2)

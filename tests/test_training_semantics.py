@@ -223,7 +223,7 @@ def train_both(step, state, trainer, steps):
         for name, rtol in METRICS.items():
             np.testing.assert_allclose(metrics[name], expected[name], rtol=rtol, err_msg=f"{name}, step {trainer.step}")
         norms.append(expected["grad_norm"])
-    adam = state.opt_state[1][0]
+    adam = state.opt_state[0]
     for tree, expected in ((state.params, trainer.params), (adam.mu, trainer.mu), (adam.nu, trainer.nu)):
         assert largest_error(tree, expected) < PARAMS_AND_MOMENTS
     return state, np.array(norms)

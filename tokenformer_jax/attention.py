@@ -1,5 +1,7 @@
-"""Causal attention between positions: one function, computed by the best kernel that JAX has for the platform."""
+"""Causal attention between positions: one function, computed by the best kernel there is for the platform."""
 
+import functools
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -17,7 +19,8 @@ def causal_attention(
 ) -> jax.Array:
     """softmax(q kᵀ / √K) v over the positions up to each one's own and, with segments, within its segment.
 
-    On a TPU splash attention, on a GPU cuDNN's; both where they apply (`kernel`). They hold no L × L scores.
+    On a TPU splash attention, on a GPU cuDNN's, both where they apply (`kernel`), else one in blocks. None of them
+    keeps scores for the gradient. `jax.nn.dot_product_attention` computes the same.
 
     Args:
       q_BLHK: queries, sharded by batch and heads.
@@ -31,18 +34,93 @@ def causal_attention(
     which = kernel(platform(), q_BLHK.shape, q_BLHK.dtype)
     if which == "splash":
         return splash_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL)
+    if which == "blockwise":
+        return blockwise_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL)
     mask = None if segments_BL is None else (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, mask=mask, is_causal=True, implementation=which)
+    return jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, mask=mask, is_causal=True, implementation="cudnn")
 
 
-def kernel(platform: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Literal["splash", "cudnn", "xla"]:
-    """ "splash", "cudnn" or "xla", the plain one, for queries of this [B, L, H, K]."""
+def kernel(platform: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Literal["splash", "cudnn", "blockwise"]:
+    """For queries of this [B, L, H, K]."""
     _, length, _, head_dim = shape
     if platform == "tpu" and length % BLOCKS[-1] == 0:
         return "splash"
     if platform in ("gpu", "cuda") and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
-    return "xla"
+    return "blockwise"
+
+
+@jax.custom_vjp
+def blockwise_attention(
+    q_BLHK: jax.Array, k_BLHK: jax.Array, v_BLHK: jax.Array, segments_BL: jax.Array | None = None
+) -> jax.Array:
+    """`causal_attention`, a block of queries at a time with the keys up to its end; any L.
+
+    It computes little of what the mask hides. A CPU works on several blocks at once, where it would take one core for
+    a product of as many matrices.
+    """
+    return _blockwise_forward(q_BLHK, k_BLHK, v_BLHK, segments_BL)[0]
+
+
+def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
+    """The queries of each block, and the keys that they may see: at most eight blocks, of 64 queries at least."""
+    size = max(64, -(-length // 8))
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        yield slice(start, end), slice(0, end)
+
+
+def _scores(q_BHLK, k_BHLK, segments_BL, queries: slice, keys: slice) -> jax.Array:
+    """float32 [B, H, C, S] of C queries and the S keys before their end; -inf where masked."""
+    q_BHCK = q_BHLK[:, :, queries]
+    scores_BHCS = jnp.einsum("bhck,bhsk->bhcs", q_BHCK, k_BHLK[:, :, keys], preferred_element_type=jnp.float32)
+    seen = jnp.arange(keys.stop) <= jnp.arange(queries.start, queries.stop)[:, None]
+    if segments_BL is not None:
+        seen &= (segments_BL[:, queries, None] == segments_BL[:, None, keys])[:, None]
+    return jnp.where(seen, scores_BHCS * q_BHLK.shape[-1] ** -0.5, -jnp.inf)
+
+
+def _blockwise_forward(q_BLHK, k_BLHK, v_BLHK, segments_BL):
+    q_BHLK, k_BHLK, v_BHLK = (x.swapaxes(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    outs, log_sums = [], []
+    for queries, keys in _blocks(q_BHLK.shape[2]):
+        scores_BHCS = _scores(q_BHLK, k_BHLK, segments_BL, queries, keys)
+        largest_BHC1 = jnp.max(scores_BHCS, axis=-1, keepdims=True)
+        weights_BHCS = jnp.exp(scores_BHCS - largest_BHC1)
+        sums_BHC1 = jnp.sum(weights_BHCS, axis=-1, keepdims=True)
+        sums_BHCK = jnp.einsum(
+            "bhcs,bhsk->bhck",
+            weights_BHCS.astype(v_BHLK.dtype),
+            v_BHLK[:, :, keys],
+            preferred_element_type=jnp.float32,
+        )
+        outs.append((sums_BHCK / sums_BHC1).astype(v_BHLK.dtype))
+        log_sums.append(largest_BHC1 + jnp.log(sums_BHC1))
+    out_BLHK = jnp.concatenate(outs, axis=2).swapaxes(1, 2)
+    return out_BLHK, (q_BLHK, k_BLHK, v_BLHK, segments_BL, out_BLHK, jnp.concatenate(log_sums, axis=2))
+
+
+def _blockwise_backward(kept, dout_BLHK):
+    q_BLHK, k_BLHK, v_BLHK, segments_BL, out_BLHK, log_sums_BHL1 = kept
+    q_BHLK, k_BHLK, v_BHLK, dout_BHLK = (x.swapaxes(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK, dout_BLHK))
+    dtype, scale = q_BHLK.dtype, q_BHLK.shape[-1] ** -0.5
+    along_BLH = jnp.sum(dout_BLHK.astype(jnp.float32) * out_BLHK.astype(jnp.float32), axis=-1)
+    along_BHL1 = along_BLH.swapaxes(1, 2)[..., None]
+    dqs, dk_BHLK, dv_BHLK = [], jnp.zeros(k_BHLK.shape, jnp.float32), jnp.zeros(v_BHLK.shape, jnp.float32)
+    for queries, keys in _blocks(q_BHLK.shape[2]):
+        dout_BHCK = dout_BHLK[:, :, queries]
+        probs_BHCS = jnp.exp(_scores(q_BHLK, k_BHLK, segments_BL, queries, keys) - log_sums_BHL1[:, :, queries])
+        dprobs_BHCS = jnp.einsum("bhck,bhsk->bhcs", dout_BHCK, v_BHLK[:, :, keys], preferred_element_type=jnp.float32)
+        dscores_BHCS = (scale * probs_BHCS * (dprobs_BHCS - along_BHL1[:, :, queries])).astype(dtype)
+        dqs.append(jnp.einsum("bhcs,bhsk->bhck", dscores_BHCS, k_BHLK[:, :, keys]))
+        onto_keys = functools.partial(jnp.einsum, "bhcs,bhck->bhsk", preferred_element_type=jnp.float32)
+        dk_BHLK = dk_BHLK.at[:, :, keys].add(onto_keys(dscores_BHCS, q_BHLK[:, :, queries]))
+        dv_BHLK = dv_BHLK.at[:, :, keys].add(onto_keys(probs_BHCS.astype(dtype), dout_BHCK))
+    grads = jnp.concatenate(dqs, axis=2), dk_BHLK.astype(dtype), dv_BHLK.astype(dtype)
+    return *(grad.swapaxes(1, 2) for grad in grads), None
+
+
+blockwise_attention.defvjp(_blockwise_forward, _blockwise_backward)
 
 
 def splash_attention(

@@ -79,7 +79,7 @@ class Program:
 
 
 def read_program(text: str, mesh_shape: dict[str, int]) -> Program:
-    """Reads `jax.stages.Compiled.as_text()` of a program for a mesh, given as axis -> size, slowest first."""
+    """Reads the text of a compiled program for a mesh, given as axis -> size, slowest first."""
     computations, entry = _parse(text)
     operations: list[Operation] = []
     kernels: dict[str, int] = {}
@@ -217,8 +217,10 @@ def _window(text: str, axes: int) -> list[tuple[int, int, int, int, int]]:
 
 def _traffic(instruction: Instruction, computation: Computation, called: Computation) -> float:
     """Bytes between a device and its main memory; of slices and of updates in place, what they touch."""
+    if instruction.opcode == "slice-start":
+        return float(instruction.arrays[1].bytes)
     if instruction.opcode.endswith("-start") and instruction.opcode != "copy-start":
-        return 0.0
+        return 0.0  # of collectives, or of what is called and counted there
     if not called:
         called = {instruction.name: instruction}
         parameters = {name: index for index, name in enumerate(instruction.operands)}

@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -116,6 +117,17 @@ def _bytes_on_a_device(tree: Any) -> float:
     return float(sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves))
 
 
+def compile_step(lowered: jax.stages.Lowered) -> tuple[Any, str]:
+    """The sizes and the text of a program for a TPU.
+
+    The text is the compiler's own: jaxlib can't print what libtpu knows of newer chips (its asynchronous copies).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (path,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+        return compiled.memory_analysis(), path.read_text()
+
+
 def make_plan(cfg: Config, topology: str, slices: int = 1) -> dict[str, Any]:
     """Compiles a config's step for a topology, and reports what each device does in it.
 
@@ -143,7 +155,7 @@ def make_plan(cfg: Config, topology: str, slices: int = 1) -> dict[str, Any]:
     }
     lowered, held = lower_step(cfg, devices)
     try:
-        compiled = lowered.compile()
+        sizes, text = compile_step(lowered)
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
@@ -151,8 +163,6 @@ def make_plan(cfg: Config, topology: str, slices: int = 1) -> dict[str, Any]:
         held["activations, gradients, buffers"] = float(needed[1]) * 2**30
         memory = held | {"total": sum(held.values()), "limit": float(needed[2]) * 2**30}
         return plan | {"fits": False, "memory": memory}
-    sizes, text = compiled.memory_analysis(), compiled.as_text()
-    assert sizes is not None and text is not None  # as they are for every TPU
     held["activations, gradients, buffers"] = float(sizes.temp_size_in_bytes)
     held["batch and program"] = float(
         sizes.argument_size_in_bytes - held["parameters"] - held["moments"] + sizes.generated_code_size_in_bytes

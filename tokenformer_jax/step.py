@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from tokenformer_jax.config import Config, ModelConfig, OptimizerConfig
 from tokenformer_jax.data import Batch
 from tokenformer_jax.loss import cross_entropy
-from tokenformer_jax.sharding import batch_sharding, constrain, replicated, shardings, with_shardings
+from tokenformer_jax.sharding import batch_sharding, constrain, platform, replicated, shardings, with_shardings
 from tokenformer_jax.transformer import Key, Params, Tau, abstract_model, init_params, initial_tau, subkey
 
 Metrics = dict[str, jax.Array]
@@ -103,10 +103,7 @@ def decayed(params: Params) -> Any:
 
 
 def make_optimizer(cfg: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm),
-        optax.adamw(schedule, cfg.beta1, cfg.beta2, cfg.epsilon, weight_decay=cfg.weight_decay, mask=decayed),
-    )
+    return optax.adamw(schedule, cfg.beta1, cfg.beta2, cfg.epsilon, weight_decay=cfg.weight_decay, mask=decayed)
 
 
 def init_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
@@ -152,9 +149,20 @@ def freeze(updates: Params, step: jax.Array, frozen: Frozen) -> Params:
     return updates | {"blocks": blocks | grown}
 
 
-def unless(finite: jax.Array, old: Any, new: Any) -> Any:
-    """The new arrays, or where the step was not finite the old ones; its integers, which count steps, go on."""
-    return jax.tree.map(lambda o, n: jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.floating) else n, old, new)
+def if_finite(finite: jax.Array, learn: Callable, params: Params, opt_state: optax.OptState, grads: Params) -> Any:
+    """learn(params, opt_state, grads) if the step was finite, else params and opt_state as they were.
+
+    Integers, which count steps, go on. A CPU branches: to select between all old and new arrays takes it as long again
+    as to learn.
+    """
+
+    def skip(params: Params, opt_state: optax.OptState, grads: Params) -> tuple[Params, optax.OptState]:
+        return params, jax.tree.map(lambda x: x + jnp.issubdtype(x.dtype, jnp.integer), opt_state)
+
+    if platform() == "cpu":
+        return jax.lax.cond(finite, learn, skip, params, opt_state, grads)
+    new, old = (function(params, opt_state, grads) for function in (learn, skip))
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
 
 def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0, frozen: Frozen | None = None) -> Step:
@@ -194,19 +202,25 @@ def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0, frozen: Frozen |
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         mean, grads = gradients(state.params, state.tau_now(), batch, masks_key(cfg, state.step))
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            if frozen is not None:
-                updates = freeze(updates, state.step, frozen)
-            params = optax.apply_updates(state.params, updates)
+        squares = jnp.stack([jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)])
+        norm = jnp.sqrt(jnp.sum(squares))
         metrics = {
             "loss": mean,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "grad_norms": jnp.stack([optax.global_norm(grad) for grad in jax.tree.leaves(grads)]),
+            "grad_norms": jnp.sqrt(squares),
         }
-        finite = jnp.isfinite(mean) & jnp.isfinite(metrics["grad_norm"])
-        params, opt_state = unless(finite, (state.params, state.opt_state), (params, opt_state))
+
+        def learn(params: Params, opt_state: optax.OptState, grads: Params) -> tuple[Params, optax.OptState]:
+            scale = cfg.optimizer.clip_norm / jnp.maximum(norm, cfg.optimizer.clip_norm)
+            updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * scale, grads), opt_state, params)
+            if frozen is not None:
+                updates = freeze(updates, state.step, frozen)
+            return optax.apply_updates(params, updates), opt_state
+
+        with jax.named_scope("optimizer"):
+            finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+            params, opt_state = if_finite(finite, learn, state.params, state.opt_state, grads)
         return TrainState(state.step + 1, params, opt_state, state.tau), metrics
 
     def evaluate(state: TrainState, batch: Batch) -> Metrics:

@@ -1,32 +1,39 @@
-"""A training step's time, against PyTorch, a plain Transformer and the matrix rate, in turn in one run.
+"""A training step's time and memory, against PyTorch, a plain Transformer and the matrix rate, in turn in one run.
 
 python -m benchmarks.step_time [--shapes=i,ii] [--rounds=7] [--out=docs/step_time.json]
 
-Shapes: (i) 4 layers of 256, 8 × 256 tokens; (ii) the ladder's 124M, 2 × 256 tokens; both float32. In each round, one
-after the other: a product of two 2048 × 2048 matrices, our step, the PyTorch step (needs torch), and our plain
-Transformer's of as many parameters. Medians of the rounds, and of the ratios within a round.
+Shapes: (i) 4 layers of 256, 8 × 256 tokens; (ii) the ladder's 124M, 2 × 256 tokens; both float32. Each contender is a
+process of its own: our step (with its forward and backward pass alone), a PyTorch TokenFormer's (needs torch), and our
+plain Transformer's of as many parameters. In each round each works once while the others wait, and the machine's matrix
+rate is measured: products of two 2048 × 2048 matrices by XLA, the fastest of ten. Figures are medians of the rounds, and
+of the ratios within a round; memory is each process's largest.
+
+All run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as the README recommends on a CPU; --tunables= runs them without.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+from flax import nnx
 
-from benchmarks import torch_tokenformer
 from configs import base
 from tokenformer_jax.config import Config, read_config
 from tokenformer_jax.data import Batch
 from tokenformer_jax.metrics import environment, replace_file, train_flops_per_token
 from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import make_step, put_batch
+from tokenformer_jax.step import loss_sums, make_step, put_batch
 from tokenformer_jax.transformer import abstract_model, count_params
 
 MATRIX = 2048
@@ -40,6 +47,7 @@ TOKENS = {
     "ii": {},
     "tiny": {"qkv_tokens": 32, "out_tokens": 32, "ffn_tokens": 64},
 }
+Run = Callable[[], Any]
 
 
 def config(shape: str, projection: str) -> Config:
@@ -59,58 +67,126 @@ def parameters(cfg: Config) -> int:
     return count_params(abstract_model(cfg.model)[1])
 
 
-def ours(cfg: Config, batch: Batch) -> Callable[[], float]:
-    """A function that trains a step and gives its loss."""
-    step = make_step(cfg, make_mesh(cfg.mesh))
-    state = step.init(jax.random.key(0))
-    here = put_batch(step, batch)
-
-    def run() -> float:
-        nonlocal state
-        state, metrics = step.train(state, here)
-        return float(metrics["loss"])
-
-    return run
-
-
-def theirs(cfg: Config, batch: Batch) -> Callable[[], float]:
-    torch.manual_seed(0)
-    model = torch_tokenformer.TokenFormer(cfg.model)
-    adamw = torch_tokenformer.optimizer(model, cfg.optimizer.peak_learning_rate)
-    tokens, targets = (torch.from_numpy(x.astype(np.int64)) for x in (batch.tokens_BL, batch.targets_BL))
-    return lambda: torch_tokenformer.train_step(model, adamw, tokens, targets)
-
-
-def matrix_product() -> Callable[[], Any]:
-    a = jnp.ones((MATRIX, MATRIX))
-    product = jax.jit(lambda a: a @ a)
-    return lambda: product(a).block_until_ready()
-
-
-def measure(shape: str, rounds: int) -> dict[str, Any]:
-    cfg, plain = config(shape, "pattention"), config(shape, "linear")
+def random_batch(cfg: Config) -> Batch:
     rng = np.random.default_rng(0)
     size = (cfg.batch_size, cfg.model.context_length)
     tokens, targets = (rng.integers(0, cfg.model.vocab_size, size).astype(np.int32) for _ in range(2))
-    batch = Batch(tokens, targets, np.ones(size, np.float32), np.ones(size, np.int32))
-    runs: dict[str, Callable[[], Any]] = {"matrix": matrix_product(), "ours": ours(cfg, batch)}
-    runs |= {"torch": theirs(cfg, batch), "plain": ours(plain, batch)}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 2):  # two to warm up
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            if number >= 2:
-                seconds[name].append(time.perf_counter() - began)
-    flops = train_flops_per_token(cfg.model) * size[0] * size[1]
-    rates = [2 * MATRIX**3 / s for s in seconds["matrix"]]
+    return Batch(tokens, targets, np.ones(size, np.float32), np.ones(size, np.int32))
 
-    def ratio(a: list[float], b: list[float]) -> float:
-        return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+def ours(cfg: Config) -> dict[str, Run]:
+    """Functions that train a step, and that make its forward pass and its gradients only."""
+    step = make_step(cfg, make_mesh(cfg.mesh))
+    state = step.init(jax.random.key(0))
+    batch = put_batch(step, random_batch(cfg))
+    graphdef, _, _ = abstract_model(cfg.model)
+
+    @jax.jit
+    def only_gradients(params: Any, tau: Any, batch: Batch) -> Any:
+        return jax.value_and_grad(lambda p: loss_sums(nnx.merge(graphdef, p), tau, batch, mask_documents=False)[0])(
+            params
+        )
+
+    def train() -> None:
+        nonlocal state
+        state, metrics = step.train(state, batch)
+        float(metrics["loss"])
 
     return {
+        "step": train,
+        "forward": lambda: float(step.evaluate(state, batch)["nll"]),
+        "gradients": lambda: jax.block_until_ready(only_gradients(state.params, state.tau_now(), batch)),
+    }
+
+
+def theirs(cfg: Config) -> dict[str, Run]:
+    import torch
+
+    from benchmarks import torch_tokenformer
+
+    torch.manual_seed(0)
+    model = torch_tokenformer.TokenFormer(cfg.model)
+    adamw = torch_tokenformer.optimizer(model, cfg.optimizer.peak_learning_rate)
+    batch = random_batch(cfg)
+    tokens, targets = (torch.from_numpy(x.astype(np.int64)) for x in (batch.tokens_BL, batch.targets_BL))
+    return {"step": lambda: torch_tokenformer.train_step(model, adamw, tokens, targets)}
+
+
+def matrix_rate(cfg: Config) -> dict[str, Run]:
+    a = jnp.ones((MATRIX, MATRIX))
+    product = jax.jit(lambda a: a @ a)
+
+    def fastest() -> float:
+        times = []
+        for _ in range(10):
+            began = time.perf_counter()
+            product(a).block_until_ready()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return {"product": fastest}
+
+
+CONTENDERS: dict[str, tuple[Callable[[Config], dict[str, Run]], str, tuple[str, ...]]] = {
+    "matrix": (matrix_rate, "pattention", ("product",)),
+    "ours": (ours, "pattention", ("step",)),
+    "torch": (theirs, "pattention", ("step",)),
+    "plain": (ours, "linear", ("step",)),
+    "shares": (ours, "pattention", ("forward", "gradients", "step")),
+}
+
+
+def work(name: str, shape: str) -> None:
+    """A contender's process: after each line that comes in, what it does is timed, and the seconds go out."""
+    make, projection, parts = CONTENDERS[name]
+    runs = make(config(shape, projection))
+    for _ in sys.stdin:
+        seconds = {}
+        for part in parts:
+            began = time.perf_counter()
+            told = runs[part]()
+            seconds[part] = told if part == "product" else time.perf_counter() - began
+        print(json.dumps(seconds), flush=True)
+    (peak,) = (line.split()[1] for line in pathlib.Path("/proc/self/status").open() if line.startswith("VmHWM"))
+    print(int(peak) * 1024)
+
+
+def measure(shape: str, rounds: int, tunables: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.step_time", f"--shapes={shape}", "--work"]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    env = os.environ | {"GLIBC_TUNABLES": tunables}
+    seconds: dict[str, list[float]] = {}
+    peaks = {}
+    workers = {name: subprocess.Popen([*command, name], env=env, **pipes) for name in CONTENDERS}
+    try:
+        for number in range(rounds + 2):  # two to warm up
+            for name, worker in workers.items():
+                worker.stdin.write("\n")
+                worker.stdin.flush()
+                for part, time_taken in json.loads(worker.stdout.readline()).items():
+                    if number >= 2:
+                        key = part if name == "shares" else name
+                        seconds.setdefault(key, []).append(time_taken)
+        for name, worker in workers.items():
+            peaks[name] = int(worker.communicate(timeout=60)[0])
+    finally:
+        for worker in workers.values():
+            worker.kill()
+    return summary(shape, seconds, peaks)
+
+
+def summary(shape: str, seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, Any]:
+    cfg = config(shape, "pattention")
+    flops = train_flops_per_token(cfg.model) * cfg.batch_size * cfg.model.context_length
+    rates = [2 * MATRIX**3 / s for s in seconds["matrix"]]
+
+    def ratio(above: list[float], below: list[float]) -> float:
+        return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+    forward, backward, step = (statistics.median(seconds[part]) for part in ("forward", "gradients", "step"))
+    return {
         "params": parameters(cfg),
-        "plain_params": parameters(plain),
+        "plain_params": parameters(config(shape, "linear")),
         "model_flops": flops,
         "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "matrix_gflops": statistics.median(rates) / 1e9,
@@ -118,28 +194,46 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
         "time_over_plain": ratio(seconds["ours"], seconds["plain"]),
         "share_of_matrix_rate": ratio([flops / s for s in seconds["ours"]], rates),
         "torch_share_of_matrix_rate": ratio([flops / s for s in seconds["torch"]], rates),
+        "shares": {
+            "forward": forward / step,
+            "backward": (backward - forward) / step,
+            "optimizer": (step - backward) / step,
+        },
+        "peak_bytes": {name: peaks[name] for name in ("ours", "torch", "plain")},
         "seconds": seconds,
     }
+
+
+def describe(shape: str, figures: dict[str, Any]) -> str:
+    medians, shares = figures["median_seconds"], figures["shares"]
+    gigabytes = {name: f"{peak / 1e9:.2f} GB" for name, peak in figures["peak_bytes"].items()}
+    return (
+        f"({shape}) ours {medians['ours']:.3f} s and {gigabytes['ours']}, torch {medians['torch']:.3f} s and "
+        f"{gigabytes['torch']}, plain {medians['plain']:.3f} s and {gigabytes['plain']}; "
+        f"{figures['speed_over_torch']:.2f} x torch's speed, {figures['time_over_plain']:.3f} x the plain "
+        f"Transformer's time, {figures['share_of_matrix_rate']:.0%} of the matrix rate of "
+        f"{figures['matrix_gflops']:.0f} GFLOP/s (torch {figures['torch_share_of_matrix_rate']:.0%}); "
+        + ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="i,ii")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tunables", default="glibc.malloc.hugetlb=1")
     parser.add_argument("--out", default="docs/step_time.json")
+    parser.add_argument("--work", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    shapes = {shape: measure(shape, args.rounds) for shape in args.shapes.split(",")}
-    command = f"python -m benchmarks.step_time --shapes={args.shapes} --rounds={args.rounds}"
-    result = {"command": command, "torch": torch.__version__, "environment": environment(), "shapes": shapes}
+    if args.work:
+        return work(args.work, args.shapes)
+    shapes = {}
+    for shape in args.shapes.split(","):
+        shapes[shape] = measure(shape, args.rounds, args.tunables)
+        print(describe(shape, shapes[shape]), flush=True)
+    command = f"python -m benchmarks.step_time --shapes={args.shapes} --rounds={args.rounds} --tunables={args.tunables}"
+    result = {"command": command, "environment": environment(), "torch": version("torch"), "shapes": shapes}
     replace_file(pathlib.Path(args.out), json.dumps(result, indent=2) + "\n")
-    for shape, figures in shapes.items():
-        medians = figures["median_seconds"]
-        print(
-            f"({shape}) ours {medians['ours']:.3f} s, torch {medians['torch']:.3f} s, plain {medians['plain']:.3f} s; "
-            f"{figures['speed_over_torch']:.2f} x torch's speed, {figures['time_over_plain']:.3f} x the plain "
-            f"Transformer's time, {figures['share_of_matrix_rate']:.0%} of the matrix rate of "
-            f"{figures['matrix_gflops']:.0f} GFLOP/s (torch {figures['torch_share_of_matrix_rate']:.0%})"
-        )
 
 
 if __name__ == "__main__":

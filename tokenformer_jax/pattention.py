@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokenformer_jax.sharding import constrain, sum_over_batch
+from tokenformer_jax.sharding import constrain, platform, sum_over_batch
 
 Gelu = Callable[[jax.Array], jax.Array]
 Stage = Callable[[jax.Array, jax.Array, Gelu], jax.Array]
@@ -189,7 +189,8 @@ def _sum_outer(a_BLD: jax.Array, b_BLN: jax.Array) -> jax.Array:
     """The sum over positions of outer products, float32 [D, N]."""
     positions = tuple(range(a_BLD.ndim - 1))
     sums_DN = jax.lax.dot_general(a_BLD, b_BLN, ((positions, positions), ((), ())), preferred_element_type=jnp.float32)
-    return constrain(sums_DN, None, "tokens")
+    sums_DN = constrain(sums_DN, None, "tokens")
+    return jax.lax.optimization_barrier(sums_DN) if platform() == "cpu" else sums_DN
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -14,9 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from tokenformer_jax.config import ModelConfig, UserError
@@ -61,6 +58,13 @@ def train_flops_per_token(cfg: ModelConfig) -> float:
     return 6.0 * weights + 12.0 * cfg.num_layers * cfg.context_length * cfg.embed_dim
 
 
+def _tensorboard() -> Any:
+    """tensorboardX, late: where torch is installed it imports that, for a second and 180 MB."""
+    import tensorboardX
+
+    return tensorboardX
+
+
 class MetricsWriter:
     """Appends rows to WORKDIR/metrics.jsonl and WORKDIR/tensorboard; only process 0 writes."""
 
@@ -83,8 +87,11 @@ class MetricsWriter:
         with self._writing():
             self.file = self.path.open("a", buffering=1)
             # Its SummaryWriter would wait forever for a thread that ended since the disk was full.
-            self.tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
-            purge = Event(wall_time=time.time(), step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
+            board = _tensorboard()
+            self.tensorboard = board.event_file_writer.EventsWriter(str(workdir / "tensorboard" / "events"))
+            events = board.proto.event_pb2
+            restart = events.SessionLog(status=events.SessionLog.START)
+            purge = events.Event(wall_time=time.time(), step=start_step + 1, session_log=restart)
             self.tensorboard.write_event(purge)
         self.flushed = time.monotonic()
 
@@ -110,7 +117,10 @@ class MetricsWriter:
             self.file.write(json.dumps(row) + "\n")
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
-                    event = Event(wall_time=time.time(), step=row["step"], summary=scalar(name, value))
+                    summary = _tensorboard().summary.scalar(name, value)
+                    event = _tensorboard().proto.event_pb2.Event(
+                        wall_time=time.time(), step=row["step"], summary=summary
+                    )
                     self.tensorboard.write_event(event)
             if time.monotonic() - self.flushed > FLUSH_EVERY:
                 self.tensorboard.flush()

@@ -16,7 +16,8 @@ from flax import nnx
 
 from tokenformer_jax.config import ModelConfig, UserError, run_command, workdir_flag
 from tokenformer_jax.evaluate import load_trained, mesh_flag
-from tokenformer_jax.transformer import KVCache, Params, Tau, abstract_model
+from tokenformer_jax.sharding import platform
+from tokenformer_jax.transformer import KVCache, Params, Tau, abstract_model, unstack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +60,17 @@ def make_decoder(
 ) -> Callable[[Params, Tau, jax.Array, KVCache, jax.Array], tuple[jax.Array, KVCache]]:
     """A compiled function: (params, τ, tokens [B, L], cache, key) -> next tokens [B], cache.
 
-    The cache is donated. Of the vocabulary only the first `num_ids` are drawn: the rest may be padding.
+    The blocks' parameters are stacked, or a list, from `unstack`. The cache is donated. Of the vocabulary only the
+    first `num_ids` are drawn: the rest may be padding.
     """
     graphdef, _, _ = abstract_model(cfg)
 
     def decode(params: Params, tau: Tau, tokens_BL: jax.Array, cache: KVCache, key: jax.Array):
+        layers = params["blocks"] if isinstance(params["blocks"], list) else None
+        if layers:
+            params = params | {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *layers)}  # which nothing reads
         model = nnx.merge(graphdef, params)
-        x_BLD, cache = model.features(tokens_BL, tau, cache=cache)
+        x_BLD, cache = model.features(tokens_BL, tau, cache=cache, layers=layers)
         logits_BV = model.logits(x_BLD[:, -1:])[:, 0]
         return sample(logits_BV[:, :num_ids], key, how), cache
 
@@ -98,6 +103,8 @@ def generate(
         )
     decode = make_decoder(cfg, how, num_ids)
     key = jax.random.key(seed)
+    if platform() == "cpu":
+        params = params | {"blocks": unstack(params["blocks"])}
 
     def stream() -> Iterator[jax.Array]:
         tokens_BL, cache = prompt_BL, KVCache.empty(cfg, batch, length + max_tokens)

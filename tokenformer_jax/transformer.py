@@ -5,7 +5,7 @@ With `projection="linear"` the same block, with weight matrices in their place, 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ Key = jax.Array | None  # a PRNG key in training with dropout or stochastic dept
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the positions seen so far, [layers, B, S, H, K]; S is the most that fit."""
+    """Keys and values of the positions seen so far, [layers, B, H, S, K]; S is the most that fit."""
 
     key: jax.Array
     value: jax.Array
@@ -36,7 +36,7 @@ class KVCache(NamedTuple):
 
     @classmethod
     def empty(cls, cfg: ModelConfig, batch: int, size: int) -> "KVCache":
-        shape = (cfg.num_layers, batch, size, cfg.num_heads, cfg.head_dim)
+        shape = (cfg.num_layers, batch, cfg.num_heads, size, cfg.head_dim)
         return cls(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype), jnp.int32(0))
 
 
@@ -212,6 +212,13 @@ def stack_layers(make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, 
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make_layer(nnx.Rngs(key))))(keys))
 
 
+@jax.jit
+def unstack(blocks: Params) -> list[Params]:
+    """The stacked parameters of blocks -> those of each layer."""
+    leaves, tree = jax.tree.flatten(blocks)
+    return [jax.tree.unflatten(tree, [stack[layer] for stack in leaves]) for layer in range(len(leaves[0]))]
+
+
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "projections": jax.checkpoint_policies.save_only_these_names("projection"),
@@ -265,8 +272,13 @@ class LanguageModel(nnx.Module):
         segments_BL: jax.Array | None = None,
         cache: KVCache | None = None,
         key: Key = None,
+        layers: Sequence[Params] | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """The last layer's output [B, L, D], before the final norm; arguments as for a call."""
+        """The last layer's output [B, L, D], before the final norm; arguments as for a call.
+
+        With `layers`, from `unstack`, each layer's parameters are taken from there: to take them out of the stack again
+        for every token costs a CPU more than to compute with them.
+        """
         length = tokens_BL.shape[1]
         with jax.named_scope("embed"):
             table_VD = constrain(self.embed[...], None, None)  # float32, for the sake of its gradient's sums
@@ -275,29 +287,38 @@ class LanguageModel(nnx.Module):
         start = 0 if cache is None else cache.length
         positions_L = start + jnp.arange(length)
         if cache is not None:  # a query sees what is cached and itself
-            mask = (jnp.arange(cache.key.shape[2]) <= positions_L[:, None])[None, None]
+            mask = (jnp.arange(cache.key.shape[3]) <= positions_L[:, None])[None, None]
         graphdef, blocks = nnx.split(self.blocks)
 
-        def layer(x_BLD: jax.Array, inputs: tuple[Any, Any, Any]) -> tuple[jax.Array, Any]:
-            params, seen, number = inputs
+        def layer(carry: tuple[jax.Array, Any], inputs: tuple[Any, Any]) -> tuple[tuple[jax.Array, Any], None]:
+            x_BLD, seen = carry
+            params, number = inputs
 
             def attend(q, k, v):
                 nonlocal seen
                 if seen is None:
                     return causal_attention(q, k, v, segments_BL)
-                insert = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)  # noqa: E731
-                seen = insert(seen[0], k), insert(seen[1], v)
-                return jax.nn.dot_product_attention(q, *seen, mask=mask)
+                at = (number, 0, 0, start, 0)
+                seen = tuple(
+                    jax.lax.dynamic_update_slice(old, new_BLHK.swapaxes(1, 2)[None], at)
+                    for old, new_BLHK in zip(seen, (k, v), strict=True)
+                )
+                k_BSHK, v_BSHK = (all_BHSK[number].swapaxes(1, 2) for all_BHSK in seen)
+                return jax.nn.dot_product_attention(q, k_BSHK, v_BSHK, mask=mask)
 
-            return nnx.merge(graphdef, params)(x_BLD, tau, attend, positions_L, subkey(key, number)), seen
+            return (nnx.merge(graphdef, params)(x_BLD, tau, attend, positions_L, subkey(key, number)), seen), None
 
         if self.cfg.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.cfg.remat])
-        numbers = None if key is None else jnp.arange(self.cfg.num_layers)
-        if cache is None:
-            return jax.lax.scan(layer, x_BLD, (blocks, None, numbers))[0], None
-        x_BLD, (keys, values) = jax.lax.scan(layer, x_BLD, (blocks, (cache.key, cache.value), numbers))
-        return x_BLD, KVCache(keys, values, cache.length + length)
+        carry = x_BLD, None if cache is None else (cache.key, cache.value)
+        if layers is None:
+            numbers = None if key is None and cache is None else jnp.arange(self.cfg.num_layers)
+            carry, _ = jax.lax.scan(layer, carry, (blocks, numbers))
+        else:
+            for number, params in enumerate(layers):
+                carry, _ = layer(carry, (params, number))
+        x_BLD, seen = carry
+        return x_BLD, None if seen is None or cache is None else KVCache(*seen, cache.length + length)
 
     def final_norm(self, x_BLD: jax.Array, key: Key = None) -> jax.Array:
         """What the tied embedding turns into logits."""

@@ -4,10 +4,10 @@ python -m benchmarks.step_time [--shapes=i,ii] [--rounds=7] [--out=docs/step_tim
 
 Shapes: (i) 4 layers of 256, 8 × 256 tokens; (ii) the ladder's 124M, 2 × 256 tokens; both float32. Each contender is a
 process of its own: our step (and, in another one, its forward and backward pass alone), a PyTorch TokenFormer's (needs
-torch), and our plain Transformer's of as many parameters. In each round each takes three steps while the others wait;
-the last two count, since a virtual machine takes back what a process frees while it waits. The matrix
-rate is measured likewise: a product of two 2048 × 2048 matrices by XLA, the fastest of ten. Figures are medians of the
-rounds, and of the ratios within a round; memory is the most that a process held.
+torch), and our plain Transformer's of as many parameters. In each round each takes six steps while the others wait; the
+last two count, since a virtual machine takes back what a process frees while it waits, and the next steps are slower by
+up to a half. The matrix rate is measured likewise: a product of two 2048 × 2048 matrices by XLA, the fastest of ten.
+Figures are medians of the rounds, and of the ratios within a round; memory is the most that a process held.
 
 All run with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as the README recommends on a CPU; --tunables= runs them without.
 """
@@ -40,16 +40,17 @@ from tokenformer_jax.step import loss_sums, make_step, put_batch
 from tokenformer_jax.transformer import abstract_model, count_params
 
 MATRIX = 2048
+WARM = 4  # steps before those that count
 REST = 0.3  # seconds between contenders; threads of PyTorch wait busily for as long
 SHAPES: dict[str, tuple[int, dict[str, int]]] = {
     "i": (8, {"num_layers": 4, "embed_dim": 256, "num_heads": 4, "vocab_size": 8192, "context_length": 256}),
     "ii": (2, {"vocab_size": 50304, "context_length": 256}),
-    "tiny": (2, {"num_layers": 2, "embed_dim": 32, "num_heads": 2, "vocab_size": 64, "context_length": 16}),
+    "tiny": (4, {"num_layers": 2, "embed_dim": 128, "num_heads": 2, "vocab_size": 1024, "context_length": 128}),
 }
 TOKENS = {
     "i": {"qkv_tokens": 256, "out_tokens": 256, "ffn_tokens": 1024},
     "ii": {},
-    "tiny": {"qkv_tokens": 32, "out_tokens": 32, "ffn_tokens": 64},
+    "tiny": {"qkv_tokens": 128, "out_tokens": 128, "ffn_tokens": 512},
 }
 Run = Callable[[], float | None]  # the seconds that it took, where it knows better
 
@@ -150,7 +151,8 @@ CONTENDERS: dict[str, tuple[Callable[[Config], dict[str, Run]], str, tuple[str, 
 
 
 def timed(run: Run) -> float:
-    run()
+    for _ in range(WARM):
+        run()
     began = time.perf_counter()
     told = [run() for _ in range(2)]
     return told[0] or (time.perf_counter() - began) / 2
@@ -173,15 +175,13 @@ def measure(shape: str, rounds: int, tunables: str) -> dict[str, Any]:
     peaks = {}
     workers: dict[str, Any] = {name: subprocess.Popen([*command, name], env=env, **pipes) for name in CONTENDERS}
     try:
-        for number in range(rounds + 1):  # one to warm up
+        for _ in range(rounds):
             for name, worker in workers.items():
                 time.sleep(REST)
                 worker.stdin.write("\n")
                 worker.stdin.flush()
                 for part, time_taken in json.loads(worker.stdout.readline()).items():
-                    if number:
-                        key = part if name == "shares" else name
-                        seconds.setdefault(key, []).append(time_taken)
+                    seconds.setdefault(part if name == "shares" else name, []).append(time_taken)
         for name, worker in workers.items():
             peaks[name] = int(worker.communicate(timeout=60)[0])
     finally:
@@ -235,7 +235,7 @@ def describe(shape: str, figures: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="i,ii")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tunables", default="glibc.malloc.hugetlb=1")
     parser.add_argument("--out", default="docs/step_time.json")
     parser.add_argument("--work", choices=CONTENDERS, help=argparse.SUPPRESS)

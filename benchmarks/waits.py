@@ -6,7 +6,8 @@ python -m benchmarks.waits [--parts=compile,start,input,save,decode] [--out=docs
     start    from `python -m tokenformer_jax.train` to its first step, the quickstart's: without a compiled program, and
              with JAX_COMPILATION_CACHE_DIR holding it; the data is prepared
     input    batches from prepared tokens, against what a step of shape (i) takes
-    save     of the 124M model with its moments: how long the loop stands still, of how long it takes
+    save     of the 124M model with its moments: how long the loop stands still, of how long it takes; and how long its
+             fingerprints take alone
     decode   the 124M model's next token at batch 1, against reading its parameters once at the machine's bandwidth,
              and a prompt of 512 tokens against the matrix rate
 """
@@ -30,10 +31,11 @@ import jax.numpy as jnp
 
 from benchmarks import step_time
 from configs import quickstart
-from tokenformer_jax.checkpoint import Checkpoints, Record
+from tokenformer_jax.checkpoint import Checkpoints, Record, by_name
 from tokenformer_jax.config import Config, read_config
 from tokenformer_jax.corpus import prepare
 from tokenformer_jax.data import data_identity, train_batches
+from tokenformer_jax.fingerprint import fingerprints
 from tokenformer_jax.generate import Sampling, generate
 from tokenformer_jax.metrics import environment, replace_file, train_flops_per_token
 from tokenformer_jax.sharding import make_mesh
@@ -142,20 +144,26 @@ def measure_save(shape: str, folder: pathlib.Path) -> Figures:
     state = step.init(jax.random.key(0))
     record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-    blocked, whole = [], []
+    blocked, whole, marking = [], [], []
+    arrays = by_name(state)
     for number in range(ROUNDS + 1):
         began = time.perf_counter()
         checkpoints.save(number + 1, state, data, corpus.tokenizer, record)
         stood = time.perf_counter() - began
         checkpoints.wait()
+        took = time.perf_counter() - began
+        mark = seconds(lambda: fingerprints(arrays))
         if number:
             blocked.append(stood)
-            whole.append(time.perf_counter() - began)
+            whole.append(took)
+            marking.append(mark)
     return {
         "bytes": sum(x.nbytes for x in jax.tree.leaves(state)),
         "blocked_seconds": statistics.median(blocked),
         "seconds": statistics.median(whole),
         "blocked_share": statistics.median(b / w for b, w in zip(blocked, whole, strict=True)),
+        "fingerprint_seconds": statistics.median(marking),
+        "fingerprint_share": statistics.median(m / w for m, w in zip(marking, whole, strict=True)),
     }
 
 
@@ -178,6 +186,8 @@ def measure_decode(shape: str, prompt: int, new: int) -> Figures:
     tau = jax.tree.map(jnp.float32, initial_tau(cfg))
     prompt_BL = jax.random.randint(jax.random.key(1), (1, prompt), 0, cfg.vocab_size)
     size = sum(x.nbytes for x in jax.tree.leaves(params))
+    vocabulary = 2 * cfg.vocab_size * cfg.embed_dim  # FLOPs of a position's logits; of a prompt only the last has some
+    prompt_flops = prompt * (train_flops_per_token(cfg) / 3 - vocabulary) + vocabulary
     prefill, decode, bounds, products = [], [], [], []
     for number in range(ROUNDS + 1):
         rate, product = bandwidth(), step_time.product_seconds()
@@ -189,7 +199,7 @@ def measure_decode(shape: str, prompt: int, new: int) -> Figures:
             prefill.append(prompt / first)
             decode.append(1 / statistics.median(later))
             bounds.append(rate / size)
-            products.append(2 * step_time.MATRIX**3 / product * 3 / train_flops_per_token(cfg))
+            products.append(2 * step_time.MATRIX**3 / product / prompt_flops * prompt)
     return {
         "parameter_bytes": size,
         "prefill_tokens_per_second": statistics.median(prefill),

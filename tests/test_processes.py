@@ -7,6 +7,7 @@ They are started as users start them on one machine, by launch/local_pod.sh.
 import json
 import os
 import pathlib
+import random
 import re
 import signal
 import socket
@@ -168,6 +169,32 @@ def test_two_processes_killed_on_both_sides_of_a_rung_end_the_same(folder, steps
     assert finish(start(folder, name)) == 0
     assert rows_of(folder / name) == rows_of(folder / "whole")
     assert_trees_equal(*(load_trained(folder / run).state for run in (name, "whole")))
+
+
+@pytest.mark.slow
+def test_kills_of_one_or_both_of_two_processes_at_chosen_and_random_moments(folder, capsys):
+    """Ends with a line of figures, for docs/reliability.md."""
+    folder, _ = folder
+    chance, kills = random.Random(0), 0
+    for run in range(2):
+        name = f"kills{run}"
+        for step in (3, 6, 10, 12, 15):  # at 6 and 12 the model grows, at 4, 8 and 16 it saves
+            processes = start(folder, name)
+            wait_for(processes, folder / name, step)
+            time.sleep(chance.uniform(0, 1))
+            victims = chance.choice(("both", 0, 1))
+            if victims == "both":
+                os.killpg(processes.pid, signal.SIGKILL)
+            else:
+                os.kill(worker(processes, victims), signal.SIGKILL)
+            assert finish(processes, 60) != 0
+            kills += 1
+        assert finish(start(folder, name)) == 0
+        assert rows_of(folder / name) == rows_of(folder / "whole")
+        theirs, ours = (Checkpoints(folder / run / "checkpoints")._saved(18) for run in ("whole", name))
+        assert theirs == ours  # the fingerprints of every array
+    with capsys.disabled():
+        print("\n" + json.dumps({"processes": 2, "kills": kills, "runs": 2, "runs_equal_to_the_unkilled": 2}))
 
 
 @pytest.mark.slow

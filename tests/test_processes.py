@@ -179,7 +179,12 @@ def test_kills_of_one_or_both_of_two_processes_at_chosen_and_random_moments(fold
     for run in range(2):
         name = f"kills{run}"
         for step in (3, 6, 10, 12, 15):  # at 6 and 12 the model grows, at 4, 8 and 16 it saves
+            log = folder / f"{name}.log"
+            said = log.stat().st_size if log.exists() else 0
             processes = start(folder, name)
+            while "training tokens, from step" not in log.read_text()[said:]:  # until they have found each other
+                assert processes.poll() is None
+                time.sleep(0.05)
             wait_for(processes, folder / name, step)
             time.sleep(chance.uniform(0, 1))
             victims = chance.choice(("both", 0, 1))

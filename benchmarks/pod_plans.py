@@ -1,10 +1,11 @@
 """What TPU pods would do with the paper's models: the ladder's rungs and Pile 1.5B, compiled for five topologies.
 
 python -m benchmarks.pod_plans --workdir=runs/pod_plans [--report_only]
+python -m benchmarks.pod_plans --workdir=runs/gpu_plans --topologies=h100:8,h100:32x8 --name=gpu_plans
 
-Also compiles the largest rung for 16, 256 and 1024 chips with the same work a chip. Plans that are made are kept: the
-same command goes on. Leaves pod_plans.json, pod_plans.md and pod_plans.png in --out. It takes an hour or two on two
-cores.
+The first also compiles the largest rung for 16, 256 and 1024 chips with the same work a chip. Plans that are made are
+kept: the same command goes on. Leaves NAME.json, NAME_table.md and, of the first, NAME.png in --out. It takes an hour
+or two on two cores; the second some minutes.
 """
 
 import json
@@ -90,8 +91,9 @@ def draw(plans: list[Plan], path: pathlib.Path) -> None:
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     root, out = _WORKDIR(), pathlib.Path(_OUT.value)
-    wanted = [(model, topology) for topology in TOPOLOGIES for model in reversed(MODELS)]
-    scaling = [(MODELS[3], topology) for topology in SCALING]
+    name, topologies = _NAME.value, tuple(_TOPOLOGIES.value)
+    wanted = [(model, topology) for topology in topologies for model in reversed(MODELS)]
+    scaling = [(MODELS[3], topology) for topology in SCALING if topologies == TOPOLOGIES]
     plans: dict[tuple[str, str], Plan] = {}
     for model, topology in wanted[:5] + scaling + wanted[5:]:
         path = root / f"{model} {topology}.json".replace(" ", "-").replace(":", "-")
@@ -101,14 +103,16 @@ def main() -> None:
         if path.exists():
             plans[model, topology] = json.loads(path.read_text())
     found = {key: plans[key] for key in sorted(wanted, key=lambda key: MODELS.index(key[0])) if key in plans}
-    replace_file(out / "pod_plans.json", json.dumps([{"model": m, **plan} for (m, _), plan in plans.items()]) + "\n")
-    replace_file(out / "pod_plans_table.md", table(found) + "\n")
-    if all(key in plans for key in scaling):
-        draw([plans[key] for key in scaling], out / "pod_plans.png")
+    replace_file(out / f"{name}.json", json.dumps([{"model": m, **plan} for (m, _), plan in plans.items()]) + "\n")
+    replace_file(out / f"{name}_table.md", table(found) + "\n")
+    if scaling and all(key in plans for key in scaling):
+        draw([plans[key] for key in scaling], out / f"{name}.png")
 
 
 if __name__ == "__main__":
     _WORKDIR = workdir_flag(help_text="holds the plans")
-    _OUT = flags.DEFINE_string("out", "docs", "directory for pod_plans.json, pod_plans_table.md and pod_plans.png")
+    _TOPOLOGIES = flags.DEFINE_list("topologies", list(TOPOLOGIES), "for `plan`")
+    _NAME = flags.DEFINE_string("name", "pod_plans", "of the files that it leaves")
+    _OUT = flags.DEFINE_string("out", "docs", "their directory")
     _REPORT_ONLY = flags.DEFINE_bool("report_only", False, "report the plans that are made, and make none")
     run_command(main)

@@ -1,5 +1,6 @@
 """What `plan` reads in a compiled program is what the program does; its report is true, its refusals are clear."""
 
+import importlib.util
 import json
 
 import jax
@@ -134,14 +135,31 @@ def run(*arguments):
     return call("plan", "--config=configs/quickstart.py:small", *arguments, XLA_FLAGS="")
 
 
+def test_a_plan_of_gpus_adds_up_or_says_what_it_needs(tmp_path):
+    arguments = "--topology=h100:2x4", "--config.mesh.fsdp=8", "--config.model.dtype=bfloat16", f"--out={tmp_path}"
+    done = run(*arguments)
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        assert done.returncode == 2
+        assert "needs the GPU compiler; pip install -r requirements-gpu.txt would do" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["devices"] == 8 and plan["fits"]
+    assert {axis for c in plan["collectives"] for axis in c["axes"]} == {"fsdp"}
+    assert set(plan["kernels"]) == {"dot_product_attention_fwd", "dot_product_attention_bwd"}
+    assert plan["contraction_flops"] + plan["kernel_flops"] >= 0.9 * plan["model_flops"]
+    assert 0 < plan["mfu_one_after_another"] <= plan["mfu_at_most"] <= 1
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ([], "error: --topology is missing; --topology=v5e:4x4 would do"),
         (
             ["--topology=v9:4x4"],
-            "error: --topology=v9:4x4: must be one of v4, v5e, v5p, v6e, tpu7x, a colon and a shape",
+            "error: --topology=v9:4x4: must be one of v4, v5e, v5p, v6e, tpu7x, h100, a colon and a shape",
         ),
+        (["--topology=h100:2x2x2"], "error: --topology=h100:2x2x2: must be one of v4, "),
         (["--topology=v5e:3x5"], "error: --topology=v5e:3x5: "),
         (["--topology=v5e:2x2"], "error: mesh: is of 1 devices, but the topology has 4; --config.mesh.fsdp=4"),
     ],

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from tokenformer_jax.sharding import constrain, platform, sum_over_batch
 
 Gelu = Callable[[jax.Array], jax.Array]
-Stage = Callable[[jax.Array, jax.Array, Gelu], jax.Array]
 
 
 def erf_gelu(x: jax.Array) -> jax.Array:
@@ -24,26 +24,49 @@ def erf_gelu(x: jax.Array) -> jax.Array:
 GELUS: dict[str, Gelu] = {"erf": erf_gelu, "tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
-def l2_normalize(x_BLN: jax.Array) -> jax.Array:
-    """x / ‖x‖₂ over the last axis; rows shorter than 1e-12 give zeros, with a gradient of zero."""
-    squares = jnp.sum(jnp.square(x_BLN), axis=-1, keepdims=True)
-    nonzero = squares > 1e-24
-    return x_BLN * jnp.where(nonzero, jax.lax.rsqrt(jnp.where(nonzero, squares, 1.0)), 0.0)
-
-
 class Normalizer(NamedTuple):
-    """Θ as two stages, each a function of float32 [..., N], τ and a gelu; the first one's result enters the second."""
+    """Θ as two stages around r, all in it that depends on more than one token: a sum over N for each position.
 
-    first: Stage
-    second: Stage
+    Where N is spread over devices, they exchange r and, in the gradient, dr; nothing else.
+    """
+
+    total: Callable[[jax.Array, Gelu], jax.Array]  # float32 scores s [..., N] -> r [..., 1]
+    total_gradient: Callable[[jax.Array, jax.Array, jax.Array, Gelu], jax.Array]  # dr, s, r -> its part of ds
+    first: Callable[[jax.Array, jax.Array, Gelu], jax.Array]  # s, r -> n [..., N]
+    second: Callable[[jax.Array, jax.Array, jax.Array, Gelu], jax.Array]  # n, r, τ -> the weights
+
+
+def _sum_of_squares(x_BLN: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(x_BLN), axis=-1, keepdims=True)
+
+
+def _inverse_norm(squares_BL1: jax.Array) -> jax.Array:
+    """1 / ‖x‖₂; of rows shorter than 1e-12 zero, with a gradient of zero."""
+    nonzero = squares_BL1 > 1e-24
+    return jnp.where(nonzero, jax.lax.rsqrt(jnp.where(nonzero, squares_BL1, 1.0)), 0.0)
 
 
 SCORES = 300_000_000  # of a device, at most, that are computed again at once
 
 NORMALIZERS = {
-    "l2_norm_gelu": Normalizer(lambda s, tau, gelu: l2_normalize(s), lambda s, tau, gelu: gelu(tau * s)),  # equation 5
-    "gelu_l2_norm": Normalizer(lambda s, tau, gelu: gelu(s), lambda s, tau, gelu: tau * l2_normalize(s)),
-    "softmax": Normalizer(lambda s, tau, gelu: jax.nn.softmax(s), lambda s, tau, gelu: tau**2 * s),  # τ² = N at birth
+    "l2_norm_gelu": Normalizer(  # equation 5
+        total=lambda s, gelu: _sum_of_squares(s),
+        total_gradient=lambda dr, s, r, gelu: dr * 2 * s,
+        first=lambda s, r, gelu: s * _inverse_norm(r),
+        second=lambda n, r, tau, gelu: gelu(tau * n),
+    ),
+    "gelu_l2_norm": Normalizer(
+        total=lambda s, gelu: _sum_of_squares(gelu(s)),
+        total_gradient=lambda dr, s, r, gelu: dr * jax.grad(lambda s: jnp.sum(jnp.square(gelu(s))))(s),
+        first=lambda s, r, gelu: gelu(s),
+        second=lambda n, r, tau, gelu: tau * n * _inverse_norm(r),
+    ),
+    "softmax": Normalizer(  # whose r [..., 2] is the largest score, to which it is indifferent, and the sum
+        total=lambda s, gelu: jnp.stack([s.max(-1), jnp.sum(jnp.exp(s - s.max(-1, keepdims=True)), -1)], -1),
+        total_gradient=lambda dr, s, r, gelu: dr[..., 1:] * jnp.exp(s - r[..., :1]),
+        first=lambda s, r, gelu: jnp.exp(s - jax.lax.stop_gradient(r[..., :1])),
+        second=lambda n, r, tau, gelu: tau**2 * n / r[..., 1:],  # τ² = N at birth
+    ),
 }
 
 
@@ -108,20 +131,12 @@ def _gathered(tokens_ND: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return constrain(tokens_ND.astype(dtype), "tokens", None)
 
 
-def _first(scores_BLN: jax.Array, tau: jax.Array, how: _How) -> jax.Array:
-    return NORMALIZERS[how.normalizer].first(scores_BLN.astype(jnp.float32), tau, GELUS[how.gelu])
-
-
-def _second(normed_BLN: jax.Array, tau: jax.Array, scale_B1N: jax.Array | None, how: _How) -> jax.Array:
-    weights_BLN = NORMALIZERS[how.normalizer].second(normed_BLN, tau, GELUS[how.gelu])
-    return weights_BLN if scale_B1N is None else weights_BLN * scale_B1N
-
-
-# The gradient is written out for four reasons. Of all that has N columns only the scores are kept for it, or nothing,
-# and the weights are computed again. Between the two stages it is rounded to the inputs' dtype, since that is what a
-# TPU stores there: half the memory of a step in bfloat16, and a sixth of its time. Both parameters' gradients contract
-# over positions with the narrow array on the left, where a CPU needs it transposed: half the time of a step otherwise.
-# And each device sums them in float32 over all its positions, before they are added up and scattered once.
+# The gradient is written out for five reasons. Of all that has N columns only the scores are kept for it, or nothing,
+# and the weights are computed again; but not the sum over N, which devices would exchange again. Between the two stages
+# it is rounded to the inputs' dtype, since that is what a TPU stores there: half the memory of a step in bfloat16, and
+# a sixth of its time. Both parameters' gradients contract over positions with the narrow array on the left, where a CPU
+# needs it transposed: half the time of a step otherwise. And each device sums them in float32 over all its positions,
+# before they are added up and scattered once.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -129,44 +144,58 @@ def _attend(x_BLD, keys_ND, values_NE, tau, scale_B1N, how: _How) -> jax.Array:
     return _attend_forward(x_BLD, keys_ND, values_NE, tau, scale_B1N, how)[0]
 
 
+def _weights(normed_BLN, total_BL1, tau, scale_B1N, how: _How) -> jax.Array:
+    weights_BLN = NORMALIZERS[how.normalizer].second(normed_BLN, total_BL1, tau, GELUS[how.gelu])
+    return weights_BLN if scale_B1N is None else weights_BLN * scale_B1N
+
+
 def _attend_forward(x_BLD, keys_ND, values_NE, tau, scale_B1N, how):
+    norm, gelu = NORMALIZERS[how.normalizer], GELUS[how.gelu]
     scores_BLN = jnp.einsum("...d,nd->...n", x_BLD, _gathered(keys_ND, x_BLD.dtype))
-    weights_BLN = _second(_first(scores_BLN, tau, how), tau, scale_B1N, how).astype(x_BLD.dtype)
+    s_BLN = scores_BLN.astype(jnp.float32)
+    total_BL1 = checkpoint_name(norm.total(s_BLN, gelu), "total")
+    weights_BLN = _weights(norm.first(s_BLN, total_BL1, gelu), total_BL1, tau, scale_B1N, how).astype(x_BLD.dtype)
     y_BLE = jnp.einsum("...n,ne->...e", weights_BLN, _gathered(values_NE, x_BLD.dtype))
-    return y_BLE, (x_BLD, keys_ND, values_NE, tau, scale_B1N, None if how.recompute else scores_BLN)
+    kept = None if how.recompute else scores_BLN
+    return y_BLE, (x_BLD, keys_ND, values_NE, tau, scale_B1N, total_BL1, kept)
 
 
 def _attend_backward(how, kept, dy_BLE):
-    x_BLD, keys_ND, values_NE, tau, scale_B1N, scores_BLN = kept
-    dtype = x_BLD.dtype
+    x_BLD, keys_ND, values_NE, tau, scale_B1N, total_BL1, scores_BLN = kept
+    dtype, norm, gelu = x_BLD.dtype, NORMALIZERS[how.normalizer], GELUS[how.gelu]
 
-    def gradients(x_BLD, dy_BLE, scores_BLN, scale_B1N, keys_ND, values_NE, tau):
+    def gradients(x_BLD, dy_BLE, total_BL1, scores_BLN, scale_B1N, keys_ND, values_NE, tau):
         keys_ND, values_NE = (constrain(tokens, "tokens", None) for tokens in (keys_ND, values_NE))
         if scores_BLN is None:
             scores_BLN = jnp.einsum("...d,nd->...n", x_BLD, keys_ND)
-        normed_BLN, first_backward = jax.vjp(lambda s: _first(s, tau, how), scores_BLN)
-        weights_BLN, second_backward = jax.vjp(lambda s: _second(s, tau, scale_B1N, how), normed_BLN)
-        (dnormed_BLN,) = second_backward(jnp.einsum("...e,ne->...n", dy_BLE, values_NE).astype(jnp.float32))
-        (dscores_BLN,) = first_backward(dnormed_BLN.astype(dtype).astype(jnp.float32))
+        s_BLN = scores_BLN.astype(jnp.float32)
+        normed_BLN, first_backward = jax.vjp(lambda s, r: norm.first(s, r, gelu), s_BLN, total_BL1)
+        second = functools.partial(_weights, tau=tau, scale_B1N=scale_B1N, how=how)
+        weights_BLN, second_backward = jax.vjp(second, normed_BLN, total_BL1)
+        dnormed_BLN, dtotal_BL1 = second_backward(jnp.einsum("...e,ne->...n", dy_BLE, values_NE).astype(jnp.float32))
+        ds_BLN, more_BL1 = first_backward(dnormed_BLN.astype(dtype).astype(jnp.float32))
+        ds_BLN += norm.total_gradient(dtotal_BL1 + more_BL1, s_BLN, total_BL1, gelu)
+        dscores_BLN = ds_BLN.astype(dtype)
         sums = _sum_outer(x_BLD, dscores_BLN), _sum_outer(dy_BLE, weights_BLN.astype(dtype))
         return jnp.einsum("...n,nd->...d", dscores_BLN, keys_ND), sums
 
-    def local(x_BLD, dy_BLE, scores_BLN, scale_B1N, *others):  # of the devices that share an example
+    def local(x_BLD, dy_BLE, total_BL1, scores_BLN, scale_B1N, *others):  # of the devices that share an example
         parts = 1 if scores_BLN is not None else _parts(x_BLD.shape, len(keys_ND))
         if parts == 1:
-            return gradients(x_BLD, dy_BLE, scores_BLN, scale_B1N, *others)
+            return gradients(x_BLD, dy_BLE, total_BL1, scores_BLN, scale_B1N, *others)
 
         def add(sums, part):
-            x_CLD, dy_CLE, scale_C1N = part
-            dx_CLD, more = gradients(x_CLD, dy_CLE, None, scale_C1N, *others)
+            x_CLD, dy_CLE, total_CL1, scale_C1N = part
+            dx_CLD, more = gradients(x_CLD, dy_CLE, total_CL1, None, scale_C1N, *others)
             return jax.tree.map(jnp.add, sums, more), dx_CLD
 
         zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in (keys_ND.shape[::-1], values_NE.shape[::-1]))
-        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (x_BLD, dy_BLE, scale_B1N))
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (x_BLD, dy_BLE, total_BL1, scale_B1N))
         sums, dx_PCLD = jax.lax.scan(add, zeros, split)
         return dx_PCLD.reshape(x_BLD.shape), sums
 
-    rows, shared = (x_BLD, dy_BLE, scores_BLN, scale_B1N), (_gathered(keys_ND, dtype), _gathered(values_NE, dtype), tau)
+    rows = x_BLD, dy_BLE, total_BL1, scores_BLN, scale_B1N
+    shared = _gathered(keys_ND, dtype), _gathered(values_NE, dtype), tau
     dx_BLD, (dkeys_DN, dvalues_EN) = sum_over_batch(local, rows, shared)
     dkeys_ND = constrain(dkeys_DN.T.astype(keys_ND.dtype), "tokens", "embed")
     dvalues_NE = constrain(dvalues_EN.T.astype(values_NE.dtype), "tokens", "embed")

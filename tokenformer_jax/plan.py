@@ -4,7 +4,8 @@ python -m tokenformer_jax.plan --config=configs/ladder.py:1b4_mesh --config.mesh
 
 Reports, for each device: what memory holds and whether it fits; the FLOPs of the model by formula, those of the
 compiled program's contractions and its traffic, loops counted out; what it exchanges with other devices; and the times
-that these take at least. Leaves plan.json and plan.png. Needs libtpu, about 2 GB and some minutes, and no TPU.
+that these take at least. Leaves plan.json and plan.png. Needs libtpu, about 2 GB and some minutes, and no TPU. For GPUs
+(--topology=h100:8) it needs what requirements-gpu.txt installs, and no GPU.
 """
 
 import dataclasses
@@ -55,23 +56,44 @@ CHIPS = {
     "v5p": Chip(459e12, 95 * 2**30, 2.765e12, 600e9),
     "v6e": Chip(918e12, 32 * 2**30, 1.640e12, 400e9),
     "tpu7x": Chip(2307e12, 192 * 2**30, 7.380e12, 1200e9),
+    "h100": Chip(989e12, 84929347584, 3.352e12, 450e9),  # SXM; the network is NVLink
+}
+# What XLA asks a GPU for when it compiles, and has to be told where there is none.
+GPU_TARGETS = {
+    "h100": """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  l2_cache_size: 52428800 memory_bandwidth: 3352320000000 device_memory_size: 84929347584
+}
+platform_name: "CUDA" runtime_version { major: 12 minor: 8 } dnn_version_info { major: 9 minor: 7 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
 }
 # JAX's attention kernels: how many L x L products each makes, of which causality leaves half.
 KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+KERNEL_PRODUCTS |= {"dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5}
 STRONGER_REMAT = {"none": "projections", "dots": "projections", "projections": "full"}
 
 
 def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
-    """The devices of a TPU topology such as "v5e:4x4", which need not be present, and what each is.
+    """The devices of a topology such as "v5e:4x4" or "h100:2x8", which need not be present, and what each is.
 
     Raises:
-      UserError: there is no such topology, or no libtpu to ask.
+      UserError: there is no such topology, or no compiler for it.
     """
     name, _, shape = topology.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)?" if name in GPU_TARGETS else r"\d+(x\d+){1,2}", shape):
         raise UserError(
-            f"--topology={topology}: must be one of {', '.join(CHIPS)}, a colon and a shape; v5e:4x4 would do"
+            f"--topology={topology}: must be one of {', '.join(CHIPS)}, a colon and a shape; v5e:4x4, or h100:2x8 for "
+            "two hosts of eight GPUs, would do"
         )
+    if name in GPU_TARGETS:
+        return _gpus(name, f"{slices}x{shape}" if "x" in shape else f"{slices}x1x{shape}"), CHIPS[name]
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("--topology: needs the TPU compiler; pip install libtpu would do")
     # libtpu asks a machine's metadata for its TPU, locks it, and complains; here is none.
@@ -88,6 +110,17 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
         raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from None
     chip, cores = CHIPS[name], len(devices) // (slices * math.prod(int(n) for n in shape.split("x")))
     return list(devices), Chip(*(quantity / cores for quantity in chip))
+
+
+def _gpus(name: str, shape: str) -> list[Any]:
+    """Of slices x hosts x GPUs."""
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda", topology_name=name, topology=shape, target_config=GPU_TARGETS[name]
+        )
+    except NotImplementedError:
+        raise UserError("--topology: needs the GPU compiler; pip install -r requirements-gpu.txt would do") from None
+    return list(found.devices)
 
 
 def lower_step(cfg: Config, devices: list[Any]) -> tuple[jax.stages.Lowered, dict[str, float]]:
@@ -118,13 +151,13 @@ def _bytes_on_a_device(tree: Any) -> float:
 
 
 def compile_step(lowered: jax.stages.Lowered) -> tuple[Any, str]:
-    """The sizes and the text of a program for a TPU.
+    """The sizes and the text of a program.
 
     The text is the compiler's own: jaxlib can't print what libtpu knows of newer chips (its asynchronous copies).
     """
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        (path,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+        (path,) = pathlib.Path(folder).glob("*after_optimizations.txt")
         return compiled.memory_analysis(), path.read_text()
 
 
@@ -150,7 +183,7 @@ def make_plan(cfg: Config, topology: str, slices: int = 1) -> dict[str, Any]:
         "context_length": cfg.model.context_length,
         "remat": cfg.model.remat,
         "dtype": cfg.model.dtype,
-        "packages": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "packages": _versions("jax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
         "chip": chip._asdict(),
     }
     lowered, held = lower_step(cfg, devices)
@@ -178,6 +211,11 @@ def make_plan(cfg: Config, topology: str, slices: int = 1) -> dict[str, Any]:
         "model_parameters": count_params(make_step(cfg, make_mesh(cfg.mesh, devices)).abstract_state.params),
         **costs(program, cfg, chip, tokens * train_flops_per_token(cfg.model)),
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    return {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in packages}
 
 
 def costs(program: Program, cfg: Config, chip: Chip, model_flops: float) -> dict[str, Any]:
@@ -321,7 +359,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     _CONFIG = config_flag()
-    _TOPOLOGY = flags.DEFINE_string("topology", "", "TPU topology to plan for: v5e:4x4, v5p:4x4x4, …")
+    _TOPOLOGY = flags.DEFINE_string("topology", "", "what to plan for: v5e:4x4, v5p:4x4x4, h100:2x8 (hosts x GPUs), …")
     _SLICES = flags.DEFINE_integer("slices", 1, "so many of it, connected by the slower network (mesh.slice)")
     _SUGGEST = flags.DEFINE_bool("suggest", True, "where it does not fit, look for what would")
     _OUT = flags.DEFINE_string("out", ".", "directory for plan.json and plan.png")

@@ -221,7 +221,7 @@ def unstack(blocks: Params) -> list[Params]:
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "projections": jax.checkpoint_policies.save_only_these_names("projection"),
+    "projections": jax.checkpoint_policies.save_only_these_names("projection", "total"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

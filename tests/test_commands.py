@@ -93,6 +93,24 @@ def test_growth_by_nothing_goes_on_with_the_same_model(folder):
     assert Checkpoints(workdir / "checkpoints").steps[-1] == 9
 
 
+@pytest.mark.parametrize("name, command", [("train", "train"), ("validation", "evaluate")])
+def test_prepared_tokens_that_changed_are_never_read(folder, tmp_path, name, command):
+    config = (folder / "config.py").read_text().replace(str(folder / "cache"), str(tmp_path / "cache"))
+    (tmp_path / "config.py").write_text(config)
+    arguments = f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run"
+    call_well("train", *arguments)
+    (tokens,) = (tmp_path / "cache").rglob(f"{name}.bin")
+    raw = np.fromfile(tokens, np.uint16)
+    (raw ^ 1).tofile(tokens)
+    flags = [*arguments, "--config.steps=9"] if command == "train" else [f"--workdir={tmp_path}/run"]
+    result = call(command, *flags)
+    line = result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and line.startswith(f"error: {tokens}: bytes ") and "Traceback" not in result.stderr
+    assert "have changed since they were prepared" in line
+    raw.tofile(tokens)
+    call_well("evaluate", f"--workdir={tmp_path}/run")
+
+
 def test_evaluate_and_generate_run_sharded(folder):
     losses = []
     for mesh in ("1,1,1", "2,2,2"):

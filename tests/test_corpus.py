@@ -16,6 +16,7 @@ from configs import base
 from tokenformer_jax import corpus as corpora
 from tokenformer_jax.config import Config, UserError, read_config
 from tokenformer_jax.corpus import Corpus, TokenSplit, prepare
+from tokenformer_jax.data import eval_batches
 from tokenformer_jax.tokenizer import train_tokenizer
 
 WORDS = "one two three four five six seven eight nine ten".split()
@@ -153,6 +154,35 @@ def test_a_killed_preparation_is_redone(tmp_path, monkeypatch):
     (meta,) = tmp_path.glob("cache/*/tokens-*/meta.json")
     meta.write_text("{")
     np.testing.assert_array_equal(prepare(cfg).train.tokens, whole)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "train.crc32", "validation.crc32", "meta.json"])
+def test_a_flipped_bit_in_prepared_tokens_is_named_or_they_are_prepared_anew(tmp_path, name):
+    write_texts(tmp_path / "texts", 500)
+    cfg = make_config(tmp_path)
+    whole = [np.array(split.tokens) for split in read_all(prepare(cfg))]
+    (file,) = tmp_path.glob(f"cache/*/tokens-*/{name}")
+    raw = file.read_bytes()
+    assert name == "meta.json" or "validation" in name or len(raw) > 4  # in several blocks
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        changed = bytearray(raw)
+        changed[rng.integers(len(raw))] ^= 1 << int(rng.integers(8))
+        file.write_bytes(changed)
+        if name == "meta.json":
+            for split, tokens in zip(read_all(prepare(cfg)), whole, strict=True):
+                np.testing.assert_array_equal(split.tokens, tokens)
+        else:
+            with pytest.raises(UserError, match=r"\.bin: bytes \d+ to \d+ have changed since they were prepared; deleting"):
+                read_all(prepare(cfg))
+
+
+def read_all(corpus: Corpus) -> list[TokenSplit]:
+    """Reads every token as evaluation does."""
+    for split in (corpus.train, corpus.validation):
+        for batch in eval_batches(split, 4, 16):
+            assert batch.tokens_BL.shape == (4, 16)
+    return [corpus.train, corpus.validation]
 
 
 def test_two_processes_prepare_at_once(tmp_path):

@@ -1,6 +1,7 @@
 """The corpus: a tfds data set, tokenised once into flat files.
 
-A split is one stream of ids: <eot> document <eot> document <eot> … <eot>.
+A split is one stream of ids: <eot> document <eot> document <eot> … <eot>. Every 4 KiB of it have a checksum, which is
+compared whenever they are read.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import pathlib
 import shutil
 import sys
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokenformer_jax.config import Config, DataConfig, UserError
-from tokenformer_jax.fingerprint import parse_json
+from tokenformer_jax.fingerprint import parse_json, sealed, unsealed
 from tokenformer_jax.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 Path = pathlib.Path
@@ -30,6 +32,7 @@ Path = pathlib.Path
 _VALIDATION_PART = 0.05  # of the documents of our own sets
 _PIECE = 1 << 20  # characters encoded at once; the encoder takes about 100 bytes of memory a token
 _TRAINER_CHARACTERS = 1 << 29  # a BPE of more text than this is no better
+_BLOCK = 4096  # bytes of tokens that share a checksum
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,10 +44,28 @@ class TokenSplit:
     num_documents: int
     end_of_text: int
     fingerprint: str  # of the tokens
+    checksums: np.ndarray | None = None  # uint32, the CRC-32 of each _BLOCK bytes of tokens
 
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """The tokens from `begin` up to `end`.
+
+        Raises:
+          UserError: they have changed since they were prepared.
+        """
+        if self.checksums is not None and begin < end:
+            size = _BLOCK // self.tokens.itemsize
+            for block in range(begin // size, -(-end // size)):
+                if zlib.crc32(self.tokens[block * size : (block + 1) * size]) != self.checksums[block]:
+                    path = getattr(self.tokens, "filename", "tokens")
+                    raise UserError(
+                        f"{path}: bytes {block * _BLOCK} to {(block + 1) * _BLOCK} have changed since they were "
+                        "prepared; deleting its folder would do, as they are then prepared anew"
+                    )
+        return np.asarray(self.tokens[begin:end])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -348,7 +369,7 @@ def _open_corpus(folder: Path, cfg: Config, tokenizer: Tokenizer | None) -> Corp
         tokenizer = load_tokenizer(file)
     tokens = _tokens_folder(folder, cfg, tokenizer)
     try:
-        meta = parse_json((tokens / "meta.json").read_text())
+        meta = unsealed((tokens / "meta.json").read_text())
         splits = {name: _open_split(tokens, name, **meta[name]) for name in ("train", "validation")}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
@@ -368,7 +389,14 @@ def _open_split(
     tokens = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
     if len(tokens) != num_tokens:
         raise ValueError("truncated")
-    return TokenSplit(tokens, num_bytes, num_documents, end_of_text, fingerprint)
+    checksums = np.fromfile(_checksum_file(folder, name), np.uint32)
+    if len(checksums) != -(-tokens.nbytes // _BLOCK):
+        raise ValueError("truncated")
+    return TokenSplit(tokens, num_bytes, num_documents, end_of_text, fingerprint, checksums)
+
+
+def _checksum_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.crc32"
 
 
 def _make_corpus(folder: Path, cfg: Config, dataset: Any, tokenizer: Tokenizer | None) -> Corpus:
@@ -385,8 +413,8 @@ def _make_corpus(folder: Path, cfg: Config, dataset: Any, tokenizer: Tokenizer |
             temporary.write_text(tokenizer.to_json(), encoding="utf-8")
     with _atomically(_tokens_folder(folder, cfg, tokenizer)) as temporary:
         temporary.mkdir()
-        meta = {name: _write_split(temporary / f"{name}.bin", texts(name, "tokens of"), tokenizer) for name in sources}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        meta = {name: _write_split(temporary, name, texts(name, "tokens of"), tokenizer) for name in sources}
+        (temporary / "meta.json").write_text(sealed(meta))
     corpus = _open_corpus(folder, cfg, tokenizer)
     assert corpus is not None
     return corpus
@@ -449,18 +477,27 @@ def _sample(texts: Iterable[str]) -> Iterator[str]:
             return
 
 
-def _write_split(file: Path, texts: Iterable[str], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Writes the stream of a split's ids. Returns its entry in meta.json."""
+def _write_split(folder: Path, name: str, texts: Iterable[str], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Writes the stream of a split's ids, and its checksums. Returns its entry in meta.json."""
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     eot = tokenizer.end_of_text
     num_tokens, num_bytes, num_documents = 1, 0, 0
-    content = hashlib.sha256()
-    with file.open("wb") as stream:
+    content, rest = hashlib.sha256(), b""
+    with (folder / f"{name}.bin").open("wb") as stream, _checksum_file(folder, name).open("wb") as checksums:
 
         def write(ids: list[int]) -> None:
+            nonlocal rest
             raw = np.array(ids, dtype).tobytes()
             stream.write(raw)
             content.update(raw)
+            rest += raw
+            whole = len(rest) // _BLOCK * _BLOCK
+            write_checksums(rest[:whole])
+            rest = rest[whole:]
+
+        def write_checksums(raw: bytes) -> None:
+            sums = [zlib.crc32(raw[start : start + _BLOCK]) for start in range(0, len(raw), _BLOCK)]
+            checksums.write(np.array(sums, np.uint32).tobytes())
 
         write([eot])
         for chunk in _chunks(texts):
@@ -472,6 +509,7 @@ def _write_split(file: Path, texts: Iterable[str], tokenizer: Tokenizer) -> dict
                 num_tokens += len(ids)
                 num_bytes += len(piece.text.encode())
                 num_documents += piece.is_last
+        write_checksums(rest)
     return {
         "dtype": dtype,
         "end_of_text": eot,

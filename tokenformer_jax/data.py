@@ -134,9 +134,13 @@ def _process_rows(batch_size: int, process_index: int, process_count: int) -> ra
 
 def _read_windows(split: TokenSplit, windows: Sequence[int], length: int) -> Batch:
     """Gathers windows, by number; what lies beyond the split's end is padding."""
-    positions = np.asarray(windows, np.int64)[:, None] * length + np.arange(length + 1)
-    ids = np.asarray(split.tokens)[np.minimum(positions, split.num_tokens - 1)].astype(np.int32)
-    real = positions[:, 1:] < split.num_tokens  # a token counts when the next one, its target, exists
+    begins = np.minimum(np.asarray(windows, np.int64) * length, split.num_tokens)
+    ids = np.zeros((len(begins), length + 1), np.int32)
+    for row, begin in zip(ids, begins, strict=True):
+        found = split.read(begin, min(begin + length + 1, split.num_tokens))
+        row[: len(found)] = found
+    # A token counts when the next one, its target, exists.
+    real = begins[:, None] + np.arange(1, length + 1) < split.num_tokens
     tokens, targets = ids[:, :-1] * real, ids[:, 1:] * real
     starts = tokens == split.end_of_text
     starts[:, 0] = True

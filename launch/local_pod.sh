@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Runs a command as N processes of one pod on this machine, to try on a CPU what runs on a pod:
 #   bash launch/local_pod.sh N python -m tokenformer_jax.train --config=… --workdir=…
-# All write to this terminal. When one dies the others end too, as on a pod; the exit code is that of the first to fail,
-# where it is not 75, with which processes end because another did.
+# All write to this terminal. When one dies the others end too, as on a pod, or are ended after 45 seconds (POD_GRACE),
+# as where they still wait for it to join them; the exit code is that of the first to fail, where it is not 75, with
+# which processes end because another did.
 set -euo pipefail
 [[ $# -ge 2 && $1 =~ ^[1-9][0-9]*$ ]] || { echo "usage: bash launch/local_pod.sh N COMMAND…" >&2; exit 2; }
 count=$1
@@ -16,12 +17,25 @@ for ((index = 0; index < count; index++)); do
   pids[$!]=$!
 done
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM  # each saves, and all end well
-status=0
+grace=${POD_GRACE:-45}
+status=0 timer=
+trap '[[ ! $timer ]] || kill "$timer" 2>/dev/null || true' EXIT
 while ((${#pids[@]})); do
-  code=0 ended=
-  wait -n -p ended "${pids[@]}" || code=$?
-  [[ ${ended-} ]] || continue  # a signal came, and was passed on
-  unset "pids[$ended]"
-  if ((code && (!status || status == 75))); then status=$code; fi
+  wait -n "${pids[@]}" $timer 2>/dev/null || true  # for one to end, or a signal, which was passed on
+  for pid in "${pids[@]}"; do
+    kill -0 "$pid" 2>/dev/null && continue
+    code=0
+    wait "$pid" 2>/dev/null || code=$?
+    unset "pids[$pid]"
+    if ((code && (!status || status == 75))); then status=$code; fi
+  done
+  if ((status)) && [[ ! $timer ]]; then
+    sleep "$grace" >/dev/null 2>&1 &
+    timer=$!
+  elif [[ $timer ]] && ! kill -0 "$timer" 2>/dev/null && ((${#pids[@]})); then
+    echo "local_pod: another process failed $grace seconds ago; ending the rest" >&2
+    kill -KILL "${pids[@]}" 2>/dev/null || true
+    wait
+  fi
 done
 exit $status

@@ -156,6 +156,14 @@ def test_when_a_process_fails_the_others_say_which_and_why(tmp_path):
     assert log.count("Traceback") == 1
 
 
+def test_processes_that_wait_for_one_that_died_before_it_joined_are_ended(tmp_path):
+    command = "import os, time; from tokenformer_jax.config import run_command; "
+    command += "os.environ['JAX_PROCESS_ID'] == '1' and os._exit(3); run_command(lambda: None)"
+    launcher = ["env", "POD_GRACE=2", "bash", "launch/local_pod.sh", "3", "python", "-c", command]
+    assert finish(popen(tmp_path / "log", 1, *launcher), 60) == 3
+    assert "local_pod: another process failed 2 seconds ago; ending the rest" in (tmp_path / "log").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [(5, 7), (11, 13)], ids=str)
 def test_two_processes_killed_on_both_sides_of_a_rung_end_the_same(folder, steps):

@@ -59,7 +59,7 @@ class TokenSplit:
         if self.checksums is not None and begin < end:
             size = _BLOCK // self.tokens.itemsize
             for block in range(begin // size, -(-end // size)):
-                if zlib.crc32(self.tokens[block * size : (block + 1) * size]) != self.checksums[block]:
+                if zlib.crc32(self.tokens[block * size : (block + 1) * size].data) != self.checksums[block]:
                     path = getattr(self.tokens, "filename", "tokens")
                     raise UserError(
                         f"{path}: bytes {block * _BLOCK} to {(block + 1) * _BLOCK} have changed since they were "

@@ -393,8 +393,8 @@ def _storage(state: Any) -> ocp.Context:
 def _reason(error: BaseException) -> str:
     while error.__cause__ or error.__context__:  # Orbax wraps the reason
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0].split(" [tensorstore_spec")[0]
+    line = next(iter(str(error).splitlines()), "")
+    return line.split(" [tensorstore_spec")[0] if " " in line else f"{type(error).__name__} {line}".strip()
 
 
 def _listed(values: Sequence[Any]) -> str:

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tokenformer_jax import fingerprint as module
 from tokenformer_jax.fingerprint import as_text, fingerprints, sealed, unsealed
+from tokenformer_jax.hlo import read_program
+from tokenformer_jax.plan import compile_step, devices_of
 
 
 def of(x, shape=None):
@@ -135,3 +137,14 @@ def test_a_changed_byte_of_sealed_json_shows_or_changes_nothing():
             assert unsealed(other.decode()) == tree
         except ValueError:
             continue
+
+
+def test_on_a_tpu_each_device_reads_its_shard_once_and_exchanges_nothing():
+    pytest.importorskip("libtpu")
+    devices, _ = devices_of("v5e:2x2")
+    sharding = NamedSharding(Mesh(np.array(devices), "fsdp"), P(None, "fsdp"))
+    x = jax.ShapeDtypeStruct((3, 512, 256), jnp.float32, sharding=sharding)
+    _, text = compile_step(module._fingerprint.lower(x, x.shape, sharding))
+    program = read_program(text, {"fsdp": 4})
+    assert sum(o.bytes * o.count for o in program.operations) == pytest.approx(3 * 512 * 256 * 4 / 4, rel=0.01)
+    assert not program.collectives

@@ -1,6 +1,7 @@
 """Laws of damage: what changed on the disk is told by name and passed over, or it changes nothing that is read."""
 
 import dataclasses
+import re
 import shutil
 
 import jax
@@ -223,7 +224,8 @@ def command(name, *args):
 def test_the_commands_tell_what_is_damaged(copy):
     code, out, lines = command("checkpoint", f"--workdir={copy}")
     assert (code, lines) == (0, []), lines
-    assert out.count("  good\n") == 2 and "step 4: 0.5 MB, 512 tokens seen, parameter tokens: query 24, " in out
+    assert out.count("  good\n") == 2
+    assert re.search(r"step 4: 0\.\d MB, 512 tokens seen, parameter tokens: query 24, ", out), out
     damage(copy, "params.embed")
     flip(copy / "checkpoints" / str(OLD) / "record" / "record.json", 300)
     code, out, lines = command("checkpoint", f"--workdir={copy}")

@@ -25,12 +25,12 @@ GELUS: dict[str, Gelu] = {"erf": erf_gelu, "tanh": functools.partial(jax.nn.gelu
 
 
 class Normalizer(NamedTuple):
-    """Θ as two stages around r, all in it that depends on more than one token: a sum over N for each position.
+    """Θ as two stages around r, all in it that depends on more than one token: sums over N for each position.
 
     Where N is spread over devices, they exchange r and, in the gradient, dr; nothing else.
     """
 
-    total: Callable[[jax.Array, Gelu], jax.Array]  # float32 scores s [..., N] -> r [..., 1]
+    total: Callable[[jax.Array, Gelu], jax.Array]  # float32 scores s [..., N] -> r [..., 1]; softmax [..., 2]
     total_gradient: Callable[[jax.Array, jax.Array, jax.Array, Gelu], jax.Array]  # dr, s, r -> its part of ds
     first: Callable[[jax.Array, jax.Array, Gelu], jax.Array]  # s, r -> n [..., N]
     second: Callable[[jax.Array, jax.Array, jax.Array, Gelu], jax.Array]  # n, r, τ -> the weights

@@ -217,7 +217,7 @@ delete() {
   fi
 }
 
-pause() { [[ $dry_run ]] || sleep "$poll"; }
+pause() { [[ $dry_run ]] || sleep "$poll" >/dev/null 2>&1; } # which may outlive us for a while, and holds no pipe
 
 # The slice, and what runs on it.
 
@@ -322,10 +322,17 @@ follow() { # returns 0 when the command has finished, 1 when it failed or was st
   done
 }
 
-run() {
+run() { # in the background and without SIGINT: one that gcloud took would not reach the trap
+  trap 'kill "$!" || :; say "the command goes on: the same call follows it again, and stop ends it"; exit 130' INT
+  trap 'kill "$!" || :; exit 143' TERM
+  run_until_finished &
+  wait "$!"
+}
+
+run_until_finished() {
   local code word
+  trap '' INT
   resuming=''
-  trap 'say "the command goes on: the same call follows it again, and stop ends it"; exit 130' INT
   while :; do
     ensure_ready
     word=idle

@@ -29,7 +29,7 @@ def causal_attention(
       segments_BL: int32 segment of each position.
 
     Returns:
-      [B, L, H, K] in the dtype of v.
+      [B, L, H K] in the dtype of v.
     """
     which = kernel(platform(), q_BLHK.shape, q_BLHK.dtype)
     if which == "splash":
@@ -37,7 +37,8 @@ def causal_attention(
     if which == "blockwise":
         return blockwise_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL)
     mask = None if segments_BL is None else (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, mask=mask, is_causal=True, implementation="cudnn")
+    out_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, mask=mask, is_causal=True, implementation="cudnn")
+    return out_BLHK.reshape(*q_BLHK.shape[:2], -1)
 
 
 def kernel(platform: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Literal["splash", "cudnn", "blockwise"]:
@@ -96,16 +97,16 @@ def _blockwise_forward(q_BLHK, k_BLHK, v_BLHK, segments_BL):
         )
         outs.append((sums_BHCK / sums_BHC1).astype(v_BHLK.dtype))
         log_sums.append(largest_BHC1 + jnp.log(sums_BHC1))
-    out_BLHK = jnp.concatenate(outs, axis=2).swapaxes(1, 2)
-    return out_BLHK, (q_BLHK, k_BLHK, v_BLHK, segments_BL, out_BLHK, jnp.concatenate(log_sums, axis=2))
+    out_BLD = jnp.concatenate(outs, axis=2).swapaxes(1, 2).reshape(*q_BLHK.shape[:2], -1)
+    return out_BLD, (q_BLHK, k_BLHK, v_BLHK, segments_BL, out_BLD, jnp.concatenate(log_sums, axis=2))
 
 
-def _blockwise_backward(kept, dout_BLHK):
-    q_BLHK, k_BLHK, v_BLHK, segments_BL, out_BLHK, log_sums_BHL1 = kept
-    q_BHLK, k_BHLK, v_BHLK, dout_BHLK = (x.swapaxes(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK, dout_BLHK))
+def _blockwise_backward(kept, dout_BLD):
+    q_BLHK, k_BLHK, v_BLHK, segments_BL, out_BLD, log_sums_BHL1 = kept
+    q_BHLK, k_BHLK, v_BHLK = (x.swapaxes(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    dout_BHLK, out_BHLK = (x.reshape(q_BLHK.shape).swapaxes(1, 2) for x in (dout_BLD, out_BLD))
     dtype, scale = q_BHLK.dtype, q_BHLK.shape[-1] ** -0.5
-    along_BLH = jnp.sum(dout_BLHK.astype(jnp.float32) * out_BLHK.astype(jnp.float32), axis=-1)
-    along_BHL1 = along_BLH.swapaxes(1, 2)[..., None]
+    along_BHL1 = jnp.sum(dout_BHLK.astype(jnp.float32) * out_BHLK.astype(jnp.float32), axis=-1, keepdims=True)
     dqs, dk_BHLK, dv_BHLK = [], jnp.zeros(k_BHLK.shape, jnp.float32), jnp.zeros(v_BHLK.shape, jnp.float32)
     for queries, keys in _blocks(q_BHLK.shape[2]):
         dout_BHCK = dout_BHLK[:, :, queries]
@@ -151,11 +152,11 @@ def splash_attention(
         one = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
         ids = None if segments_BL is None else splash.SegmentIds(segments_BL, segments_BL)
         q_BHLK, k_BHLK, v_BHLK = (x.swapaxes(1, 2) for x in (q_BLHK * head_dim**-0.5, k_BLHK, v_BLHK))
-        return jax.vmap(one)(q_BHLK, k_BHLK, v_BHLK, ids).swapaxes(1, 2)
+        return jax.vmap(one)(q_BHLK, k_BHLK, v_BHLK, ids).swapaxes(1, 2).reshape(*q_BLHK.shape[:2], -1)
 
     inputs = (q_BLHK, k_BLHK, v_BLHK) + (() if segments_BL is None else (segments_BL,))
     if jax.sharding.get_abstract_mesh().empty:
         return attend(*inputs)
-    rows, heads = partition_spec(("batch",)), partition_spec(("batch", None, "heads", None))
+    rows, heads = partition_spec(("batch",)), partition_spec(("batch", None, "heads"))
     specs = (heads,) * 3 + (rows,) * (len(inputs) - 3)
     return jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)(*inputs)

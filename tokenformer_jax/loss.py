@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from tokenformer_jax.sharding import constrain, sum_over_batch
+from tokenformer_jax.pattention import sum_outer
+from tokenformer_jax.sharding import constrain, platform, sum_over_batch
 
 LOGITS = 2**28  # of a device, at most, that are held at once
 
@@ -29,29 +29,35 @@ def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
         table_VD = constrain(table_VD, "vocab", None)
 
         def add(sums, part):
+            shape = part[0].shape
+            if platform() == "cpu":  # which computes in place where positions have one axis
+                part = [x.reshape(-1, *x.shape[2:]) for x in part]
             h_BCD, targets_BC, weights_BC = part
-            logits_BCV = jnp.einsum("bcd,vd->bcv", h_BCD, table_VD, preferred_element_type=jnp.float32)
-            nll_BC = optax.softmax_cross_entropy_with_integer_labels(logits_BCV, targets_BC)
+            logits_BCV = jnp.einsum("...d,vd->...v", h_BCD, table_VD, preferred_element_type=jnp.float32)
+            target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+            target_BC = jax.lax.optimization_barrier(target_BC)  # before the exponentials take the logits' place
+            max_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
+            exp_BCV = jnp.exp(logits_BCV - max_BC1)
+            sum_BC1 = jnp.sum(exp_BCV, axis=-1, keepdims=True)
+            nll_BC = (max_BC1 + jnp.log(sum_BC1))[..., 0] - target_BC
             loss = sums[0] + jnp.sum(nll_BC * weights_BC)
             if not gradients:
                 return (loss,), ()
             is_target_BCV = targets_BC[..., None] == jnp.arange(len(table_VD))
-            dlogits_BCV = (jax.nn.softmax(logits_BCV) - is_target_BCV) * weights_BC[..., None]
-            dlogits_BCV = dlogits_BCV.astype(h_BCD.dtype)
-            dtable_DV = jnp.einsum("bcv,bcd->dv", dlogits_BCV, h_BCD, preferred_element_type=jnp.float32)
-            return (loss, sums[1] + constrain(dtable_DV, None, "vocab")), jnp.einsum(
-                "bcv,vd->bcd", dlogits_BCV, table_VD
-            )
+            dlogits_BCV = ((exp_BCV / sum_BC1 - is_target_BCV) * weights_BC[..., None]).astype(h_BCD.dtype)
+            dtable_VD = constrain(sum_outer(dlogits_BCV, h_BCD), "vocab", None)
+            dh_BCD = jnp.einsum("...v,vd->...d", dlogits_BCV, table_VD)
+            return (loss, sums[1] + dtable_VD), dh_BCD.reshape(shape)
 
         parts = _parts(targets_BL.shape, len(table_VD))
         split = [x.reshape(x.shape[0], parts, -1, *x.shape[2:]).swapaxes(0, 1) for x in (h_BLD, targets_BL, weights_BL)]
-        sums = (jnp.float32(0), jnp.zeros(table_VD.shape[::-1], jnp.float32))[: 1 + gradients]
+        sums = (jnp.float32(0), jnp.zeros(table_VD.shape, jnp.float32))[: 1 + gradients]
         sums, dh_PBCD = jax.lax.scan(add, sums, split)
         return dh_PBCD.swapaxes(0, 1).reshape(h_BLD.shape) if gradients else (), sums
 
     table_VD = constrain(table_VD.astype(h_BLD.dtype), "vocab", None)
-    dh_BLD, (loss, *dtable_DV) = sum_over_batch(local, (h_BLD, targets_BL, weights_BL), (table_VD,))
-    return loss, (dh_BLD, [constrain(d.T, "vocab", "embed") for d in dtable_DV])
+    dh_BLD, (loss, *dtable_VD) = sum_over_batch(local, (h_BLD, targets_BL, weights_BL), (table_VD,))
+    return loss, (dh_BLD, [constrain(d, "vocab", "embed") for d in dtable_VD])
 
 
 def _parts(shape: tuple[int, int], vocab_size: int) -> int:

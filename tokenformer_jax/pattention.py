@@ -131,12 +131,11 @@ def _gathered(tokens_ND: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return constrain(tokens_ND.astype(dtype), "tokens", None)
 
 
-# The gradient is written out for five reasons. Of all that has N columns only the scores are kept for it, or nothing,
+# The gradient is written out for four reasons. Of all that has N columns only the scores are kept for it, or nothing,
 # and the weights are computed again; but not the sum over N, which devices would exchange again. Between the two stages
 # it is rounded to the inputs' dtype, since that is what a TPU stores there: half the memory of a step in bfloat16, and
-# a sixth of its time. Both parameters' gradients contract over positions with the narrow array on the left, where a CPU
-# needs it transposed: half the time of a step otherwise. And each device sums them in float32 over all its positions,
-# before they are added up and scattered once.
+# a sixth of its time. And each device sums both parameters' gradients in float32 over all its positions, before they
+# are added up and scattered once.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -176,7 +175,10 @@ def _attend_backward(how, kept, dy_BLE):
         ds_BLN, more_BL1 = first_backward(dnormed_BLN.astype(dtype).astype(jnp.float32))
         ds_BLN += norm.total_gradient(dtotal_BL1 + more_BL1, s_BLN, total_BL1, gelu)
         dscores_BLN = ds_BLN.astype(dtype)
-        sums = _sum_outer(x_BLD, dscores_BLN), _sum_outer(dy_BLE, weights_BLN.astype(dtype))
+        sums = (
+            constrain(sum_outer(dscores_BLN, x_BLD), "tokens", None),
+            constrain(sum_outer(weights_BLN.astype(dtype), dy_BLE), "tokens", None),
+        )
         return jnp.einsum("...n,nd->...d", dscores_BLN, keys_ND), sums
 
     def local(x_BLD, dy_BLE, total_BL1, scores_BLN, scale_B1N, *others):  # of the devices that share an example
@@ -189,16 +191,16 @@ def _attend_backward(how, kept, dy_BLE):
             dx_CLD, more = gradients(x_CLD, dy_CLE, total_CL1, None, scale_C1N, *others)
             return jax.tree.map(jnp.add, sums, more), dx_CLD
 
-        zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in (keys_ND.shape[::-1], values_NE.shape[::-1]))
+        zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in (keys_ND.shape, values_NE.shape))
         split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (x_BLD, dy_BLE, total_BL1, scale_B1N))
         sums, dx_PCLD = jax.lax.scan(add, zeros, split)
         return dx_PCLD.reshape(x_BLD.shape), sums
 
     rows = x_BLD, dy_BLE, total_BL1, scores_BLN, scale_B1N
     shared = _gathered(keys_ND, dtype), _gathered(values_NE, dtype), tau
-    dx_BLD, (dkeys_DN, dvalues_EN) = sum_over_batch(local, rows, shared)
-    dkeys_ND = constrain(dkeys_DN.T.astype(keys_ND.dtype), "tokens", "embed")
-    dvalues_NE = constrain(dvalues_EN.T.astype(values_NE.dtype), "tokens", "embed")
+    dx_BLD, (dkeys_ND, dvalues_NE) = sum_over_batch(local, rows, shared)
+    dkeys_ND = constrain(dkeys_ND.astype(keys_ND.dtype), "tokens", "embed")
+    dvalues_NE = constrain(dvalues_NE.astype(values_NE.dtype), "tokens", "embed")
     return dx_BLD, dkeys_ND, dvalues_NE, None, None
 
 
@@ -214,12 +216,12 @@ def _parts(shape: tuple[int, ...], num_tokens: int) -> int:
     return next(fits, shape[0])
 
 
-def _sum_outer(a_BLD: jax.Array, b_BLN: jax.Array) -> jax.Array:
-    """The sum over positions of outer products, float32 [D, N]."""
-    positions = tuple(range(a_BLD.ndim - 1))
-    sums_DN = jax.lax.dot_general(a_BLD, b_BLN, ((positions, positions), ((), ())), preferred_element_type=jnp.float32)
-    sums_DN = constrain(sums_DN, None, "tokens")
-    return jax.lax.optimization_barrier(sums_DN) if platform() == "cpu" else sums_DN
+def sum_outer(a_BLN: jax.Array, b_BLD: jax.Array) -> jax.Array:
+    """The sum over positions of outer products, float32 [N, D]."""
+    if platform() == "cpu":  # which would transpose an operand before it contracts over two axes
+        a_BLN, b_BLD = (x.reshape(-1, x.shape[-1]) for x in (a_BLN, b_BLD))
+    positions = tuple(range(a_BLN.ndim - 1))
+    return jax.lax.dot_general(a_BLN, b_BLD, ((positions, positions), ((), ())), preferred_element_type=jnp.float32)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -129,8 +129,9 @@ def sum_over_batch(function: Callable, rows: Any, shared: Any) -> tuple[Any, Any
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Asks for x to be sharded by its logical axes; the identity outside of a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Asks for x to be sharded by its logical axes; the identity outside of a mesh, and on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 

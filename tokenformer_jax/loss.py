@@ -35,7 +35,6 @@ def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
             h_BCD, targets_BC, weights_BC = part
             logits_BCV = jnp.einsum("...d,vd->...v", h_BCD, table_VD, preferred_element_type=jnp.float32)
             target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-            target_BC = jax.lax.optimization_barrier(target_BC)  # before the exponentials take the logits' place
             max_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
             exp_BCV = jnp.exp(logits_BCV - max_BC1)
             sum_BC1 = jnp.sum(exp_BCV, axis=-1, keepdims=True)
@@ -45,19 +44,19 @@ def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
                 return (loss,), ()
             is_target_BCV = targets_BC[..., None] == jnp.arange(len(table_VD))
             dlogits_BCV = ((exp_BCV / sum_BC1 - is_target_BCV) * weights_BC[..., None]).astype(h_BCD.dtype)
-            dtable_VD = constrain(sum_outer(dlogits_BCV, h_BCD), "vocab", None)
+            dtable_DV = constrain(sum_outer(h_BCD, dlogits_BCV), None, "vocab")
             dh_BCD = jnp.einsum("...v,vd->...d", dlogits_BCV, table_VD)
-            return (loss, sums[1] + dtable_VD), dh_BCD.reshape(shape)
+            return (loss, sums[1] + dtable_DV), dh_BCD.reshape(shape)
 
         parts = _parts(targets_BL.shape, len(table_VD))
         split = [x.reshape(x.shape[0], parts, -1, *x.shape[2:]).swapaxes(0, 1) for x in (h_BLD, targets_BL, weights_BL)]
-        sums = (jnp.float32(0), jnp.zeros(table_VD.shape, jnp.float32))[: 1 + gradients]
+        sums = (jnp.float32(0), jnp.zeros(table_VD.shape[::-1], jnp.float32))[: 1 + gradients]
         sums, dh_PBCD = jax.lax.scan(add, sums, split)
         return dh_PBCD.swapaxes(0, 1).reshape(h_BLD.shape) if gradients else (), sums
 
     table_VD = constrain(table_VD.astype(h_BLD.dtype), "vocab", None)
-    dh_BLD, (loss, *dtable_VD) = sum_over_batch(local, (h_BLD, targets_BL, weights_BL), (table_VD,))
-    return loss, (dh_BLD, [constrain(d, "vocab", "embed") for d in dtable_VD])
+    dh_BLD, (loss, *dtable_DV) = sum_over_batch(local, (h_BLD, targets_BL, weights_BL), (table_VD,))
+    return loss, (dh_BLD, [constrain(d.T, "vocab", "embed") for d in dtable_DV])
 
 
 def _parts(shape: tuple[int, int], vocab_size: int) -> int:

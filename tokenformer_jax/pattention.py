@@ -176,8 +176,8 @@ def _attend_backward(how, kept, dy_BLE):
         ds_BLN += norm.total_gradient(dtotal_BL1 + more_BL1, s_BLN, total_BL1, gelu)
         dscores_BLN = ds_BLN.astype(dtype)
         sums = (
-            constrain(sum_outer(dscores_BLN, x_BLD), "tokens", None),
-            constrain(sum_outer(weights_BLN.astype(dtype), dy_BLE), "tokens", None),
+            constrain(sum_outer(x_BLD, dscores_BLN), None, "tokens"),
+            constrain(sum_outer(dy_BLE, weights_BLN.astype(dtype)), None, "tokens"),
         )
         return jnp.einsum("...n,nd->...d", dscores_BLN, keys_ND), sums
 
@@ -191,16 +191,16 @@ def _attend_backward(how, kept, dy_BLE):
             dx_CLD, more = gradients(x_CLD, dy_CLE, total_CL1, None, scale_C1N, *others)
             return jax.tree.map(jnp.add, sums, more), dx_CLD
 
-        zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in (keys_ND.shape, values_NE.shape))
+        zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in (keys_ND.shape[::-1], values_NE.shape[::-1]))
         split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (x_BLD, dy_BLE, total_BL1, scale_B1N))
         sums, dx_PCLD = jax.lax.scan(add, zeros, split)
         return dx_PCLD.reshape(x_BLD.shape), sums
 
     rows = x_BLD, dy_BLE, total_BL1, scores_BLN, scale_B1N
     shared = _gathered(keys_ND, dtype), _gathered(values_NE, dtype), tau
-    dx_BLD, (dkeys_ND, dvalues_NE) = sum_over_batch(local, rows, shared)
-    dkeys_ND = constrain(dkeys_ND.astype(keys_ND.dtype), "tokens", "embed")
-    dvalues_NE = constrain(dvalues_NE.astype(values_NE.dtype), "tokens", "embed")
+    dx_BLD, (dkeys_DN, dvalues_EN) = sum_over_batch(local, rows, shared)
+    dkeys_ND = constrain(dkeys_DN.T.astype(keys_ND.dtype), "tokens", "embed")
+    dvalues_NE = constrain(dvalues_EN.T.astype(values_NE.dtype), "tokens", "embed")
     return dx_BLD, dkeys_ND, dvalues_NE, None, None
 
 
@@ -216,12 +216,13 @@ def _parts(shape: tuple[int, ...], num_tokens: int) -> int:
     return next(fits, shape[0])
 
 
-def sum_outer(a_BLN: jax.Array, b_BLD: jax.Array) -> jax.Array:
-    """The sum over positions of outer products, float32 [N, D]."""
-    if platform() == "cpu":  # which would transpose an operand before it contracts over two axes
-        a_BLN, b_BLD = (x.reshape(-1, x.shape[-1]) for x in (a_BLN, b_BLD))
-    positions = tuple(range(a_BLN.ndim - 1))
-    return jax.lax.dot_general(a_BLN, b_BLD, ((positions, positions), ((), ())), preferred_element_type=jnp.float32)
+def sum_outer(a_BLD: jax.Array, b_BLN: jax.Array) -> jax.Array:
+    """The sum over positions of outer products, float32 [D, N]: fsdp scatters D, and a GPU wants that in front."""
+    if platform() == "cpu":  # which transposes nothing where it contracts over one axis, and has the wide one in front
+        a_PD, b_PN = (x.reshape(-1, x.shape[-1]) for x in (a_BLD, b_BLN))
+        sums_ND = jnp.einsum("pn,pd->nd", b_PN, a_PD, preferred_element_type=jnp.float32)
+        return jax.lax.optimization_barrier(sums_ND).T
+    return jnp.einsum("...d,...n->dn", a_BLD, b_BLN, preferred_element_type=jnp.float32)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

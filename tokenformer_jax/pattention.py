@@ -47,6 +47,7 @@ def _inverse_norm(squares_BL1: jax.Array) -> jax.Array:
 
 
 SCORES = 300_000_000  # of a device, at most, that are computed again at once
+GROUPS = 4  # of tokens, at most, that a CPU's cores work on at once for a single position
 
 NORMALIZERS = {
     "l2_norm_gelu": Normalizer(  # equation 5
@@ -148,13 +149,37 @@ def _weights(normed_BLN, total_BL1, tau, scale_B1N, how: _How) -> jax.Array:
     return weights_BLN if scale_B1N is None else weights_BLN * scale_B1N
 
 
+def _in_groups(x_BLD: jax.Array, tokens_ND: jax.Array) -> jax.Array | None:
+    """Tokens [G, N/G, D] for a single position on a CPU, which gives a small product of a matrix with a vector one core,
+    but several cores a group each; else None."""
+    if platform() != "cpu" or x_BLD.size != x_BLD.shape[-1]:
+        return None
+    return tokens_ND.reshape(math.gcd(len(tokens_ND), GROUPS), -1, tokens_ND.shape[-1])
+
+
+def _scores(x_BLD: jax.Array, keys_ND: jax.Array) -> jax.Array:
+    keys_GMD = _in_groups(x_BLD, keys_ND)
+    if keys_GMD is None:
+        return jnp.einsum("...d,nd->...n", x_BLD, keys_ND)
+    x_GD = jnp.broadcast_to(x_BLD.reshape(1, -1), (len(keys_GMD), x_BLD.size))
+    return jnp.einsum("gmd,gd->gm", keys_GMD, x_GD).reshape(*x_BLD.shape[:-1], -1)
+
+
+def _mix(weights_BLN: jax.Array, values_NE: jax.Array) -> jax.Array:
+    values_GME = _in_groups(weights_BLN, values_NE)
+    if values_GME is None:
+        return jnp.einsum("...n,ne->...e", weights_BLN, values_NE)
+    y_GE = jnp.einsum("gm,gme->ge", weights_BLN.reshape(values_GME.shape[:2]), values_GME)
+    return jnp.sum(y_GE, axis=0).reshape(*weights_BLN.shape[:-1], -1)
+
+
 def _attend_forward(x_BLD, keys_ND, values_NE, tau, scale_B1N, how):
     norm, gelu = NORMALIZERS[how.normalizer], GELUS[how.gelu]
-    scores_BLN = jnp.einsum("...d,nd->...n", x_BLD, _gathered(keys_ND, x_BLD.dtype))
+    scores_BLN = _scores(x_BLD, _gathered(keys_ND, x_BLD.dtype))
     s_BLN = scores_BLN.astype(jnp.float32)
     total_BL1 = checkpoint_name(norm.total(s_BLN, gelu), "total")
     weights_BLN = _weights(norm.first(s_BLN, total_BL1, gelu), total_BL1, tau, scale_B1N, how).astype(x_BLD.dtype)
-    y_BLE = jnp.einsum("...n,ne->...e", weights_BLN, _gathered(values_NE, x_BLD.dtype))
+    y_BLE = _mix(weights_BLN, _gathered(values_NE, x_BLD.dtype))
     kept = None if how.recompute else scores_BLN
     return y_BLE, (x_BLD, keys_ND, values_NE, tau, scale_B1N, total_BL1, kept)
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from tokenformer_jax.attention import causal_attention
+from tokenformer_jax.attention import cached_attention, causal_attention
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.pattention import GELUS, Pattention, dropout, parameter
 from tokenformer_jax.sharding import Axes, constrain, platform
@@ -286,8 +286,6 @@ class LanguageModel(nnx.Module):
             x_BLD = dropout(x_BLD, self.cfg.dropout, subkey(key, self.cfg.num_layers), shared=(1,))
         start = 0 if cache is None else cache.length
         positions_L = start + jnp.arange(length)
-        if cache is not None:  # a query sees what is cached and itself
-            mask = (jnp.arange(cache.key.shape[3]) <= positions_L[:, None])[None, None]
         graphdef, blocks = nnx.split(self.blocks)
 
         def layer(carry: tuple[jax.Array, Any], inputs: tuple[Any, Any]) -> tuple[tuple[jax.Array, Any], None]:
@@ -303,8 +301,8 @@ class LanguageModel(nnx.Module):
                     jax.lax.dynamic_update_slice(old, new_BLHK.swapaxes(1, 2)[None], at)
                     for old, new_BLHK in zip(seen, (k, v), strict=True)
                 )
-                k_BSHK, v_BSHK = (all_BHSK[number].swapaxes(1, 2) for all_BHSK in seen)
-                return jax.nn.dot_product_attention(q, k_BSHK, v_BSHK, mask=mask)
+                k_BHSK, v_BHSK = (all_BHSK[number] for all_BHSK in seen)
+                return cached_attention(q, k_BHSK, v_BHSK, start)
 
             return (nnx.merge(graphdef, params)(x_BLD, tau, attend, positions_L, subkey(key, number)), seen), None
 

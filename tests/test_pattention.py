@@ -55,3 +55,18 @@ def test_l2_norm_gelu_ignores_the_scale_of_its_input():
     np.testing.assert_allclose(
         pattention(1e-3 * x, keys, values, 5.0), pattention(1e3 * x, keys, values, 5.0), rtol=2e-4, atol=2e-5
     )
+
+
+@pytest.mark.parametrize("normalizer", sorted(NORMALIZERS))
+@pytest.mark.parametrize("num_tokens", [7, 10, 12])  # which a CPU works on in one, two and four groups
+def test_a_position_alone_gives_what_it_gives_among_others(normalizer, num_tokens):
+    x, keys, values = (jax.random.normal(jax.random.key(i), (n, 16)) for i, n in enumerate((3, num_tokens, num_tokens)))
+    attend = lambda x: pattention(x, keys, values, 2.0, normalizer)  # noqa: E731
+    together, gradient = jax.vjp(attend, x)
+    for i in range(3):
+        alone, gradient_alone = jax.vjp(attend, x[None, i : i + 1])
+        np.testing.assert_allclose(alone[0, 0], together[i], rtol=1e-5, atol=1e-5)
+        dy = jnp.zeros_like(together).at[i].set(1.0)
+        np.testing.assert_allclose(
+            gradient_alone(dy[None, i : i + 1])[0][0, 0], gradient(dy)[0][i], rtol=1e-4, atol=1e-5
+        )

@@ -41,7 +41,7 @@ def causal_attention(
     return out_BLHK.reshape(*q_BLHK.shape[:2], -1)
 
 
-def cached_attention(q_BLHK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, start: jax.Array) -> jax.Array:
+def cached_attention(q_BLHK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, start: jax.Array | int) -> jax.Array:
     """`causal_attention` of L new positions, the first of which is number `start` of those in a KV cache."""
     scores_BHSL = jnp.einsum("bhsk,blhk->bhsl", k_BHSK, q_BLHK, preferred_element_type=jnp.float32)
     scores_BHLS = scores_BHSL.swapaxes(2, 3) * q_BLHK.shape[-1] ** -0.5  # else a CPU transposes the keys

@@ -103,11 +103,12 @@ def generate(
         )
     decode = make_decoder(cfg, how, num_ids)
     key = jax.random.key(seed)
-    if platform() == "cpu":
+    stacked = platform() != "cpu"
+    if not stacked:
         params = params | {"blocks": unstack(params["blocks"])}
 
     def stream() -> Iterator[jax.Array]:
-        tokens_BL, cache = prompt_BL, KVCache.empty(cfg, batch, length + max_tokens)
+        tokens_BL, cache = prompt_BL, KVCache.empty(cfg, batch, length + max_tokens, stacked)
         for i in range(max_tokens):
             tokens_B, cache = decode(params, tau, tokens_BL, cache, jax.random.fold_in(key, i))
             yield tokens_B

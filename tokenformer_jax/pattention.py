@@ -150,8 +150,8 @@ def _weights(normed_BLN, total_BL1, tau, scale_B1N, how: _How) -> jax.Array:
 
 
 def _in_groups(x_BLD: jax.Array, tokens_ND: jax.Array) -> jax.Array | None:
-    """Tokens [G, N/G, D] for a single position on a CPU, which gives a small product of a matrix with a vector one core,
-    but several cores a group each; else None."""
+    """Tokens [G, N/G, D] for a single position on a CPU, which gives a small matrix's product with a vector one core,
+    and several such products several; else None."""
     if platform() != "cpu" or x_BLD.size != x_BLD.shape[-1]:
         return None
     return tokens_ND.reshape(math.gcd(len(tokens_ND), GROUPS), -1, tokens_ND.shape[-1])

@@ -28,16 +28,34 @@ Key = jax.Array | None  # a PRNG key in training with dropout or stochastic dept
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the positions seen so far, [layers, B, H, S, K]; S is the most that fit."""
+    """Keys and values of the positions seen so far; S is the most that fit.
 
-    key: jax.Array
-    value: jax.Array
+    Of all layers, [layers, B, H, S, K], or with layers of their own a list of each one's [B H, S, K].
+    """
+
+    key: jax.Array | list[jax.Array]
+    value: jax.Array | list[jax.Array]
     length: jax.Array  # int32 scalar, positions filled
 
     @classmethod
-    def empty(cls, cfg: ModelConfig, batch: int, size: int) -> "KVCache":
-        shape = (cfg.num_layers, batch, cfg.num_heads, size, cfg.head_dim)
-        return cls(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype), jnp.int32(0))
+    def empty(cls, cfg: ModelConfig, batch: int, size: int, stacked: bool = True) -> "KVCache":
+        def zeros() -> jax.Array | list[jax.Array]:
+            if stacked:
+                return jnp.zeros((cfg.num_layers, batch, cfg.num_heads, size, cfg.head_dim), cfg.dtype)
+            return [jnp.zeros((batch * cfg.num_heads, size, cfg.head_dim), cfg.dtype) for _ in range(cfg.num_layers)]
+
+        return cls(zeros(), zeros(), jnp.int32(0))
+
+
+def put(seen: Any, new_BLHK: jax.Array, layer: Any, start: Any) -> tuple[Any, jax.Array]:
+    """One of a cache's two parts with a layer's new positions from `start` on, and that layer's [B, H, S, K]."""
+    new_BHLK = new_BLHK.swapaxes(1, 2)
+    B, H, L, K = new_BHLK.shape
+    if isinstance(seen, list):
+        one_GSK = jax.lax.dynamic_update_slice(seen[layer], new_BHLK.reshape(B * H, L, K), (0, start, 0))
+        return [*seen[:layer], one_GSK, *seen[layer + 1 :]], one_GSK.reshape(B, H, -1, K)
+    seen = jax.lax.dynamic_update_slice(seen, new_BHLK[None], (layer, 0, 0, start, 0))
+    return seen, seen[layer]
 
 
 @jax.custom_vjp
@@ -276,8 +294,8 @@ class LanguageModel(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """The last layer's output [B, L, D], before the final norm; arguments as for a call.
 
-        With `layers`, from `unstack`, each layer's parameters are taken from there: to take them out of the stack again
-        for every token costs a CPU more than to compute with them.
+        With `layers`, from `unstack`, each layer's parameters are taken from there, and the cache must not be stacked:
+        to take them out of a stack again for every token costs a CPU more than to compute with them.
         """
         length = tokens_BL.shape[1]
         with jax.named_scope("embed"):
@@ -296,12 +314,8 @@ class LanguageModel(nnx.Module):
                 nonlocal seen
                 if seen is None:
                     return causal_attention(q, k, v, segments_BL)
-                at = (number, 0, 0, start, 0)
-                seen = tuple(
-                    jax.lax.dynamic_update_slice(old, new_BLHK.swapaxes(1, 2)[None], at)
-                    for old, new_BLHK in zip(seen, (k, v), strict=True)
-                )
-                k_BHSK, v_BHSK = (all_BHSK[number] for all_BHSK in seen)
+                keys, values = (put(old, new, number, start) for old, new in zip(seen, (k, v), strict=True))
+                seen, (k_BHSK, v_BHSK) = zip(keys, values, strict=True)
                 return cached_attention(q, k_BHSK, v_BHSK, start)
 
             return (nnx.merge(graphdef, params)(x_BLD, tau, attend, positions_L, subkey(key, number)), seen), None

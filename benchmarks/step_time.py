@@ -84,6 +84,7 @@ def ours(cfg: Config) -> dict[str, Run]:
     step = make_step(cfg, make_mesh(cfg.mesh))
     state = step.init(jax.random.key(0))
     batch = put_batch(step, random_batch(cfg))
+    step.compile(state, batch)
     graphdef, _, _ = abstract_model(cfg.model)
 
     @jax.jit

@@ -8,8 +8,8 @@ python -m benchmarks.waits [--parts=compile,start,input,save,decode] [--out=docs
     input    batches from prepared tokens, against what a step of shape (i) takes
     save     of the 124M model with its moments: how long the loop stands still, of how long it takes; and how long its
              fingerprints take alone
-    decode   the 124M model's next token at batch 1, against reading its parameters once at the machine's bandwidth,
-             and a prompt of 512 tokens against the matrix rate
+    decode   the 124M model's next token at batch 1, against reading its parameters once at the machine's bandwidth
+             (of reads and writes) and at the rate of reads alone; a prompt of 512 tokens against the matrix rate
 """
 
 import argparse
@@ -167,16 +167,17 @@ def measure_save(shape: str, folder: pathlib.Path) -> Figures:
     }
 
 
-def bandwidth() -> float:
-    """Bytes a second from memory to all cores: the better of adding an array up and of scaling it in place."""
+def bandwidths() -> tuple[float, float]:
+    """Bytes a second between memory and all cores: adding an array up, and the better of that and scaling in place."""
     x = jnp.ones(2**28)
     add_up, scale = jax.jit(jnp.sum), jax.jit(lambda x: x * 1.5, donate_argnums=0)
-    best = x.nbytes / min(seconds(lambda: add_up(x)) for _ in range(6))
+    reading = x.nbytes / min(seconds(lambda: add_up(x)) for _ in range(6))
+    best = reading
     for _ in range(6):
         began = time.perf_counter()
         x = scale(x).block_until_ready()
         best = max(best, 2 * x.nbytes / (time.perf_counter() - began))
-    return best
+    return reading, best
 
 
 def measure_decode(shape: str, prompt: int, new: int) -> Figures:
@@ -188,9 +189,9 @@ def measure_decode(shape: str, prompt: int, new: int) -> Figures:
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     vocabulary = 2 * cfg.vocab_size * cfg.embed_dim  # FLOPs of a position's logits; of a prompt only the last has some
     prompt_flops = prompt * (train_flops_per_token(cfg) / 3 - vocabulary) + vocabulary
-    prefill, decode, bounds, products = [], [], [], []
+    prefill, decode, bounds, reads, products = [], [], [], [], []
     for number in range(ROUNDS + 1):
-        rate, product = bandwidth(), step_time.product_seconds()
+        (reading, rate), product = bandwidths(), step_time.product_seconds()
         stream = generate(cfg, params, tau, prompt_BL, new, how=Sampling(temperature=0.0))
         following = functools.partial(next, stream)
         first = seconds(following)
@@ -199,6 +200,7 @@ def measure_decode(shape: str, prompt: int, new: int) -> Figures:
             prefill.append(prompt / first)
             decode.append(1 / statistics.median(later))
             bounds.append(rate / size)
+            reads.append(reading / size)
             products.append(2 * step_time.MATRIX**3 / product / prompt_flops * prompt)
     return {
         "parameter_bytes": size,
@@ -206,6 +208,8 @@ def measure_decode(shape: str, prompt: int, new: int) -> Figures:
         "prefill_share_of_matrix_rate": statistics.median(a / b for a, b in zip(prefill, products, strict=True)),
         "decode_tokens_per_second": statistics.median(decode),
         "bandwidth_bound_tokens_per_second": statistics.median(bounds),
+        "reading_alone_tokens_per_second": statistics.median(reads),
+        "decode_share_of_reading_alone": statistics.median(a / b for a, b in zip(decode, reads, strict=True)),
         "decode_share_of_bound": statistics.median(a / b for a, b in zip(decode, bounds, strict=True)),
     }
 

@@ -9,10 +9,8 @@ python -m tokenformer_jax.checkpoint --workdir=W   # lists the checkpoints and r
 
 import asyncio
 import contextlib
-import ctypes
 import dataclasses
 import functools
-import gc
 import math
 import os
 import pathlib
@@ -31,7 +29,7 @@ from orbax.checkpoint import v1 as ocp
 from tokenformer_jax.config import LOCK, UserError, read_model, run_command, workdir_flag
 from tokenformer_jax.fingerprint import as_text, fingerprints, sealed, unsealed
 from tokenformer_jax.lock import clear, only_writer
-from tokenformer_jax.metrics import replace_file
+from tokenformer_jax.metrics import give_back_memory, replace_file
 from tokenformer_jax.tokenizer import Tokenizer, tokenizer_from_json
 
 
@@ -228,7 +226,7 @@ class Checkpoints:
             yield arrays, dict.fromkeys(differing, "its fingerprint differs")
             del state, arrays, found
             if sum(saved[names[i]].nbytes for i in part) > _CHUNK_BYTES:  # it takes longer than reading less
-                _give_back()
+                give_back_memory()  # Orbax's reading leaves cycles that hold what it read
 
     def faults(self, step: int) -> dict[str, str]:
         """Reads all of a checkpoint, on one device: what is damaged -> how; empty if it is good."""
@@ -344,14 +342,6 @@ class _Keep:
             keep or checkpoint.step in self.checkpoints.kept_for_good
             for keep, checkpoint in zip(latest, found, strict=True)
         ]
-
-
-def _give_back() -> None:
-    """Returns memory to the system: Orbax's reading leaves cycles that hold what it read, glibc keeps small pieces."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
 
 
 def _parts(sizes: list[int]) -> list[range]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from tokenformer_jax.config import Config, ModelConfig, OptimizerConfig
 from tokenformer_jax.data import Batch
 from tokenformer_jax.loss import cross_entropy
+from tokenformer_jax.metrics import give_back_memory
 from tokenformer_jax.sharding import batch_sharding, constrain, platform, replicated, shardings, with_shardings
 from tokenformer_jax.transformer import Key, Params, Tau, abstract_model, init_params, initial_tau, subkey
 
@@ -87,6 +88,11 @@ class Step:
     evaluate: Callable[[TrainState, Batch], Metrics]  # sums of nll (nats) and weights; needs no opt_state
     batch: NamedSharding  # of every array of a Batch
     mesh: Mesh
+
+    def compile(self, state: TrainState, batch: Batch) -> None:
+        """Compiles `train` before it is called, and gives the memory back that this took."""
+        self.train.lower(state, batch).compile()
+        give_back_memory()
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int, start: int = 0) -> optax.Schedule:

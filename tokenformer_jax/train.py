@@ -95,7 +95,10 @@ def train_stage(run: "Run", log: "Log", profiler: Profiler, signals: "StopSignal
     while n < cfg.steps and not (run.plateau.reached(cfg.grow.patience) and not run.is_last):
         n += 1
         profiler.before_step(n)
-        run.state, metrics = run.step.train(run.state, put_batch(run.step, next(run.data)))
+        batch = put_batch(run.step, next(run.data))
+        if n == run.start + 1:
+            run.step.compile(run.state, batch)
+        run.state, metrics = run.step.train(run.state, batch)
         if unread:
             log.step(*unread)
         unread = n, metrics

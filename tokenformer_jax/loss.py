@@ -8,7 +8,8 @@ from tokenformer_jax.sharding import constrain, platform, sum_over_batch
 
 LOGITS = 2**28  # of a device, at most, that are held at once
 
-# The gradient is made along with the loss, chunk by chunk, so that no logits are computed twice.
+# The gradient is made along with the loss, chunk by chunk, so that no logits are computed twice. The softmax is written
+# out, since optax's loss and jax.nn.softmax would each add up the exponentials.
 
 
 @jax.custom_vjp

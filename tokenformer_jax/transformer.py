@@ -47,7 +47,7 @@ class KVCache(NamedTuple):
         return cls(zeros(), zeros(), jnp.int32(0))
 
 
-def put(seen: Any, new_BLHK: jax.Array, layer: Any, start: Any) -> tuple[Any, jax.Array]:
+def _put(seen: Any, new_BLHK: jax.Array, layer: Any, start: Any) -> tuple[Any, jax.Array]:
     """One of a cache's two parts with a layer's new positions from `start` on, and that layer's [B, H, S, K]."""
     new_BHLK = new_BLHK.swapaxes(1, 2)
     B, H, L, K = new_BHLK.shape
@@ -294,7 +294,7 @@ class LanguageModel(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """The last layer's output [B, L, D], before the final norm; arguments as for a call.
 
-        With `layers`, from `unstack`, each layer's parameters are taken from there, and the cache must not be stacked:
+        With `layers`, from `unstack`, each layer's parameters are taken from there, and the cache may be a list too:
         to take them out of a stack again for every token costs a CPU more than to compute with them.
         """
         length = tokens_BL.shape[1]
@@ -314,7 +314,7 @@ class LanguageModel(nnx.Module):
                 nonlocal seen
                 if seen is None:
                     return causal_attention(q, k, v, segments_BL)
-                keys, values = (put(old, new, number, start) for old, new in zip(seen, (k, v), strict=True))
+                keys, values = (_put(old, new, number, start) for old, new in zip(seen, (k, v), strict=True))
                 seen, (k_BHSK, v_BHSK) = zip(keys, values, strict=True)
                 return cached_attention(q, k_BHSK, v_BHSK, start)
 

@@ -34,16 +34,18 @@ import jax
 import jax.numpy as jnp
 
 from configs import ladder
-from tokenformer_jax.checkpoint import Checkpoints, Record, write_workdir
 from tokenformer_jax.config import Config, read_config
-from tokenformer_jax.corpus import prepare
-from tokenformer_jax.data import data_identity, train_batches
-from tokenformer_jax.grow import grow
-from tokenformer_jax.metrics import environment
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import TrainState, make_step
-from tokenformer_jax.tokenizer import train_tokenizer
-from tokenformer_jax.transformer import count_params
+from tokenformer_jax.data.batches import data_identity, train_batches
+from tokenformer_jax.data.tokenizer import train_tokenizer
+from tokenformer_jax.data.tokens import prepare
+from tokenformer_jax.devices.hardware import environment
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.growth.grow import grow
+from tokenformer_jax.nn.layers import count_params
+from tokenformer_jax.storage.checkpoints import Checkpoints, write_workdir
+from tokenformer_jax.storage.record import Record
+from tokenformer_jax.training.state import TrainState
+from tokenformer_jax.training.step import make_step
 
 TIME_BOUND, MEMORY_BOUND = 2.0, 1.3  # times the copy, and times the grown state
 REST = {"ladder": 30, "tiny": 0}  # seconds

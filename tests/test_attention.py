@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import assert_trees_equal
-from tokenformer_jax.attention import blockwise_attention, kernel, splash_attention
+from tokenformer_jax.nn.attention import blockwise_attention, kernel, splash_attention
 
 KERNELS = {
     "splash": functools.partial(splash_attention, interpret=True),

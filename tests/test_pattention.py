@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import DATA
-from tokenformer_jax.pattention import NORMALIZERS, pattention
+from tokenformer_jax.nn.pattention import pattention
+from tokenformer_jax.nn.pattention_vjp import NORMALIZERS
 
 
 @pytest.mark.parametrize("normalizer", sorted(NORMALIZERS))

@@ -12,15 +12,17 @@ import optax
 from flax import nnx
 
 from tokenformer_jax.config import ModelConfig, validate_model
-from tokenformer_jax.convert import check_tau, from_official, model_config, read_state_dict, to_official
-from tokenformer_jax.evaluate import load_trained
-from tokenformer_jax.generate import Sampling, generate
-from tokenformer_jax.grow import grow_state
-from tokenformer_jax.ladder import check_growth
-from tokenformer_jax.shrink import check_shrinking, shrink_state
-from tokenformer_jax.step import TauRamp, TrainState
-from tokenformer_jax.tokenizer import Tokenizer
-from tokenformer_jax.transformer import Params, abstract_model, init_params, initial_tau
+from tokenformer_jax.data.tokenizer import Tokenizer
+from tokenformer_jax.evaluation.sampling import Sampling, generate
+from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.growth.ladder import check_growth
+from tokenformer_jax.growth.shrink import check_shrinking, shrink_state
+from tokenformer_jax.nn.language import abstract_model, init_params, initial_tau
+from tokenformer_jax.nn.layers import Params
+from tokenformer_jax.storage.official import check_tau, from_official, model_config, to_official
+from tokenformer_jax.storage.state_dicts import read_state_dict
+from tokenformer_jax.storage.trained import load_trained
+from tokenformer_jax.training.state import TauRamp, TrainState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ The paper's "757M" and "1.4B" are 754M and 1.31B, counted from its own numbers o
 
 from ml_collections import ConfigDict
 
-from configs import base
+from tokenformer_jax.configs import base
 
 # Variant -> tokens of the attention's projections, each; the feed-forward has 4 times as many.
 TOKENS = {

@@ -22,7 +22,7 @@ through `convert --from_torch` with these configs instead.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from tokenformer_jax.configs import base
 
 # Parameter tokens are as many as the width, and 4 times that in the feed-forward.
 VARIANTS = {

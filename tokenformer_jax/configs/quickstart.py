@@ -7,7 +7,7 @@ grown spends). The README shows what they reach.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from tokenformer_jax.configs import base
 
 SMALL_STEPS, GROWN_STEPS = 600, 600
 CONTINUED_STEPS = 1200  # a step of the grown model costs twice the FLOPs of a step of the small one

@@ -20,7 +20,7 @@ That Transformer is configs/transformer.py:released_757m_gpt.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from tokenformer_jax.configs import base
 
 # Variant -> tokens of the attention's projections, each (the feed-forward has 4 times as many), and its own steps.
 VARIANTS = {"354m": (768, 600_000), "757m": (1792, 60_000), "757m_120k": (1792, 120_000)}

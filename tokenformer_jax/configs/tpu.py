@@ -21,7 +21,7 @@ growth is lossless. With --config.model.tau_tokens=0 for both, 124m is the same 
 
 from ml_collections import ConfigDict
 
-from configs import base
+from tokenformer_jax.configs import base
 
 # Variant -> tokens of the attention's projections, each (the feed-forward has 4 times as many), and its own steps.
 VARIANTS = {"124m": (576, 600_000), "354m": (2140, 120_000), "defaults": (768, 150_001)}

@@ -22,7 +22,7 @@ here.
 
 from ml_collections import ConfigDict
 
-from configs import ladder, pile, released
+from tokenformer_jax.configs import ladder, pile, released
 
 FAMILIES = {"pile": (pile, pile.VARIANTS), "ladder": (ladder, ladder.RUNGS), "released": (released, ("354m", "757m"))}
 WIDTHS = {"ladder_354m_gpt": 1024, "ladder_757m_gpt": 1536, "ladder_1b4_gpt": 2048, "released_757m_gpt": 1536}

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from tokenformer_jax.config import Config, UserError
-from tokenformer_jax.corpus import TokenSplit, check_length
+from tokenformer_jax.config import Config
+from tokenformer_jax.data.tokens import TokenSplit, check_length
+from tokenformer_jax.errors import UserError
 
 
 class Batch(NamedTuple):

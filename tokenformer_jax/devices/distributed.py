@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax._src import distributed  # which holds the client of JAX's key-value store; it has no public name
+from jax._src import distributed
 
 DEAD_AFTER = 20  # seconds without a sign of life of a process, after which JAX ends the others
 OTHER_ENDED = os.EX_TEMPFAIL  # exit code of a process that ends because another did: all may be started again

@@ -11,7 +11,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tokenformer_jax.config import MeshConfig, UserError
+from tokenformer_jax.config import MeshConfig
+from tokenformer_jax.errors import UserError
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor")  # from the slowest network to the fastest
 

@@ -1,17 +1,12 @@
-"""Compares runs: a table of their evaluations, and a plot of validation loss against training FLOPs.
+"""Compares runs: a table of their evaluations, and a plot of validation loss against training FLOPs."""
 
-python -m tokenformer_jax.report --runs=small=W,grown=W2 --out=DIR
-"""
-
-import json
 import pathlib
 from typing import Any
 
 import matplotlib
-from absl import flags
 
-from tokenformer_jax.config import UserError, run_command
-from tokenformer_jax.metrics import Row, read_metrics, replace_file
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.storage.metrics_file import Row, read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -81,28 +76,3 @@ def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def main() -> None:
-    runs: dict[str, pathlib.Path] = {}
-    for item in _RUNS.value:
-        name, _, path = item.rpartition("=")
-        workdir = pathlib.Path(path).expanduser()
-        name = name or workdir.name
-        if name in runs:
-            raise UserError(f"--runs: two runs are named {name!r}; --runs=one={runs[name]},two={workdir} would do")
-        runs[name] = workdir
-    if not runs:
-        raise UserError("--runs is missing; --runs=small=W,grown=W2 would do")
-    rows = [row for name, workdir in runs.items() for row in summarise(name, workdir)]
-    out = pathlib.Path(_OUT.value).expanduser()
-    replace_file(out / "report.json", json.dumps(rows, indent=2) + "\n")
-    plot(runs, out / "loss.png")
-    print(table(rows))
-    print(f"plot: {out / 'loss.png'}")
-
-
-if __name__ == "__main__":
-    _RUNS = flags.DEFINE_list("runs", [], "name=workdir of each run, in order")
-    _OUT = flags.DEFINE_string("out", ".", "directory for loss.png and report.json")
-    run_command(main)

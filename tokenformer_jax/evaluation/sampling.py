@@ -1,7 +1,4 @@
-"""Samples text from a trained model, with a KV cache.
-
-python -m tokenformer_jax.generate --workdir=W --prompt='def main(' [--temperature=0.8] [--top_p=0.95]
-"""
+"""Samples text from a model, with a KV cache."""
 
 import dataclasses
 import functools
@@ -11,13 +8,16 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax import nnx
 
-from tokenformer_jax.config import ModelConfig, UserError, run_command, workdir_flag
-from tokenformer_jax.evaluate import load_trained, mesh_flag
-from tokenformer_jax.sharding import platform
-from tokenformer_jax.transformer import KVCache, Params, Tau, abstract_model, unstack
+from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.devices.sharding import platform
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.nn.attention import KVCache
+from tokenformer_jax.nn.language import abstract_model
+from tokenformer_jax.nn.layers import Params
+from tokenformer_jax.nn.transformer import Tau, unstack
+from tokenformer_jax.storage.trained import Trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,36 +130,30 @@ def readable(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator
     yield decode(seen)[len(shown) :]
 
 
-def main() -> None:
-    how = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-    how.check()
-    if _SAMPLES.value < 1:
-        raise UserError(f"--samples={_SAMPLES.value}: must be 1 or above")
-    if not 0 <= _SEED.value < 2**63:
-        raise UserError(f"--seed={_SEED.value}: must lie between 0 and 2**63")
-    run = load_trained(_WORKDIR(), _STEP.value, _MESH())
+def print_samples(run: Trained, text: str, max_tokens: int, samples: int, how: Sampling, seed: int) -> None:
+    """Prints continuations of a text: a single one as it comes, several when all have ended."""
     tokenizer, end = run.tokenizer, run.tokenizer.end_of_text
-    text = _PROMPT.value.encode(errors="surrogateescape").decode(errors="replace")  # a shell passes any bytes
-    prompt_BL = jnp.tile(jnp.asarray([end, *tokenizer.encode(text)], jnp.int32), (_SAMPLES.value, 1))
+    text = text.encode(errors="surrogateescape").decode(errors="replace")  # a shell passes any bytes
+    prompt_BL = jnp.tile(jnp.asarray([end, *tokenizer.encode(text)], jnp.int32), (samples, 1))
     stream = generate(
         run.cfg.model,
         run.state.params,
         run.state.tau_now(),
         prompt_BL,
-        _MAX_TOKENS.value,
+        max_tokens,
         how=how,
-        seed=_SEED.value,
+        seed=seed,
         num_ids=tokenizer.vocab_size,
     )
     with jax.set_mesh(run.step.mesh):
-        if _SAMPLES.value == 1:  # shown as it comes
+        if samples == 1:
             print(text, end="")
             ids = itertools.takewhile(lambda token: token != end, (int(tokens_B[0]) for tokens_B in stream))
             for piece in readable(tokenizer.decode, ids):
                 print(piece, end="", flush=True)
             print()
             return
-        rows, ended = [], np.zeros(_SAMPLES.value, bool)
+        rows, ended = [], np.zeros(samples, bool)
         for tokens_B in stream:
             rows.append(np.asarray(tokens_B))
             ended |= rows[-1] == end
@@ -168,19 +162,3 @@ def main() -> None:
     for i, column in enumerate(np.stack(rows, axis=1).tolist()):
         continuation = list(itertools.takewhile(lambda token: token != end, column))
         print(f"--- sample {i + 1} ---\n{text}{tokenizer.decode(continuation)}")
-
-
-if __name__ == "__main__":
-    _WORKDIR = workdir_flag()
-    _PROMPT = flags.DEFINE_string("prompt", "", "text to continue")
-    _MAX_TOKENS = flags.DEFINE_integer(
-        "max_tokens", 128, "tokens to add at most; the end-of-text token ends it earlier"
-    )
-    _SAMPLES = flags.DEFINE_integer("samples", 1, "continuations to draw")
-    _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy")
-    _TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k likeliest tokens only; 0 from all")
-    _TOP_P = flags.DEFINE_float("top_p", 0.95, "draw from the likeliest tokens that hold this probability")
-    _SEED = flags.DEFINE_integer("seed", 0, "of the sampling")
-    _STEP = flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
-    _MESH = mesh_flag()
-    run_command(main)

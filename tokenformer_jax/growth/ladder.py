@@ -10,8 +10,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tokenformer_jax.config import FREE_MODEL_KEYS, SIZES, Config, ModelConfig, UserError, read_config, validate
-from tokenformer_jax.recipes import RECIPES
+from tokenformer_jax.config import FREE_MODEL_KEYS, SIZES, Config, ModelConfig, read_config, validate
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.growth.recipes import RECIPES
 
 RUNG_KEYS = (
     "model optimizer grow mesh batch_size accumulation log_every eval_every eval_batches checkpoint_every"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tokenformer_jax.sharding import constrain
+from tokenformer_jax.devices.sharding import constrain
 
 
 class Growth(NamedTuple):

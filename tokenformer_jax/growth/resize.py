@@ -4,26 +4,26 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-from jax.experimental import multihost_utils
-
-from tokenformer_jax.checkpoint import Checkpoints, Record, write_workdir
-from tokenformer_jax.config import Config, ModelConfig, UserError, require_empty, validate
-from tokenformer_jax.corpus import Corpus, prepare
-from tokenformer_jax.data import data_identity, keep_position, train_batches
-from tokenformer_jax.evaluate import open_checkpoint
-from tokenformer_jax.fingerprint import parse_json
-from tokenformer_jax.ladder import stages
-from tokenformer_jax.sharding import make_mesh, this_process
-from tokenformer_jax.step import Step, TrainState, make_step
-from tokenformer_jax.tokenizer import Tokenizer
-from tokenformer_jax.transformer import count_params
+from tokenformer_jax.config import Config, ModelConfig, validate
+from tokenformer_jax.data.batches import data_identity, keep_position, train_batches
+from tokenformer_jax.data.tokenizer import Tokenizer
+from tokenformer_jax.data.tokens import Corpus, prepare
+from tokenformer_jax.devices.hardware import peak_host_bytes
+from tokenformer_jax.devices.sharding import make_mesh, this_process
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import parse_json
+from tokenformer_jax.growth.ladder import stages
+from tokenformer_jax.nn.layers import count_params
+from tokenformer_jax.storage.checkpoints import Checkpoints, write_workdir
+from tokenformer_jax.storage.record import Record
+from tokenformer_jax.storage.trained import open_checkpoint
+from tokenformer_jax.storage.workdir import require_empty
+from tokenformer_jax.training.state import TrainState
+from tokenformer_jax.training.step import Step, make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +130,6 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     began = time.monotonic()
     yield
     seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - began
-
-
-def peak_host_bytes() -> int:
-    """The most memory that a process of the run held so far, in this machine's count of resident pages."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return int(np.max(multihost_utils.process_allgather(np.float32(peak))))
 
 
 def spent(figures: dict[str, Any]) -> str:

@@ -1,7 +1,5 @@
 """Shrinks a model: parameter tokens are dropped, the least useful of each layer and projection first.
 
-python -m tokenformer_jax.grow --source=W --config=configs/quickstart.py:small --workdir=W2 --shrink [--step=N]
-
 A token's usefulness is ‖kᵢ‖·‖vᵢ‖, the product of its key's and its value's length: its score grows with the one, what
 that adds to the output with the other. It needs no data, and is exactly zero for what `zero_keys`, `isometric`,
 `random_keys` and `zero_padding` have just appended; of equally useful tokens the latest go first. So a rung dropped
@@ -22,12 +20,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tokenformer_jax.config import SIZES, Config, ModelConfig, UserError
-from tokenformer_jax.evaluate import evaluate_split, newest_good
-from tokenformer_jax.ladder import check_same_but_sizes
-from tokenformer_jax.step import Step, TauRamp, TrainState
-from tokenformer_jax.successor import Succession, size_figures, size_table
-from tokenformer_jax.transformer import Params, initial_tau
+from tokenformer_jax.config import SIZES, Config, ModelConfig
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.evaluation.perplexity import evaluate_split
+from tokenformer_jax.growth.ladder import check_same_but_sizes
+from tokenformer_jax.growth.resize import Succession, size_figures, size_table
+from tokenformer_jax.nn.language import initial_tau
+from tokenformer_jax.nn.layers import Params
+from tokenformer_jax.storage.trained import newest_good
+from tokenformer_jax.training.state import TauRamp, TrainState
+from tokenformer_jax.training.step import Step
 
 SAME_TAU = 1e-5  # relative; a τ so close to its target is that, but for rounding
 

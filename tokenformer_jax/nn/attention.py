@@ -1,15 +1,51 @@
-"""Causal attention between positions: one function, computed by the best kernel there is for the platform."""
+"""The language model: a pre-norm Transformer whose every projection is a Pattention (TokenFormer, section 3.3).
+
+With `projection="linear"` the same block, with weight matrices in their place, is a plain Transformer.
+"""
 
 import functools
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from tokenformer_jax.sharding import partition_spec, platform
+from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.devices.sharding import partition_spec, platform
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the positions seen so far; S is the most that fit.
+
+    Of all layers, [layers, B, H, S, K], or with layers of their own a list of each one's [B H, S, K].
+    """
+
+    key: jax.Array | list[jax.Array]
+    value: jax.Array | list[jax.Array]
+    length: jax.Array  # int32 scalar, positions filled
+
+    @classmethod
+    def empty(cls, cfg: ModelConfig, batch: int, size: int, stacked: bool = True) -> "KVCache":
+        def zeros() -> jax.Array | list[jax.Array]:
+            if stacked:
+                return jnp.zeros((cfg.num_layers, batch, cfg.num_heads, size, cfg.head_dim), cfg.dtype)
+            return [jnp.zeros((batch * cfg.num_heads, size, cfg.head_dim), cfg.dtype) for _ in range(cfg.num_layers)]
+
+        return cls(zeros(), zeros(), jnp.int32(0))
+
+
+def put_in_cache(seen: Any, new_BLHK: jax.Array, layer: Any, start: Any) -> tuple[Any, jax.Array]:
+    """One of a cache's two parts with a layer's new positions from `start` on, and that layer's [B, H, S, K]."""
+    new_BHLK = new_BLHK.swapaxes(1, 2)
+    B, H, L, K = new_BHLK.shape
+    if isinstance(seen, list):
+        one_GSK = jax.lax.dynamic_update_slice(seen[layer], new_BHLK.reshape(B * H, L, K), (0, start, 0))
+        return [*seen[:layer], one_GSK, *seen[layer + 1 :]], one_GSK.reshape(B, H, -1, K)
+    seen = jax.lax.dynamic_update_slice(seen, new_BHLK[None], (layer, 0, 0, start, 0))
+    return seen, seen[layer]
+
 
 BLOCKS = (512, 256, 128)  # positions that splash attention takes at once
 

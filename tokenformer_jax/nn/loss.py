@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from tokenformer_jax.pattention import sum_outer
-from tokenformer_jax.sharding import constrain, platform, sum_over_batch
+from tokenformer_jax.devices.sharding import constrain, platform, sum_over_batch
+from tokenformer_jax.nn.pattention_vjp import sum_outer
 
 LOGITS = 2**28  # of a device, at most, that are held at once
 

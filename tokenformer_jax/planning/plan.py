@@ -1,63 +1,36 @@
-"""What a pod would do with a config: its real training step, compiled ahead of time for a pod that need not be there.
-
-python -m tokenformer_jax.plan --config=configs/ladder.py:1b4_mesh --config.mesh.fsdp=16 --topology=v5e:4x4
-
-Reports, for each device: what memory holds and whether it fits; the FLOPs of the model by formula, those of the
-compiled program's contractions and its traffic, loops counted out; what it exchanges with other devices; and the times
-that these take at least. Leaves plan.json and plan.png. Needs libtpu, about 2 GB and some minutes, and no TPU. For GPUs
-(--topology=h100:8) it needs what requirements-gpu.txt installs, and no GPU.
-"""
+"""A config's real training step, compiled ahead of time for devices that need not be there, and what it costs there."""
 
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import pathlib
 import re
-import sys
 import tempfile
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib
-from absl import flags
 from jax.experimental import topologies
 
-from tokenformer_jax.config import Config, UserError, config_flag, run_command
-from tokenformer_jax.data import Batch
-from tokenformer_jax.hlo import Program, read_program
-from tokenformer_jax.metrics import replace_file, train_flops_per_token
-from tokenformer_jax.sharding import MESH_AXES, make_mesh
-from tokenformer_jax.step import make_step
-from tokenformer_jax.transformer import count_params
+from tokenformer_jax.config import Config
+from tokenformer_jax.data.batches import Batch
+from tokenformer_jax.devices.hardware import CHIPS, Chip
+from tokenformer_jax.devices.sharding import MESH_AXES, make_mesh
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.nn.layers import count_params
+from tokenformer_jax.planning.hlo import Program, read_program
+from tokenformer_jax.training.metrics import train_flops_per_token
+from tokenformer_jax.training.step import make_step
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 GB = 1e9
-
-
-class Chip(NamedTuple):
-    """One chip, from its vendor's data sheet."""
-
-    flops: float  # dense bfloat16, a second
-    memory: float  # bytes
-    bandwidth: float  # bytes a second, of the memory
-    network: float  # bytes a second that reach it over all its links to other chips of the slice
-
-
-CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1.228e12, 300e9),
-    "v5e": Chip(197e12, 16 * 2**30, 0.819e12, 200e9),
-    "v5p": Chip(459e12, 95 * 2**30, 2.765e12, 600e9),
-    "v6e": Chip(918e12, 32 * 2**30, 1.640e12, 400e9),
-    "tpu7x": Chip(2307e12, 192 * 2**30, 7.380e12, 1200e9),
-    "h100": Chip(989e12, 84929347584, 3.352e12, 450e9),  # SXM; the network is NVLink
-}
+TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 # What XLA asks a GPU for when it compiles, and has to be told where there is none.
 GPU_TARGETS = {
     "h100": """
@@ -87,10 +60,12 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
       UserError: there is no such topology, or no compiler for it.
     """
     name, _, shape = topology.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)?" if name in GPU_TARGETS else r"\d+(x\d+){1,2}", shape):
+    if name not in (*TPUS, *GPU_TARGETS) or not re.fullmatch(
+        r"\d+(x\d+)?" if name in GPU_TARGETS else r"\d+(x\d+){1,2}", shape
+    ):
         raise UserError(
-            f"--topology={topology}: must be one of {', '.join(CHIPS)}, a colon and a shape; v5e:4x4, or h100:2x8 for "
-            "two hosts of eight GPUs, would do"
+            f"--topology={topology}: must be one of {', '.join((*TPUS, *GPU_TARGETS))}, a colon and a shape; "
+            "v5e:4x4, or h100:2x8 for two hosts of eight GPUs, would do"
         )
     if name in GPU_TARGETS:
         return _gpus(name, f"{slices}x{shape}" if "x" in shape else f"{slices}x1x{shape}"), CHIPS[name]
@@ -335,32 +310,3 @@ def draw(plan: dict[str, Any], path: pathlib.Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def main() -> None:
-    jax.config.update("jax_platforms", "cpu")
-    cfg, out = _CONFIG(), pathlib.Path(_OUT.value)
-    if not _TOPOLOGY.value:
-        raise UserError("--topology is missing; --topology=v5e:4x4 would do")
-    print("compiling; it takes some minutes", file=sys.stderr, flush=True)
-    plan = make_plan(cfg, _TOPOLOGY.value, _SLICES.value)
-    if not plan["fits"] and _SUGGEST.value:
-        for asked, other in alternatives(cfg):
-            print(f"does not fit; trying {asked}", file=sys.stderr, flush=True)
-            if make_plan(other, _TOPOLOGY.value, _SLICES.value)["fits"]:
-                plan["would_fit"] = asked
-                break
-    print(describe(plan))
-    if not plan["fits"] and _SUGGEST.value:
-        print(f"{plan['would_fit']} would fit" if "would_fit" in plan else "nothing tried fits: take a larger topology")
-    replace_file(out / "plan.json", json.dumps(plan, indent=1) + "\n")
-    draw(plan, out / "plan.png")
-
-
-if __name__ == "__main__":
-    _CONFIG = config_flag()
-    _TOPOLOGY = flags.DEFINE_string("topology", "", "what to plan for: v5e:4x4, v5p:4x4x4, h100:2x8 (hosts x GPUs), …")
-    _SLICES = flags.DEFINE_integer("slices", 1, "so many of it, connected by the slower network (mesh.slice)")
-    _SUGGEST = flags.DEFINE_bool("suggest", True, "where it does not fit, look for what would")
-    _OUT = flags.DEFINE_string("out", ".", "directory for plan.json and plan.png")
-    run_command(main)

@@ -3,11 +3,8 @@
 It knows trees, not models: what to restore is said by a tree of ShapeDtypeStructs, whose shardings may be those of
 another mesh than the one that saved. Orbax does not see when bytes change on the disk. So the record's file holds a
 fingerprint of every array, and a checksum of itself, and all that is read is compared with those.
-
-python -m tokenformer_jax.checkpoint --workdir=W   # lists the checkpoints and reads every array of each
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -17,42 +14,33 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from tokenformer_jax.config import LOCK, UserError, read_model, run_command, workdir_flag
-from tokenformer_jax.fingerprint import as_text, fingerprints, sealed, unsealed
-from tokenformer_jax.lock import clear, only_writer
-from tokenformer_jax.metrics import give_back_memory, replace_file
-from tokenformer_jax.tokenizer import Tokenizer, tokenizer_from_json
-
-
-@dataclasses.dataclass
-class Record:
-    """What a checkpoint says of its run, beside the arrays; stored as JSON."""
-
-    model: dict[str, Any]  # its config
-    data: str  # identity of the training tokens and their order
-    batch_size: int  # sequences a step, the unit of the data position
-    tokens: int = 0  # seen in training, by this model and the smaller ones it grew from
-    train_flops: float = 0.0  # spent on them
-    schedule_start: int = 0  # step from which the learning-rate schedule counts
-    growth: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # step, tokens before and after, checks
-    rung: int = 0  # of the ladder, how many were climbed
-    plateau: dict[str, Any] = dataclasses.field(default_factory=dict)  # `ladder.Plateau` of this rung
-    rollbacks: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # from step, to step, examples, why
-    losses: list[float] = dataclasses.field(default_factory=list)  # of the last steps, to tell a spike by
-
+from tokenformer_jax.config import read_model
+from tokenformer_jax.data.tokenizer import Tokenizer, tokenizer_from_json
+from tokenformer_jax.devices.hardware import give_back_memory
+from tokenformer_jax.errors import UserError, listed
+from tokenformer_jax.files import replace_file, unsealed
+from tokenformer_jax.storage.arrays import (
+    CHUNK_BYTES,
+    Saved,
+    as_tree,
+    by_name,
+    bytes_in_flight,
+    parts_of,
+    storage_context,
+)
+from tokenformer_jax.storage.fingerprint import as_text, fingerprints
+from tokenformer_jax.storage.record import Record, RecordFile
+from tokenformer_jax.storage.workdir import LOCK, clear, only_writer
 
 Read = TypeVar("Read")
-
-_CHUNK_BYTES = 64 << 20  # what is read or written at once
 
 
 class DamagedError(UserError):
@@ -61,18 +49,6 @@ class DamagedError(UserError):
     def __init__(self, message: str, names: Sequence[str] = (), reason: str = ""):
         super().__init__(message)
         self.names, self.reason = names, reason
-
-
-class Saved(NamedTuple):
-    """An array as it was saved."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    fingerprint: str
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Checkpoints:
@@ -104,7 +80,7 @@ class Checkpoints:
         if not self.steps:
             raise UserError(f"{self.directory}: holds no finished checkpoint; train first")
         if step is not None and step not in self.steps:
-            raise UserError(f"--step={step}: {self.directory} holds the steps {_listed(self.steps)}")
+            raise UserError(f"--step={step}: {self.directory} holds the steps {listed(self.steps)}")
         return self.steps[-1] if step is None else step
 
     def newest_good(self, step: int | None, read: Callable[[int], Read]) -> Read:
@@ -119,7 +95,7 @@ class Checkpoints:
                 return read(step)
             except DamagedError as error:
                 others = [s for s in self.steps if s != step]
-                raise DamagedError(f"{error}; there is also step {_listed(others)}" if others else str(error)) from None
+                raise DamagedError(f"{error}; there is also step {listed(others)}" if others else str(error)) from None
         faults: list[str] = []
         for number in reversed(self.steps):
             try:
@@ -145,12 +121,16 @@ class Checkpoints:
         """
         if "_checkpointer" in self.__dict__ and not self.directory.is_dir():  # Orbax would make another
             raise UserError(f"{self.directory}: is gone; was {self.directory.parent} moved? The run ends here")
-        with self._writing(), _storage(state), jax.transfer_guard("allow"):  # copying to the host is what a save is
+        with (
+            self._writing(),
+            storage_context(state),
+            jax.transfer_guard("allow"),
+        ):  # copying to the host is what a save is
             if step in [checkpoint.step for checkpoint in self._checkpointer.checkpoints]:
                 return
             small = {"record": dataclasses.asdict(record), "position": data.get_state()}
             small["tokenizer"] = tokenizer.to_json()
-            items = {"state": state, "record": _RecordFile(small, by_name(state))}
+            items = {"state": state, "record": RecordFile(small, by_name(state))}
             self._checkpointer.save_checkpointables_async(step, items, force=True)
 
     def record(self, step: int) -> Record:
@@ -204,10 +184,10 @@ class Checkpoints:
         leaves, tree = jax.tree.flatten(abstract)
         names = list(by_name(abstract))
         context = ocp.Context()
-        context.memory.read_concurrent_bytes = _in_flight([saved[name].nbytes for name in names])
+        context.memory.read_concurrent_bytes = bytes_in_flight([saved[name].nbytes for name in names])
         context.pytree.loading.partial_load = True
         context.array.loading.enable_padding_and_truncation = padded  # nothing is truncated: shapes were compared
-        parts = _parts([math.prod(leaf.shape) for leaf in leaves])
+        parts = parts_of([math.prod(leaf.shape) for leaf in leaves])
         while parts:
             part = parts.pop(0)
             some = jax.tree.unflatten(tree, [leaf if i in part else None for i, leaf in enumerate(leaves)])
@@ -219,13 +199,13 @@ class Checkpoints:
                 if len(part) > 1 and jax.process_count() == 1:  # one by one, to find out which
                     parts = [range(i, i + 1) for i in part] + parts
                 else:
-                    yield {}, {names[i]: _reason(error) for i in part}
+                    yield {}, {names[i]: reason(error) for i in part}
                 continue
             found = fingerprints(arrays, {name: saved[name].shape for name in arrays})
             differing = [name for name, sums in found.items() if as_text(sums) != saved[name].fingerprint]
             yield arrays, dict.fromkeys(differing, "its fingerprint differs")
             del state, arrays, found
-            if sum(saved[names[i]].nbytes for i in part) > _CHUNK_BYTES:  # it takes longer than reading less
+            if sum(saved[names[i]].nbytes for i in part) > CHUNK_BYTES:  # it takes longer than reading less
                 give_back_memory()  # Orbax's reading leaves cycles that hold what it read
 
     def faults(self, step: int) -> dict[str, str]:
@@ -238,16 +218,16 @@ class Checkpoints:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for name, a in saved.items()}
         faults: dict[str, str] = {}
-        for _, found in self._read(step, _as_tree(wanted), saved):
+        for _, found in self._read(step, as_tree(wanted), saved):
             faults |= found
         return faults
 
     def _contents(self, step: int) -> dict[str, Any]:
         """What the record's file holds."""
         try:
-            return unsealed((self.directory / str(step) / "record" / _RecordFile.name).read_text())
+            return unsealed((self.directory / str(step) / "record" / RecordFile.name).read_text())
         except (OSError, ValueError) as error:
-            raise self._damaged(step, ["record"], _reason(error)) from error
+            raise self._damaged(step, ["record"], reason(error)) from error
 
     def _saved(self, step: int) -> dict[str, "Saved"]:
         arrays = self._contents(step)["arrays"]
@@ -257,7 +237,7 @@ class Checkpoints:
         try:
             return ocp.metadata(self.directory / str(step), "state")
         except Exception as error:
-            raise self._damaged(step, ["state"], _reason(error)) from error
+            raise self._damaged(step, ["state"], reason(error)) from error
 
     def is_listed(self, step: int) -> bool:
         """Whether Orbax can tell what a checkpoint holds. One that it cannot keeps it from saving another."""
@@ -268,7 +248,7 @@ class Checkpoints:
         return True
 
     def _damaged(self, step: int, names: list[str], reason: str) -> DamagedError:
-        return DamagedError(f"{self.directory / str(step)}: {_listed(names)} damaged ({reason})", names, reason)
+        return DamagedError(f"{self.directory / str(step)}: {listed(names)} damaged ({reason})", names, reason)
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Moves a checkpoint out of the way, and tells where to. Only before anything is saved."""
@@ -290,43 +270,12 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # TensorStore tells of a full disk by a ValueError
-            raise UserError(f"{self.directory}: a checkpoint cannot be written ({_reason(error)})") from error
+            raise UserError(f"{self.directory}: a checkpoint cannot be written ({reason(error)})") from error
 
     def close(self) -> None:
         if "_checkpointer" in self.__dict__:
             with self._writing():
                 self._checkpointer.close()
-
-
-class _RecordFile:
-    """All that is not an array, in one file. It is written in the background, when the fingerprints are computed."""
-
-    name = "record.json"
-
-    def __init__(self, small: dict[str, Any], arrays: dict[str, jax.Array]):
-        self.small = small
-        self.kinds = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
-        self.fingerprints = fingerprints(arrays)
-
-    def text(self) -> str:
-        arrays = {name: [*kind, as_text(self.fingerprints[name])] for name, kind in self.kinds.items()}
-        return sealed(self.small | {"arrays": arrays})
-
-    async def save(self, directory: Any) -> Awaitable[None]:
-        """Called by Orbax; what it returns is awaited in a thread of its own."""
-        return self._write(directory)
-
-    async def _write(self, directory: Any) -> None:
-        text = await asyncio.to_thread(self.text)
-        folder = await directory.await_creation()
-        if jax.process_index() == 0:
-            with open(folder / self.name, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-
-    async def load(self, directory: Any) -> Awaitable[None]:
-        raise NotImplementedError("Checkpoints reads the file itself")
 
 
 class _Keep:
@@ -344,73 +293,11 @@ class _Keep:
         ]
 
 
-def _parts(sizes: list[int]) -> list[range]:
-    """Consecutive entries in groups of an eighth of the whole, or a single larger one."""
-    parts: list[range] = []
-    begin = 0
-    for i in range(len(sizes)):
-        if i > begin and sum(sizes[begin : i + 1]) > sum(sizes) / 8:
-            parts.append(range(begin, i))
-            begin = i
-    return [*parts, range(begin, len(sizes))]
-
-
-def _in_flight(sizes: list[int]) -> int:
-    """A limit of the bytes that are read or written at once and are not in their place: little beside the whole.
-
-    Orbax wants it above every single array's.
-    """
-    return 1 + max(*sizes, sum(sizes) // 32)
-
-
-def _storage(state: Any) -> ocp.Context:
-    """How arrays are stored: uncompressed, stacks of layers a layer at a time.
-
-    A reader with another mesh then reads at most a layer beside its own shard. Compression made float32 a seventh
-    smaller, at three times the time of a save; and without a limit, Orbax holds a second copy of the whole state.
-    """
-    context = ocp.Context()
-    context.memory.write_concurrent_bytes = _in_flight([leaf.nbytes for leaf in jax.tree.leaves(state)])
-    saving = context.array.saving
-    saving.use_compression = False
-    saving.use_zarr3 = False  # which writes a single layer in many small pieces, that glibc then keeps
-    saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-    by_layer = type(saving.storage_options)(shard_axes=(0,))
-    saving.scoped_storage_options_creator = lambda _, array: by_layer if np.ndim(array) == 3 else None
-    return context
-
-
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     while error.__cause__ or error.__context__:  # Orbax wraps the reason
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     line = next(iter(str(error).splitlines()), "")
     return line.split(" [tensorstore_spec")[0] if " " in line else f"{type(error).__name__} {line}".strip()
-
-
-def _listed(values: Sequence[Any]) -> str:
-    """A few values, and how many there are beside these."""
-    few = ", ".join(map(str, values[:6]))
-    return few + (f" and {len(values) - 6} more" if len(values) > 6 else "")
-
-
-def by_name(tree: Any) -> dict[str, Any]:
-    """The leaves by their path, which is the same for a NamedTuple and for the dict that Orbax makes of it."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _as_tree(by_name: dict[str, Any]) -> Any:
-    """The inverse, in dicts and, where the keys are numbers, lists."""
-    if "" in by_name:
-        return by_name[""]
-    groups: dict[str, dict[str, Any]] = {}
-    for name, leaf in by_name.items():
-        key, _, rest = name.partition(".")
-        groups.setdefault(key, {})[rest] = leaf
-    tree = {key: _as_tree(group) for key, group in groups.items()}
-    if not all(key.isdecimal() for key in tree):
-        return tree
-    return [tree.get(str(i)) for i in range(1 + max(map(int, tree)))]
 
 
 def write_workdir(
@@ -472,28 +359,10 @@ def describe(checkpoints: Checkpoints, step: int) -> tuple[str, dict[str, str]]:
     except UserError:  # then it is among the faults, or no model of ours
         pass
     for why in dict.fromkeys(faults.values()):
-        lines.append(f"  damaged: {_listed([name for name in faults if faults[name] == why])} ({why})")
+        lines.append(f"  damaged: {listed([name for name in faults if faults[name] == why])} ({why})")
     lines += [] if faults else ["  good"]
     return "\n".join(lines), faults
 
 
 def _counts(tokens: dict[str, int]) -> str:
     return ", ".join(f"{name} {n}" for name, n in tokens.items())
-
-
-def main() -> None:
-    checkpoints = Checkpoints(_WORKDIR() / "checkpoints")
-    checkpoints.choose(None)
-    damaged: dict[int, list[str]] = {}
-    for step in checkpoints.steps:
-        text, faults = describe(checkpoints, step)
-        print(text, flush=True)
-        damaged |= {step: list(faults)} if faults else {}
-    if damaged:
-        which = "; ".join(f"step {step}: {_listed(names)}" for step, names in damaged.items())
-        raise UserError(f"{checkpoints.directory}: damaged are {which}")
-
-
-if __name__ == "__main__":
-    _WORKDIR = workdir_flag()
-    run_command(main)

@@ -10,8 +10,6 @@ processes. It is meant for accidents, not against those who want to deceive.
 """
 
 import functools
-import hashlib
-import json
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -140,28 +138,3 @@ def _bits(x: jax.Array) -> jax.Array:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}"))
-
-
-def parse_json(text: str | bytes) -> Any:
-    """What JSON holds; ValueError for anything else, also where it is nested too deep to be read."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-
-
-def sealed(tree: dict[str, Any]) -> str:
-    """JSON text of a dict, with a checksum of all of it as its last entry."""
-    return json.dumps(tree | {"checksum": _checksum(tree)}, indent=2) + "\n"
-
-
-def unsealed(text: str) -> dict[str, Any]:
-    """The dict that `sealed` wrote. Raises ValueError where it has changed."""
-    tree = parse_json(text)
-    if not isinstance(tree, dict) or tree.pop("checksum", None) != _checksum(tree):
-        raise ValueError("its checksum differs")
-    return tree
-
-
-def _checksum(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]

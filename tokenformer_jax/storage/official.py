@@ -1,55 +1,34 @@
-"""Official PyTorch weights in and out: the authors' `pytorch_model.bin` <-> a workdir of ours.
+"""Official PyTorch weights in and out: the authors' `pytorch_model.bin` <-> a workdir of ours."""
 
-python -m tokenformer_jax.convert --from_torch=FILE --workdir=W --config=configs/pile.py:150m
-python -m tokenformer_jax.convert --from_torch=FILE --workdir=W --num_heads=12 --context_length=2048 [--tokenizer=T]
-python -m tokenformer_jax.convert --to_torch=FILE --workdir=W [--step=N]
-
-FILE ends in .bin, .pt or .pth (which need torch), .safetensors or .npz. Tensors are read, stored code is never run.
-"""
-
-import contextlib
 import dataclasses
 import functools
 import operator
-import os
 import pathlib
 import re
-import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
-from safetensors.numpy import load_file, save_file
 
-from tokenformer_jax.checkpoint import Record, write_workdir
-from tokenformer_jax.config import (
-    Config,
-    ModelConfig,
-    UserError,
-    config_flag,
-    load_config,
-    read_config,
-    require_empty,
-    run_command,
-    workdir_flag,
-)
-from tokenformer_jax.corpus import prepare
-from tokenformer_jax.data import data_identity, train_batches
-from tokenformer_jax.evaluate import load_trained
-from tokenformer_jax.sharding import make_mesh, this_process
-from tokenformer_jax.step import make_step
-from tokenformer_jax.tokenizer import load_tokenizer
-from tokenformer_jax.transformer import Params, abstract_model, count_params, initial_tau
+from tokenformer_jax.config import Config, ModelConfig, read_config
+from tokenformer_jax.configs import base
+from tokenformer_jax.data.batches import data_identity, train_batches
+from tokenformer_jax.data.tokenizer import load_tokenizer
+from tokenformer_jax.data.tokens import prepare
+from tokenformer_jax.devices.sharding import make_mesh, this_process
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.nn.language import abstract_model, initial_tau
+from tokenformer_jax.nn.layers import Params, count_params
+from tokenformer_jax.storage.checkpoints import write_workdir
+from tokenformer_jax.storage.record import Record
+from tokenformer_jax.storage.state_dicts import StateDict, check_file_name, write_state_dict
+from tokenformer_jax.storage.trained import load_trained
+from tokenformer_jax.storage.workdir import load_config, require_empty
+from tokenformer_jax.training.step import make_step
 
-StateDict = Mapping[str, np.ndarray]
-
-TORCH_ENDINGS = (".bin", ".pt", ".pth")
-ENDINGS = (*TORCH_ENDINGS, ".safetensors", ".npz")
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, jnp.bfloat16)))
-WRAPPERS = ("module", "model", "state_dict")  # keys under which training frameworks keep the state dict
 PROJECTIONS = {
     "query": "attention.query",
     "key": "attention.key",
@@ -189,92 +168,10 @@ def _few(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-# Files.
-
-
-def check_file_name(path: pathlib.Path) -> None:
-    """Raises a UserError where the ending is unknown, or needs torch and torch is not installed."""
-    if path.suffix not in ENDINGS:
-        raise UserError(f"{path}: must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
-    if path.suffix in TORCH_ENDINGS:
-        try:
-            import torch  # noqa: F401
-        except ImportError:
-            raise UserError(
-                f"{path}: {path.suffix} needs torch, which is not installed; .safetensors or .npz would do without"
-            ) from None
-
-
-def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads tensors by name; a file with anything but tensors, dicts and plain values is refused, not run.
-
-    Raises:
-      UserError: names the file, and what is wrong with it.
-    """
-    check_file_name(path)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
-    try:
-        found = _read(path)
-    except Exception as error:  # torch alone raises some eight kinds
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "damaged, or not of this format"
-        if path.suffix in TORCH_ENDINGS:
-            reason += ", or with objects beside its tensors, whose code is never run"
-        raise UserError(f"{path}: cannot be read ({reason}); a state dict of tensors only would do") from None
-    if not isinstance(found, dict) or not found:
-        raise UserError(f"{path}: holds {'nothing' if found == {} else type(found).__name__}, not a state dict")
-    for name, array in found.items():
-        if not isinstance(name, str) or not isinstance(array, np.ndarray):
-            raise UserError(f"{path}: not a state dict: {name!r} is a {type(array).__name__}, not a dense tensor")
-    return found
-
-
-def _read(path: pathlib.Path) -> Any:
-    if path.suffix == ".npz":
-        with np.load(path) as arrays:
-            return dict(arrays)
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    import torch
-
-    def to_numpy(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            return value
-        value = value.detach()
-        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # torch has no bfloat16 for numpy
-
-    # Files from before torch 1.6 are no zip and cannot be mapped.
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    for key in WRAPPERS * 2:  # one may hold the other
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    return {name: to_numpy(value) for name, value in found.items()} if isinstance(found, dict) else found
-
-
-def write_state_dict(path: pathlib.Path, arrays: StateDict) -> None:
-    """Writes the file whole or not at all. Raises UserError where it cannot be written."""
-    check_file_name(path)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".npz":
-            np.savez(partial, **arrays)  # type: ignore[arg-type]
-        elif path.suffix == ".safetensors":
-            save_file(dict(arrays), partial, metadata={"format": "pt"})
-        else:
-            import torch
-
-            torch.save({name: torch.tensor(array) for name, array in arrays.items()}, partial)
-        os.replace(partial, path)
-    except Exception as error:  # safetensors and torch wrap OSError in kinds of their own
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-
-
-# The command.
+def config_of(state_dict: StateDict, said: dict[str, Any], source: str) -> Config:
+    """A config for a state dict: sizes from its tensors, `said` for what they do not say, the rest from base."""
+    model = model_config(state_dict, **said, source=source)
+    return read_config(base.get_config().to_dict() | {"model": dataclasses.asdict(model)})
 
 
 def import_official(state_dict: StateDict, cfg: Config, workdir: pathlib.Path, source: str = "state dict") -> int:
@@ -345,57 +242,3 @@ def check_tau(tau: Mapping[str, Any], model: ModelConfig, source: str) -> None:
                 f"{source}: tau of {name} is {tau[name]:.6g}, but the official format takes it to be "
                 f"sqrt({model.tokens[name]}) = {final:.6g}; the model at the end of its ramp (grow.tau_ramp) would do"
             )
-
-
-def command_config(state_dict: StateDict, source: str) -> Config:
-    """The config of an import: --config, or the flags that say what the arrays do not."""
-    unsaid = {name: flags.FLAGS[name] for name in ("num_heads", "context_length", "rotary_fraction")}
-    if flags.FLAGS["config"].present:
-        for name, flag in unsaid.items():
-            if flag.present:
-                raise UserError(f"--{name}={flag.value}: --config says it already; --config.model.{name} overrides it")
-        cfg = _CONFIG()
-    else:
-        for name, flag in unsaid.items():
-            if flag.value is None:
-                raise UserError(f"--{name} is missing: {source} does not say it; --config=FILE:variant would do too")
-        said: dict[str, Any] = {name: flag.value for name, flag in unsaid.items()}
-        from configs import base  # so common a name that only the command may rely on it
-
-        model = model_config(state_dict, **said, source=source)
-        cfg = read_config(base.get_config().to_dict() | {"model": dataclasses.asdict(model)})
-    tokenizer = _TOKENIZER.value or cfg.data.tokenizer
-    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=tokenizer))
-
-
-def main() -> None:
-    if bool(_FROM.value) == bool(_TO.value):
-        raise UserError("--from_torch or --to_torch: give one of them, the file to read or the file to write")
-    path, workdir = pathlib.Path(_FROM.value or _TO.value or "").expanduser(), _WORKDIR()
-    if _TO.value:
-        step_number, count = export_official(workdir, path, _STEP.value)
-        if jax.process_index() == 0:
-            print(f"{path}: step {step_number} of {workdir}, {count:,} parameters under the official names")
-        return
-    if _STEP.value is not None:
-        raise UserError(f"--step={_STEP.value}: an imported model starts at step 0; leave it out")
-    state_dict = read_state_dict(path)
-    cfg = command_config(state_dict, str(path))
-    count = import_official(state_dict, cfg, workdir, str(path))
-    if jax.process_index() == 0:
-        print(f"{workdir}: {count:,} parameters of {path} at step 0; train, grow, evaluate and generate take it")
-        if not cfg.data.tokenizer:
-            print("warning: no --tokenizer was given and a new one was trained: its ids are not those of the model")
-
-
-if __name__ == "__main__":
-    _CONFIG = config_flag()
-    _WORKDIR = workdir_flag()
-    _FROM = flags.DEFINE_string("from_torch", None, "the official state dict to read")
-    _TO = flags.DEFINE_string("to_torch", None, "the official state dict to write")
-    _STEP = flags.DEFINE_integer("step", None, "which checkpoint to write; by default the newest")
-    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "the model's tokenizer.json; overrides config.data.tokenizer")
-    flags.DEFINE_integer("num_heads", None, "attention heads, where no --config says it")
-    flags.DEFINE_integer("context_length", None, "tokens of context, where no --config says it")
-    flags.DEFINE_float("rotary_fraction", 0.25, "part of each head's dims that rotary turns, likewise")
-    run_command(main)

@@ -1,4 +1,4 @@
-"""One writer a folder: a lock that ends with its process."""
+"""The folder of a run: one writer, whole or not at all."""
 
 import contextlib
 import fcntl
@@ -11,7 +11,41 @@ from collections.abc import Iterator
 
 import jax
 
-from tokenformer_jax.config import LOCK, UserError
+from tokenformer_jax.config import (
+    Config,
+    read_config,
+)
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import parse_json, unsealed
+
+
+def load_config(path: pathlib.Path) -> Config:
+    """Reads the `config.json` of a workdir. Raises UserError when it is missing, damaged or not a config."""
+    try:
+        text = path.read_text()
+        tree = parse_json(text)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; is {path.parent} the --workdir of a training run?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON config ({error})") from None
+    if isinstance(tree, dict) and "checksum" in tree:
+        try:
+            tree = unsealed(text)
+        except ValueError:
+            raise UserError(
+                f"{path}: has changed since it was written; if that was meant, delete its checksum, and if not, the "
+                "--config of the run would do: train writes it anew"
+            ) from None
+    return read_config(tree, str(path))
+
+
+LOCK = ".lock"  # in a folder that a command writes
+
+
+def require_empty(workdir: pathlib.Path, why: str) -> None:
+    """Raises a UserError unless the directory is new or empty."""
+    if workdir.exists() and (not workdir.is_dir() or any(path.name != LOCK for path in workdir.iterdir())):
+        raise UserError(f"--workdir={workdir}: {why}; name a new or an empty directory")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,56 +10,20 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from tokenformer_jax.config import Config, ModelConfig, OptimizerConfig
-from tokenformer_jax.data import Batch
-from tokenformer_jax.loss import cross_entropy
-from tokenformer_jax.metrics import give_back_memory
-from tokenformer_jax.sharding import batch_sharding, constrain, platform, replicated, shardings, with_shardings
-from tokenformer_jax.transformer import Key, Params, Tau, abstract_model, init_params, initial_tau, subkey
+from tokenformer_jax.config import Config
+from tokenformer_jax.data.batches import Batch
+from tokenformer_jax.devices.hardware import give_back_memory
+from tokenformer_jax.devices.sharding import batch_sharding, constrain, replicated, shardings, with_shardings
+from tokenformer_jax.nn.language import abstract_model
+from tokenformer_jax.nn.layers import Key, Params, subkey
+from tokenformer_jax.nn.loss import cross_entropy
+from tokenformer_jax.nn.transformer import Tau
+from tokenformer_jax.training.non_finite import if_finite
+from tokenformer_jax.training.schedule import Frozen, freeze, learning_rate, make_optimizer
+from tokenformer_jax.training.state import TrainState, init_state
 
 Metrics = dict[str, jax.Array]
 MASKS = 2**31  # folded into the seed for dropout; no step, which the keys of growth fold in, is that large
-
-
-class TauRamp(NamedTuple):
-    """A layer's τ over time: `start` up to step `begin`, then linearly to `target` at step `end`."""
-
-    start: jax.Array  # float32
-    target: jax.Array  # float32
-    begin: jax.Array  # int32
-    end: jax.Array  # int32
-
-    @classmethod
-    def constant(cls, tau: float) -> "TauRamp":
-        return cls(jnp.float32(tau), jnp.float32(tau), jnp.int32(0), jnp.int32(0))
-
-    def at(self, step: jax.Array) -> jax.Array:
-        done = (step - self.begin).astype(jnp.float32) / jnp.maximum(self.end - self.begin, 1)
-        ramped = self.start + (self.target - self.start) * jnp.clip(done, 0.0, 1.0)
-        return jnp.where(step >= self.end, self.target, jnp.where(step <= self.begin, self.start, ramped))
-
-
-class TrainState(NamedTuple):
-    """Everything that training changes; what a checkpoint holds."""
-
-    step: jax.Array  # int32, optimizer steps taken since the model's birth
-    params: Params
-    opt_state: optax.OptState
-    tau: dict[str, TauRamp]  # per projection; the same in every layer
-
-    def without_moments(self) -> dict[str, Any]:
-        """The parts that a model needs: all but opt_state."""
-        return {name: part for name, part in self._asdict().items() if name != "opt_state"}
-
-    def tau_now(self) -> Tau:
-        return {name: ramp.at(self.step) for name, ramp in self.tau.items()}
-
-
-class Frozen(NamedTuple):
-    """The former tokens of projections that grew, which do not learn for a while."""
-
-    tokens: dict[str, int]  # projection -> how many of its first tokens
-    until: int  # the last step without learning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,29 +59,6 @@ class Step:
         give_back_memory()
 
 
-def learning_rate(cfg: OptimizerConfig, steps: int, start: int = 0) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine that reaches the final rate at `steps`; counted from step `start`."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, cfg.peak_learning_rate, cfg.warmup_steps, max(steps - start, cfg.warmup_steps + 1), cfg.final_learning_rate
-    )
-    return lambda step: schedule(step - start)
-
-
-def decayed(params: Params) -> Any:
-    """True where weight decay applies: all but the final norm."""
-    return {name: jax.tree.map(lambda _, n=name: not n.startswith("norm"), tree) for name, tree in params.items()}
-
-
-def make_optimizer(cfg: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(schedule, cfg.beta1, cfg.beta2, cfg.epsilon, weight_decay=cfg.weight_decay, mask=decayed)
-
-
-def init_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    params = init_params(cfg, key)
-    tau = {name: TauRamp.constant(value) for name, value in initial_tau(cfg).items()}
-    return TrainState(jnp.int32(0), params, optimizer.init(params), tau)
-
-
 def loss_sums(model: Any, tau: Tau, batch: Batch, mask_documents: bool, key: Key = None) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of next-token losses in nats over the padded vocabulary, and the sum of weights.
 
@@ -141,34 +82,6 @@ def masks_key(cfg: Config, step: jax.Array | int) -> Key:
     if cfg.model.dropout == cfg.model.stochastic_depth == 0:
         return None
     return subkey(subkey(jax.random.key(cfg.seed), MASKS), step)
-
-
-def freeze(updates: Params, step: jax.Array, frozen: Frozen) -> Params:
-    """The updates with those of frozen tokens set to zero."""
-
-    def masked(name: str, update_LND: jax.Array) -> jax.Array:
-        is_new_N1 = jnp.arange(update_LND.shape[1])[:, None] >= frozen.tokens[name]
-        return jnp.where(is_new_N1 | (step >= frozen.until), update_LND, 0.0)
-
-    blocks = updates["blocks"]
-    grown = {name: jax.tree.map(lambda u, n=name: masked(n, u), blocks[name]) for name in frozen.tokens}
-    return updates | {"blocks": blocks | grown}
-
-
-def if_finite(finite: jax.Array, learn: Callable, params: Params, opt_state: optax.OptState, grads: Params) -> Any:
-    """learn(params, opt_state, grads) if the step was finite, else params and opt_state as they were.
-
-    Integers, which count steps, go on. A CPU branches: to select between all old and new arrays takes it as long again
-    as to learn.
-    """
-
-    def skip(params: Params, opt_state: optax.OptState, grads: Params) -> tuple[Params, optax.OptState]:
-        return params, jax.tree.map(lambda x: x + jnp.issubdtype(x.dtype, jnp.integer), opt_state)
-
-    if platform() == "cpu":
-        return jax.lax.cond(finite, learn, skip, params, opt_state, grads)
-    new, old = (function(params, opt_state, grads) for function in (learn, skip))
-    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
 
 def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0, frozen: Frozen | None = None) -> Step:

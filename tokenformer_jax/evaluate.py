@@ -1,0 +1,31 @@
+"""Loss, perplexity and bits per byte of a trained model on a split.
+
+python -m tokenformer_jax.evaluate --workdir=W [--step=N] [--split=validation] [--mesh=1,1,1,1]
+python -m tokenformer_jax.evaluate --workdir=W --examples=96:104   # of training, by their order: each text and its loss
+"""
+
+from absl import flags
+
+from tokenformer_jax.cli import examples_flag, mesh_flag, run_command, workdir_flag
+from tokenformer_jax.evaluation.perplexity import evaluate_run, show_examples
+from tokenformer_jax.storage.trained import load_trained
+
+
+def main() -> None:
+    workdir, mesh, examples = workdir_flag(), mesh_flag(), examples_flag()
+    step = flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
+    split = flags.DEFINE_string("split", "validation", "train or validation")
+
+    def evaluate() -> None:
+        chosen = examples()
+        run = load_trained(workdir(), step.value, mesh())
+        if chosen:
+            show_examples(run, chosen)
+        else:
+            evaluate_run(run, workdir(), split.value)
+
+    run_command(evaluate)
+
+
+if __name__ == "__main__":
+    main()

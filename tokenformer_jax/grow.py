@@ -1,0 +1,48 @@
+"""Grows a trained model: more parameter tokens, the same function, verified before anything is written.
+
+python -m tokenformer_jax.grow --source=W --config=quickstart:grown --workdir=W2 [--step=N] [--recipe=split]
+python -m tokenformer_jax.grow --source=W2 --config=quickstart:small --workdir=W3 --shrink [--step=N]
+"""
+
+import dataclasses
+
+import jax
+from absl import flags
+
+from tokenformer_jax.cli import config_flag, run_command, workdir_flag
+from tokenformer_jax.config import validate
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.growth.grow import describe, grow, warnings
+from tokenformer_jax.growth.recipes import RECIPES
+from tokenformer_jax.growth.shrink import describe as describe_shrinking
+from tokenformer_jax.growth.shrink import shrink
+
+
+def main() -> None:
+    config = config_flag()
+    source = workdir_flag("source", "the directory of the run to grow")
+    workdir = workdir_flag(help_text="the new directory, which train then resumes")
+    step = flags.DEFINE_integer("step", None, "which checkpoint of the source; by default the newest")
+    recipe = flags.DEFINE_string("recipe", None, f"{', '.join(RECIPES)}; overrides config.grow.recipe")
+    shrinking = flags.DEFINE_boolean("shrink", False, "drop parameter tokens instead, the least useful first")
+
+    def resize() -> None:
+        cfg = config()
+        if shrinking.value:
+            if recipe.value:
+                raise UserError(f"--recipe={recipe.value}: says what new tokens hold, and --shrink makes none")
+            text = describe_shrinking(shrink(source(), cfg, workdir(), step.value))
+        else:
+            if recipe.value:
+                cfg = dataclasses.replace(cfg, grow=dataclasses.replace(cfg.grow, recipe=recipe.value))
+                validate(cfg)
+            figures = grow(source(), cfg, workdir(), step.value)
+            text = "\n".join([describe(figures), *warnings(figures)])
+        if jax.process_index() == 0:
+            print(text)
+
+    run_command(resize)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ FLOORS = """
     training: metrics state schedule non_finite step
     storage: fingerprint workdir record arrays metrics_file checkpoints trained state_dicts official
     evaluation: perplexity sampling report
-    growth: recipes ladder verify resize grow shrink
+    growth: recipes ladder figures verify resize grow shrink
     planning: hlo plan
     running: signals run log loop
     api

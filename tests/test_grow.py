@@ -12,7 +12,7 @@ from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, ti
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow, grow_state
-from tokenformer_jax.growth.ladder import check_growth
+from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.growth.verify import measure, verify
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.checkpoints import Checkpoints

@@ -17,7 +17,7 @@ from tokenformer_jax.growth.shrink import shrink
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.running.run import open_run
 from tokenformer_jax.storage.arrays import by_name
-from tokenformer_jax.storage.checkpoints import Checkpoints, DamagedError, write_workdir
+from tokenformer_jax.storage.checkpoints import Checkpoints, DamagedError, save_one
 from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.storage.workdir import load_config
 from tokenformer_jax.training.step import make_step
@@ -214,7 +214,7 @@ def test_an_array_of_a_mesh_is_saved_with_the_fingerprint_that_one_device_comput
     sharded = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=2, fsdp=2, tensor=2))
     there = open_run(sharded, shutil.copytree(run, tmp_path / "run"))
     items = there.state, there.data, there.corpus.tokenizer, there.record
-    write_workdir(tmp_path / "again", NEW, items, dict)
+    save_one(tmp_path / "again" / "checkpoints", NEW, *items)
     saved = [Checkpoints(workdir / "checkpoints")._saved(NEW) for workdir in (run, tmp_path / "again")]
     assert saved[0] == saved[1] and len(saved[0]) == len(jax.tree.leaves(there.state))
 

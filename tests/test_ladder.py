@@ -12,7 +12,7 @@ from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, ro
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.ladder import Plateau, stages
-from tokenformer_jax.running import run as run_module
+from tokenformer_jax.growth.resize import Resize
 from tokenformer_jax.running.log import Log
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.running.signals import StopSignals
@@ -73,8 +73,8 @@ def test_a_run_killed_on_both_sides_of_a_rung_ends_the_same(ladder, tmp_path, mo
     cfg, whole = ladder
     trained = Log.step
 
-    def step(log, n, metrics):
-        trained(log, n, metrics)
+    def step(log, n, figures):
+        trained(log, n, figures)
         if n in waiting:
             waiting.remove(n)
             raise Killed
@@ -92,14 +92,14 @@ def test_a_run_killed_on_both_sides_of_a_rung_ends_the_same(ladder, tmp_path, mo
 
 def test_a_run_stopped_in_a_growth_ends_the_same(ladder, tmp_path, monkeypatch):
     cfg, whole = ladder
-    grow_model = run_module.grow_model
+    apply = Resize.apply
 
     def killed(*args):
-        grow_model(*args)
+        apply(*args)
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run_module, "grow_model", killed)
+        patch.setattr(Resize, "apply", killed)
         train(cfg, tmp_path / "cut")
     train(cfg, tmp_path / "cut")
     assert rows_of(tmp_path / "cut") == rows_of(whole)

@@ -13,7 +13,7 @@ from tokenformer_jax import TokenFormer
 from tokenformer_jax.config import SIZES
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow_state
-from tokenformer_jax.growth.ladder import check_growth
+from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.growth.shrink import check_shrinking, shrink_state
 from tokenformer_jax.nn.language import abstract_model, initial_tau
 from tokenformer_jax.nn.pattention import pattention

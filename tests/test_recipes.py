@@ -14,8 +14,7 @@ from tokenformer_jax.config import CHOICES
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow_state
-from tokenformer_jax.growth.ladder import check_growth
-from tokenformer_jax.growth.recipes import RECIPES
+from tokenformer_jax.growth.recipes import RECIPES, check_growth
 from tokenformer_jax.growth.verify import measure, verify
 from tokenformer_jax.training.step import make_step, put_batch
 

@@ -15,7 +15,7 @@ from tokenformer_jax.config import ModelConfig, validate_model
 from tokenformer_jax.data.tokenizer import Tokenizer
 from tokenformer_jax.evaluation.sampling import Sampling, generate
 from tokenformer_jax.growth.grow import grow_state
-from tokenformer_jax.growth.ladder import check_growth
+from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.growth.shrink import check_shrinking, shrink_state
 from tokenformer_jax.nn.language import abstract_model, init_params, initial_tau
 from tokenformer_jax.nn.layers import Params

@@ -1,9 +1,12 @@
 """Files that appear whole or not at all, and JSON that can tell when it has changed."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from tokenformer_jax.errors import UserError
@@ -43,3 +46,16 @@ def replace_file(path: pathlib.Path, text: str) -> None:
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, wait: bool = True) -> Iterator[None]:
+    """Holds a file's lock, which the system frees when its holder dies, however it does.
+
+    Raises:
+      BlockingIOError: another process holds it, and this one does not wait.
+      OSError: the file cannot be opened, or its file system has no locks.
+    """
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield

@@ -12,9 +12,9 @@ from absl import flags
 from tokenformer_jax.cli import config_flag, run_command, workdir_flag
 from tokenformer_jax.config import validate
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.growth.grow import describe, grow, warnings
+from tokenformer_jax.growth.figures import describe_growth, describe_shrinking, warnings
+from tokenformer_jax.growth.grow import grow
 from tokenformer_jax.growth.recipes import RECIPES
-from tokenformer_jax.growth.shrink import describe as describe_shrinking
 from tokenformer_jax.growth.shrink import shrink
 
 
@@ -37,7 +37,7 @@ def main() -> None:
                 cfg = dataclasses.replace(cfg, grow=dataclasses.replace(cfg.grow, recipe=recipe.value))
                 validate(cfg)
             figures = grow(source(), cfg, workdir(), step.value)
-            text = "\n".join([describe(figures), *warnings(figures)])
+            text = "\n".join([describe_growth(figures), *warnings(figures)])
         if jax.process_index() == 0:
             print(text)
 

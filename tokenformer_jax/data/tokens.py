@@ -6,7 +6,6 @@ compared whenever they are read.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -27,7 +26,7 @@ from tokenformer_jax.data.text import (
 )
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import sealed, unsealed
+from tokenformer_jax.files import locked, sealed, unsealed
 
 _PIECE = 1 << 20  # characters encoded at once; the encoder takes about 100 bytes of memory a token
 _TRAINER_CHARACTERS = 1 << 29  # a BPE of more text than this is no better
@@ -94,7 +93,7 @@ def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Corpus:
         corpus = _open_corpus(folder, cfg, tokenizer)
         if corpus is None:
             folder.mkdir(parents=True, exist_ok=True)
-            with _lock(folder):
+            with locked(folder / "lock"):
                 corpus = _open_corpus(folder, cfg, tokenizer) or _make_corpus(folder, cfg, dataset, tokenizer)
     except OSError as error:
         reason = error.strerror or error
@@ -124,14 +123,6 @@ def check_length(split: TokenSplit, key: str, context_length: int) -> None:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Held by one process of the machine at a time; the system frees it when its holder dies."""
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _tokenizer_file(folder: Path, cfg: Config) -> Path:

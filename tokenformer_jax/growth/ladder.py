@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tokenformer_jax.config import FREE_MODEL_KEYS, SIZES, Config, ModelConfig, read_config, validate
+from tokenformer_jax.config import Config, read_config, validate
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.growth.recipes import RECIPES
+from tokenformer_jax.growth.recipes import check_growth
 
 RUNG_KEYS = (
     "model optimizer grow mesh batch_size accumulation log_every eval_every eval_batches checkpoint_every"
@@ -70,55 +70,6 @@ def _check_rung(before: Config, stage: Config, length: int) -> None:
     warmup = stage.optimizer.warmup_steps
     if warmup >= length:
         raise UserError(f"optimizer.warmup_steps = {warmup}: must be below the rung's {length} steps")
-
-
-def check_growth(old: ModelConfig, new: ModelConfig, recipe: str) -> None:
-    """Raises a UserError unless `new` is `old` with more parameter tokens (or as many), which the recipe can append."""
-    check_same_but_sizes(old, new, "growth")
-    old_padded, new_padded = old.padding_counted(), new.padding_counted()
-    for size in SIZES:
-        named, count = getattr(old, size), getattr(new, size)
-        before, after = getattr(old_padded, size), getattr(new_padded, size)
-        if count < named or after < before:
-            raise UserError(f"model.{size} = {count}: the source has {before} already; growing takes that or more")
-        if count != named and after == before:
-            raise UserError(f"model.{size} = {count}: the source's {named} are padded to {before}; more would do")
-    if all(getattr(old_padded, size) == getattr(new_padded, size) for size in SIZES):
-        return
-    if new.projection == "linear":
-        raise UserError("model.projection = 'linear': a plain Transformer has no parameter tokens to grow")
-    if new.normalizer == "softmax":
-        raise UserError("model.normalizer = 'softmax': growth is not lossless with it; l2_norm_gelu would do")
-    if new.normalizer not in RECIPES[recipe].normalizers:
-        raise UserError(
-            f"grow.recipe = {recipe!r}: needs model.normalizer = {' or '.join(RECIPES[recipe].normalizers)}, "
-            f"not {new.normalizer!r}; zero_keys would do"
-        )
-    if new.tau_tokens and not RECIPES[recipe].ramps:
-        raise UserError(f"grow.recipe = {recipe!r}: changes τ, which model.tau_tokens fixes; zero_keys would do")
-    for name, before in old.tokens.items():
-        after = new.tokens[name]
-        size = f"{name}_tokens" if name in ("ffn", "out") else "qkv_tokens"
-        if recipe == "split" and after % before:
-            raise UserError(
-                f"model.{size} = {after}: grow.recipe = 'split' takes a multiple of the source's {before}; "
-                f"{after // before * before} or {(after // before + 1) * before} would do"
-            )
-        least = before + min(before, new.embed_dim)
-        if recipe == "isometric" and before < after < least:
-            raise UserError(
-                f"model.{size} = {after}: grow.recipe = 'isometric' takes the source's {before} or at least {least}"
-            )
-
-
-def check_same_but_sizes(old: ModelConfig, new: ModelConfig, what: str) -> None:
-    """Raises a UserError where two models differ in more than token counts and what may always change."""
-    for field in dataclasses.fields(ModelConfig):
-        before, after = getattr(old, field.name), getattr(new, field.name)
-        if field.name not in (*SIZES, "pad_tokens_to", *FREE_MODEL_KEYS) and after != before:
-            raise UserError(
-                f"model.{field.name} = {after!r}: the source has {before!r}; {what} changes token counts only"
-            )
 
 
 def shifted(stage: Config, planned_start: int, start: int) -> Config:

@@ -4,13 +4,16 @@ Each recipe is a function of one projection's tokens. Arrays come sharded over t
 all tokens of its own; none makes a device gather what is sharded.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from tokenformer_jax.config import FREE_MODEL_KEYS, SIZES, ModelConfig
 from tokenformer_jax.devices.sharding import constrain
+from tokenformer_jax.errors import UserError
 
 
 class Growth(NamedTuple):
@@ -40,6 +43,7 @@ class Recipe(NamedTuple):
     resets_optimizer: bool = False
     ramps: bool = False  # τ is held, then goes to the target over grow.tau_ramp of the phase; others set it at once
     normalizers: tuple[str, ...] = ("l2_norm_gelu", "gelu_l2_norm")  # with which it keeps its promise
+    needs: Callable[[int, int, int], str] = lambda before, after, dim: ""  # what counts it takes, if not those
 
 
 def zero_keys(g: Growth) -> Grown:
@@ -90,6 +94,18 @@ def split(g: Growth) -> Grown:
     return Grown(tile(g.keys_LND), values_LNE, g.tau * jnp.sqrt(jnp.float32(copies)))
 
 
+def split_needs(before: int, after: int, dim: int) -> str:
+    if after % before == 0:
+        return ""
+    near = after // before * before
+    return f"a multiple of the source's {before}; {near} or {near + before} would do"
+
+
+def isometric_needs(before: int, after: int, dim: int) -> str:
+    least = before + min(before, dim)
+    return "" if after >= least else f"the source's {before} or at least {least}"
+
+
 def random_keys(g: Growth) -> Grown:
     """Random keys as long as the trained ones, zero values, τ at its target at once: close, but not lossless."""
     trained = jnp.sum(jnp.square(g.keys_LND), axis=(1, 2), keepdims=True) / g.tokens
@@ -125,9 +141,50 @@ def _gram(x_LND: jax.Array) -> jax.Array:
 
 RECIPES = {
     "zero_keys": Recipe(zero_keys, ramps=True),
-    "isometric": Recipe(isometric, normalizers=("l2_norm_gelu",)),
-    "split": Recipe(split),
+    "isometric": Recipe(isometric, normalizers=("l2_norm_gelu",), needs=isometric_needs),
+    "split": Recipe(split, needs=split_needs),
     "random_keys": Recipe(random_keys, lossless=False),
     "released": Recipe(released, lossless=False, resets_optimizer=True),
     "zero_padding": Recipe(zero_padding, learns=False, ramps=True),
 }
+
+
+def check_growth(old: ModelConfig, new: ModelConfig, recipe: str) -> None:
+    """Raises a UserError unless `new` is `old` with more parameter tokens (or as many), which the recipe can append."""
+    check_same_but_sizes(old, new, "growth")
+    old_padded, new_padded = old.padding_counted(), new.padding_counted()
+    for size in SIZES:
+        named, count = getattr(old, size), getattr(new, size)
+        before, after = getattr(old_padded, size), getattr(new_padded, size)
+        if count < named or after < before:
+            raise UserError(f"model.{size} = {count}: the source has {before} already; growing takes that or more")
+        if count != named and after == before:
+            raise UserError(f"model.{size} = {count}: the source's {named} are padded to {before}; more would do")
+    if all(getattr(old_padded, size) == getattr(new_padded, size) for size in SIZES):
+        return
+    if new.projection == "linear":
+        raise UserError("model.projection = 'linear': a plain Transformer has no parameter tokens to grow")
+    if new.normalizer == "softmax":
+        raise UserError("model.normalizer = 'softmax': growth is not lossless with it; l2_norm_gelu would do")
+    if new.normalizer not in RECIPES[recipe].normalizers:
+        raise UserError(
+            f"grow.recipe = {recipe!r}: needs model.normalizer = {' or '.join(RECIPES[recipe].normalizers)}, "
+            f"not {new.normalizer!r}; zero_keys would do"
+        )
+    if new.tau_tokens and not RECIPES[recipe].ramps:
+        raise UserError(f"grow.recipe = {recipe!r}: changes τ, which model.tau_tokens fixes; zero_keys would do")
+    for name, before in old.tokens.items():
+        size = f"{name}_tokens" if name in ("ffn", "out") else "qkv_tokens"
+        after = new.tokens[name]
+        if after > before and (need := RECIPES[recipe].needs(before, after, new.embed_dim)):
+            raise UserError(f"model.{size} = {after}: grow.recipe = {recipe!r} takes {need}")
+
+
+def check_same_but_sizes(old: ModelConfig, new: ModelConfig, what: str) -> None:
+    """Raises a UserError where two models differ in more than token counts and what may always change."""
+    for field in dataclasses.fields(ModelConfig):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if field.name not in (*SIZES, "pad_tokens_to", *FREE_MODEL_KEYS) and after != before:
+            raise UserError(
+                f"model.{field.name} = {after!r}: the source has {before!r}; {what} changes token counts only"
+            )

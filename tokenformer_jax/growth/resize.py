@@ -1,127 +1,250 @@
-"""A new workdir made from a checkpoint of another run, with other token counts: what growing and shrinking share."""
+"""The one way from a model to its successor of other token counts: `grow`, `shrink` and the next rung of a run go it.
+
+The parameters first, which are compared with the former ones before anything is kept; then Adam's moments, for which
+the former parameters make room; then the record. On a mesh each device works on its own part of every array.
+"""
 
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
 
 from tokenformer_jax.config import Config, ModelConfig, validate
 from tokenformer_jax.data.batches import data_identity, keep_position, train_batches
-from tokenformer_jax.data.tokenizer import Tokenizer
-from tokenformer_jax.data.tokens import Corpus, prepare
+from tokenformer_jax.data.tokens import TokenSplit, prepare
 from tokenformer_jax.devices.hardware import peak_host_bytes
-from tokenformer_jax.devices.sharding import make_mesh, this_process
+from tokenformer_jax.devices.sharding import constrain, make_mesh, this_process
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import parse_json
+from tokenformer_jax.files import parse_json, replace_file
+from tokenformer_jax.growth.figures import size_figures
 from tokenformer_jax.growth.ladder import stages
-from tokenformer_jax.nn.layers import count_params
-from tokenformer_jax.storage.checkpoints import Checkpoints, write_workdir
+from tokenformer_jax.storage.checkpoints import Checkpoints, save_one
 from tokenformer_jax.storage.record import Record
-from tokenformer_jax.storage.trained import open_checkpoint
-from tokenformer_jax.storage.workdir import require_empty
+from tokenformer_jax.storage.trained import newest_good, open_checkpoint
+from tokenformer_jax.storage.workdir import new_workdir, require_empty
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, make_step
 
+RECORDED = "recipe", "max_logit_difference", "max_logit", "loss_before", "loss_after"  # figures that checkpoints keep
+
+
+class Source(Protocol):
+    """Where a former state is. Each part is asked for once, the parameters first."""
+
+    def model(self, step: Step) -> TrainState:
+        """The state without moments, sharded as `step` asks for."""
+
+    def moments(self, step: Step) -> Any:
+        """The optimizer state, filled up with zeros to the shapes that `step` asks for."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Succession:
-    """A checkpoint of a run, and the config that goes on from it on a mesh of its own."""
-
-    source: pathlib.Path
+class InCheckpoint:
     checkpoints: Checkpoints
-    step_number: int
-    record: Record  # of the checkpoint, with the successor's learning-rate schedule
-    tokenizer: Tokenizer
-    corpus: Corpus
-    written_cfg: Config  # as given, with its rungs
-    cfg: Config  # its first stage
-    old_cfg: Config  # the same with the source's model
+    number: int
+
+    def model(self, step: Step) -> TrainState:
+        return TrainState(**self.checkpoints.restore(self.number, step.abstract_state.without_moments()), opt_state=())
+
+    def moments(self, step: Step) -> Any:
+        wanted = {"opt_state": step.abstract_state.opt_state}
+        return self.checkpoints.restore(self.number, wanted, padded=True)["opt_state"]
+
+
+class InMemory:
+    """A state that is given up for its successor: each array is freed once the larger one is there."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.parameters: TrainState | None = state._replace(opt_state=())
+        self.opt_state = state.opt_state
+
+    def model(self, step: Step) -> TrainState:
+        state, self.parameters = self.parameters, None
+        return jax.device_put(state, jax.tree.map(lambda a: a.sharding, step.abstract_state._replace(opt_state=())))
+
+    def moments(self, step: Step) -> Any:
+        def larger(old: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
+            if old.shape == new.shape:
+                return jax.device_put(old, new.sharding)
+            padded = jax.jit(lambda x: pad(x, new), out_shardings=new.sharding)(old)
+            padded.block_until_ready()
+            old.delete()
+            return padded
+
+        with jax.set_mesh(step.mesh):
+            return jax.tree.map(larger, self.opt_state, step.abstract_state.opt_state)
+
+
+def pad(old: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
+    """The array with zeros appended, up to the new shape.
+
+    Tokens are sharded, and an appended one moves all borders between devices. So each device first gets all tokens of
+    fewer columns, in one exchange, and appends to those; padding in place would gather whole columns on all of them.
+    """
+    if old.shape == new.shape:
+        return old
+    widths = [(0, after - before) for before, after in zip(old.shape, new.shape, strict=True)]
+    return by_columns(jnp.pad(by_columns(old), widths))
+
+
+def by_columns(x_LND: jax.Array) -> jax.Array:
+    return constrain(x_LND, None, None, "columns")
+
+
+class Change(Protocol):
+    """What growing and shrinking do each in its own way."""
+
+    file: str  # of a successor's workdir, which holds the figures
+    verb: str
+    recipe: str
+    ramps: bool  # τ goes to that of a newborn model
+
+    def check(self, old: ModelConfig, new: ModelConfig) -> None:
+        """Raises a UserError where the old model cannot become the new one."""
+
+    def model(self, resize: "Resize", old: TrainState) -> tuple[TrainState, Any]:
+        """The new state without moments, and what `moments` must know of the old one."""
+
+    def compare(self, resize: "Resize", old: TrainState, new: TrainState, validation: TokenSplit) -> dict[str, Any]:
+        """Figures of the two models. Raises a UserError where the new one is not what it must be."""
+
+    def moments(self, resize: "Resize", source: Source, known: Any) -> Any:
+        """The new optimizer state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resize:
+    """A model that becomes another at a step of its run, on the other one's mesh."""
+
+    change: Change
+    number: int  # of the step
+    cfg: Config
+    old_cfg: Config  # the same with the old model
     step: Step
-    old_step: Step  # on the same mesh
+    old_step: Step
 
-    @classmethod
-    def open(
-        cls,
-        source: pathlib.Path,
-        cfg: Config,
-        workdir: pathlib.Path,
-        step_number: int,
-        check: Callable[[ModelConfig, ModelConfig], None],
-    ) -> "Succession":
-        """Reads a checkpoint's record and the corpus; no arrays yet.
+    @property
+    def ramp_steps(self) -> int:
+        """Over which τ may go to that of a newborn model; 0 where it stays."""
+        if self.cfg.model.tau_tokens:
+            return 0
+        return math.ceil(self.cfg.grow.tau_ramp * (self.cfg.steps - self.number))
 
-        Args:
-          source: the run's workdir.
-          cfg: the successor's config; of its rungs only the first stage counts here.
-          workdir: where `write` will put the successor.
-          step_number: which checkpoint.
-          check: raises a UserError where the old model cannot become the new one.
+    def apply(self, source: Source, validation: TokenSplit) -> tuple[TrainState, dict[str, Any]]:
+        """The new state, and the figures that `grow.json` or `shrink.json` hold.
 
         Raises:
-          UserError: the two do not fit, or the target is taken.
+          UserError: the new model is not what it must be.
         """
-        written_cfg, cfg = cfg, stages(cfg)[0]
-        source_cfg, checkpoints, record = open_checkpoint(source, step_number)
-        old_cfg = dataclasses.replace(cfg, model=source_cfg.model)
-        check(old_cfg.model, cfg.model)
-        for name in ("grow.json", "shrink.json"):
-            if (workdir / name).exists():
-                raise UserError(f"--workdir={workdir}: {_what_is_there(workdir / name)}; train goes on with it")
-        require_empty(workdir, "holds something already")
-        if cfg.steps <= step_number:
-            raise UserError(
-                f"steps = {cfg.steps}: the source was trained for {step_number} already; a larger number would do"
-            )
-        validate(old_cfg)  # the source, too, must divide by the mesh
-        if cfg.grow.restart_schedule:
-            record = dataclasses.replace(record, schedule_start=step_number)
-            left = cfg.steps - step_number
-            if cfg.optimizer.warmup_steps >= left:
-                raise UserError(
-                    f"optimizer.warmup_steps = {cfg.optimizer.warmup_steps}: must be below the {left} "
-                    f"steps from the source's {step_number} to steps = {cfg.steps}"
-                )
-        step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start)
-        tokenizer = checkpoints.tokenizer(step_number)
-        old_step, corpus = make_step(old_cfg, step.mesh), prepare(cfg, tokenizer)
-        return cls(
-            source, checkpoints, step_number, record, tokenizer, corpus, written_cfg, cfg, old_cfg, step, old_step
-        )
+        seconds: dict[str, float] = {}
+        with timed(seconds, "restore"):
+            old = source.model(self.old_step)
+        with timed(seconds, self.change.verb), jax.set_mesh(self.step.mesh):
+            new, known = jax.block_until_ready(self.change.model(self, old))
+        with timed(seconds, "verify"):
+            compared = self.change.compare(self, old, new, validation)
+        figures = {
+            "step": self.number,
+            "recipe": self.change.recipe,
+            "tau_ramp_steps": self.ramp_steps if self.change.ramps else 0,
+            "tokens_before": self.old_cfg.model.tokens,
+            "tokens_after": self.cfg.model.tokens,
+            **size_figures(old, new),
+            **compared,
+        }
+        del old  # the moments need its memory
+        with timed(seconds, "restore"), jax.set_mesh(self.step.mesh):
+            opt_state = self.change.moments(self, source, known)
+        return new._replace(opt_state=opt_state), figures | {"seconds": seconds}
 
-    def write(
-        self, workdir: pathlib.Path, state: TrainState, history: dict[str, Any], name: str, figures: dict[str, Any]
-    ) -> None:
-        """Writes the successor whole or not at all: `state`, the data position, and a record with `history` added.
-
-        `figures` go to the file `name`, with the seconds that writing took and the peak of memory.
-        """
-        cfg, record = self.cfg, self.record
-        data = train_batches(self.corpus.train, cfg, **this_process(self.step.mesh))
-        identity = data_identity(self.corpus.train, cfg)
-        if record.data == identity:  # other data begin at their beginning
-            self.checkpoints.restore_data(self.step_number, data)
-            keep_position(data, record.batch_size, cfg.batch_size)
-        self.checkpoints.close()
-        record = dataclasses.replace(
+    def record(self, record: Record, figures: dict[str, Any]) -> Record:
+        """The old model's record, with what the new one changes in it."""
+        growth = {"step": self.number, "from": figures["tokens_before"], "to": figures["tokens_after"]}
+        growth |= {name: figures[name] for name in RECORDED if name in figures}
+        return dataclasses.replace(
             record,
-            model=dataclasses.asdict(cfg.model),
-            data=identity,
-            batch_size=cfg.batch_size,
-            growth=[*record.growth, history],
-            rung=0,
+            model=dataclasses.asdict(self.cfg.model),
+            batch_size=self.cfg.batch_size,
+            growth=[*record.growth, growth],
             plateau={},
         )
-        began = time.monotonic()
 
-        def files() -> dict[str, str]:
-            figures["seconds"] = figures.get("seconds", {}) | {"write": time.monotonic() - began}
-            figures["peak_host_bytes"] = peak_host_bytes()
-            return {"config.json": self.written_cfg.to_json(), name: json.dumps(figures, indent=2) + "\n"}
 
-        write_workdir(workdir, self.step_number, (state, data, self.tokenizer, record), files)
+def resize_run(
+    change: Change, source: pathlib.Path, cfg: Config, workdir: pathlib.Path, number: int | None = None
+) -> dict[str, Any]:
+    """Makes a new workdir out of the newest (or given) checkpoint of `source`, with the config's token counts.
+
+    Where the config has rungs of its own, `train` climbs them later. The target appears whole or not at all; the source
+    is only read.
+
+    Returns:
+      What `grow.json` or `shrink.json` holds.
+
+    Raises:
+      UserError: the two models do not fit, the target is taken, a check fails, or the checkpoint is damaged; nothing is
+        written then. Without `number` a damaged one is passed over, which is told.
+    """
+    return newest_good(source, number, lambda found: resize_checkpoint(change, source, cfg, workdir, found))
+
+
+def resize_checkpoint(
+    change: Change, source: pathlib.Path, cfg: Config, workdir: pathlib.Path, number: int
+) -> dict[str, Any]:
+    """Resizes that checkpoint, as `resize_run` does."""
+    first = stages(cfg)[0]
+    source_cfg, checkpoints, record = open_checkpoint(source, number)
+    old_cfg = dataclasses.replace(first, model=source_cfg.model)
+    check_successor(change, old_cfg, first, workdir, number)
+    if first.grow.restart_schedule:
+        record = dataclasses.replace(record, schedule_start=number)
+    step = make_step(first, make_mesh(first.mesh), record.schedule_start)
+    resize = Resize(change, number, first, old_cfg, step, make_step(old_cfg, step.mesh))
+    tokenizer = checkpoints.tokenizer(number)
+    corpus = prepare(first, tokenizer)
+    state, figures = resize.apply(InCheckpoint(checkpoints, number), corpus.validation)
+
+    data = train_batches(corpus.train, first, **this_process(step.mesh))
+    identity = data_identity(corpus.train, first)
+    if record.data == identity:  # other data begin at their beginning
+        checkpoints.restore_data(number, data)
+        keep_position(data, record.batch_size, first.batch_size)
+    checkpoints.close()
+    record = dataclasses.replace(resize.record(record, figures), data=identity, rung=0)
+    seconds = figures["seconds"]
+    with new_workdir(workdir) as folder:
+        with timed(seconds, "write"):
+            save_one(folder / "checkpoints", number, state, data, tokenizer, record)
+        figures = {"source": str(source), **figures, "peak_host_bytes": peak_host_bytes()}
+        if jax.process_index() == 0:
+            replace_file(folder / "config.json", cfg.to_json())
+            replace_file(folder / change.file, json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def check_successor(change: Change, old_cfg: Config, cfg: Config, workdir: pathlib.Path, number: int) -> None:
+    """Raises a UserError where the two do not fit, or the target is taken."""
+    change.check(old_cfg.model, cfg.model)
+    for name in ("grow.json", "shrink.json"):
+        if (workdir / name).exists():
+            raise UserError(f"--workdir={workdir}: {_what_is_there(workdir / name)}; train goes on with it")
+    require_empty(workdir, "holds something already")
+    if cfg.steps <= number:
+        raise UserError(f"steps = {cfg.steps}: the source was trained for {number} already; a larger number would do")
+    validate(old_cfg)  # the source, too, must divide by the mesh
+    warmup, left = cfg.optimizer.warmup_steps, cfg.steps - number
+    if cfg.grow.restart_schedule and warmup >= left:
+        raise UserError(
+            f"optimizer.warmup_steps = {warmup}: must be below the {left} "
+            f"steps from the source's {number} to steps = {cfg.steps}"
+        )
 
 
 @contextlib.contextmanager
@@ -132,14 +255,6 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - began
 
 
-def spent(figures: dict[str, Any]) -> str:
-    """A line with the seconds of each phase and the peak of memory; nothing where they were not measured."""
-    if "peak_host_bytes" not in figures:
-        return ""
-    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in figures["seconds"].items())
-    return f"\n{phases}; peak host memory {figures['peak_host_bytes'] / 1e9:.2f} GB"
-
-
 def _what_is_there(path: pathlib.Path) -> str:
     try:
         made = parse_json(path.read_text())
@@ -148,40 +263,3 @@ def _what_is_there(path: pathlib.Path) -> str:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return "holds a run already"
-
-
-def token_counts(state: TrainState) -> dict[str, int]:
-    """Parameter tokens of each projection."""
-    return {name: state.params["blocks"][name]["keys"].shape[1] for name in state.tau}
-
-
-def size_figures(old: TrainState, new: TrainState) -> dict[str, Any]:
-    """The sizes of two models, as `grow.json` and `shrink.json` hold them."""
-    return {
-        "params_before": count_params(old.params),
-        "params_after": count_params(new.params),
-        "groups_before": group_sizes(old),
-        "groups_after": group_sizes(new),
-    }
-
-
-def group_sizes(state: TrainState) -> dict[str, dict[str, int]]:
-    """Parameter tokens, parameters, and bytes with Adam's moments, of each part of a model and in all."""
-    tokens = token_counts(state)
-    groups = {name: tree for name, tree in state.params.items() if name != "blocks"} | state.params["blocks"]
-    sizes = {
-        name: {"tokens": tokens.get(name, 0), "params": count_params(tree), "bytes": 3 * 4 * count_params(tree)}
-        for name, tree in groups.items()
-    }
-    return sizes | {"all": {key: sum(size[key] for size in sizes.values()) for key in ("tokens", "params", "bytes")}}
-
-
-def size_table(figures: dict[str, Any]) -> str:
-    """The sizes before and after as a table for people."""
-    lines = [f"{'':<12}{'parameter tokens':^20}  {'parameters':^28}  {'with moments, MB':^20}"]
-    for name, after in figures["groups_after"].items():
-        before = figures["groups_before"][name]
-        tokens, params = (f"{before[key]:,} -> {after[key]:,}" for key in ("tokens", "params"))
-        memory = f"{before['bytes'] / 1e6:,.1f} -> {after['bytes'] / 1e6:,.1f}"
-        lines.append(f"{name:<12}{tokens if after['tokens'] else '':^20}  {params:^28}  {memory:^20}")
-    return "\n".join(line.rstrip() for line in lines)

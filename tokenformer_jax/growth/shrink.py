@@ -1,4 +1,4 @@
-"""Shrinks a model: parameter tokens are dropped, the least useful of each layer and projection first.
+"""Shrinking: parameter tokens are dropped, the least useful of each layer and projection first.
 
 A token's usefulness is ‖kᵢ‖·‖vᵢ‖, the product of its key's and its value's length: its score grows with the one, what
 that adds to the output with the other. It needs no data, and is exactly zero for what `zero_keys`, `isometric`,
@@ -13,7 +13,6 @@ over all layers. That gives back the former τ, too: the factor is 1 after `zero
 `isometric`. From there τ is ramped to that of a newborn model of so many tokens, as after growth.
 """
 
-import math
 import pathlib
 from typing import Any
 
@@ -21,17 +20,60 @@ import jax
 import jax.numpy as jnp
 
 from tokenformer_jax.config import SIZES, Config, ModelConfig
+from tokenformer_jax.data.tokens import TokenSplit
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.perplexity import evaluate_split
-from tokenformer_jax.growth.ladder import check_same_but_sizes
-from tokenformer_jax.growth.resize import Succession, size_figures, size_table
+from tokenformer_jax.growth.recipes import check_same_but_sizes
+from tokenformer_jax.growth.resize import Resize, Source, resize_run
 from tokenformer_jax.nn.language import initial_tau
 from tokenformer_jax.nn.layers import Params
-from tokenformer_jax.storage.trained import newest_good
 from tokenformer_jax.training.state import TauRamp, TrainState
 from tokenformer_jax.training.step import Step
 
 SAME_TAU = 1e-5  # relative; a τ so close to its target is that, but for rounding
+
+
+def shrink(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: int | None = None) -> dict[str, Any]:
+    """Shrinks a checkpoint of `source` to the config's token counts, into a new workdir, as `resize_run` says.
+
+    The counts may be a former rung's or any others.
+    """
+    return resize_run(Shrinking(), source, cfg, workdir, step_number)
+
+
+class Shrinking:
+    """The `resize.Change` that drops parameter tokens."""
+
+    file = "shrink.json"
+    verb = "drop"
+    recipe = "shrink"
+    ramps = True
+
+    def check(self, old: ModelConfig, new: ModelConfig) -> None:
+        check_shrinking(old, new)
+
+    def model(self, resize: Resize, old: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+        abstract, cfg = resize.step.abstract_state._replace(opt_state=()), resize.cfg.model
+        drop = jax.jit(
+            lambda state: shrink_state(state, cfg, resize.ramp_steps),
+            out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
+        )
+        return drop(old), jax.jit(kept_tokens, static_argnums=1)(old.params, cfg)
+
+    def compare(self, resize: Resize, old: TrainState, new: TrainState, validation: TokenSplit) -> dict[str, float]:
+        """Both models on the same batches of the validation split, those that `train` evaluates on."""
+
+        def loss(step: Step, state: TrainState, cfg: Config) -> float:
+            return evaluate_split(step, state, validation, cfg, max_batches=cfg.eval_batches)["loss"]
+
+        return {
+            "loss_before": loss(resize.old_step, old, resize.old_cfg),
+            "loss_after": loss(resize.step, new, resize.cfg),
+        }
+
+    def moments(self, resize: Resize, source: Source, known: dict[str, jax.Array]) -> Any:
+        shardings = jax.tree.map(lambda a: a.sharding, resize.step.abstract_state.opt_state)
+        return jax.jit(pick, out_shardings=shardings)(source.moments(resize.old_step), known)
 
 
 def check_shrinking(old: ModelConfig, new: ModelConfig) -> None:
@@ -69,20 +111,7 @@ def shrink_state(state: TrainState, cfg: ModelConfig, ramp_steps: int) -> TrainS
       cfg: the smaller model's config.
       ramp_steps: steps over which τ goes to `initial_tau(cfg)`; 0 keeps it for good.
     """
-    kept = {name: most_useful(state.params["blocks"][name], count) for name, count in cfg.tokens.items()}
-
-    def is_params(part: Any) -> bool:
-        return isinstance(part, dict) and "blocks" in part
-
-    def pick(part: Any) -> Any:
-        if not is_params(part):
-            return part
-        blocks = {
-            name: jax.tree.map(lambda x_LND, n=name: jnp.take_along_axis(x_LND, kept[n][:, :, None], axis=1), tokens)
-            for name, tokens in part["blocks"].items()
-        }
-        return part | {"blocks": blocks}
-
+    kept = kept_tokens(state.params, cfg)
     tau = dict(state.tau)
     for name, count in cfg.tokens.items():
         keys_LND = state.params["blocks"][name]["keys"]
@@ -96,65 +125,27 @@ def shrink_state(state: TrainState, cfg: ModelConfig, ramp_steps: int) -> TrainS
         start = state.tau[name].at(state.step) * jnp.sqrt(1 - dropped)
         start = jnp.where(jnp.abs(start - target) <= SAME_TAU * target, target, start)
         tau[name] = TauRamp(start, target if ramp_steps else start, state.step, state.step + ramp_steps)
-    opt_state = jax.tree.map(pick, state.opt_state, is_leaf=is_params)
-    return TrainState(state.step, pick(state.params), opt_state, tau)
+    return TrainState(state.step, pick(state.params, kept), pick(state.opt_state, kept), tau)
 
 
-def shrink(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: int | None = None) -> dict[str, Any]:
-    """Shrinks the newest (or given) checkpoint of `source` to the config's token counts, into a new workdir.
-
-    The counts may be a former rung's or any others. As for `grow`, the target appears whole or not at all, and the
-    source is only read. Both models are evaluated on the same batches of the validation split, those that `train`
-    evaluates on. Returns what `shrink.json` holds.
-
-    Raises:
-      UserError: where the two models do not fit, the target is taken, or the checkpoint is damaged; nothing is
-        written then. Without `step_number` a damaged one is passed over, which is told.
-    """
-    return newest_good(source, step_number, lambda number: shrink_checkpoint(source, cfg, workdir, number))
+def kept_tokens(params: Params, cfg: ModelConfig) -> dict[str, jax.Array]:
+    """The tokens of each projection that stay, [L, count]."""
+    return {name: most_useful(params["blocks"][name], count) for name, count in cfg.tokens.items()}
 
 
-def shrink_checkpoint(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: int) -> dict[str, Any]:
-    """Shrinks that checkpoint, as `shrink` does."""
-    plan = Succession.open(source, cfg, workdir, step_number, check_shrinking)
-    cfg, step = plan.cfg, plan.step
-    old = plan.checkpoints.restore(plan.step_number, plan.old_step.abstract_state)
-    ramp_steps = 0 if cfg.model.tau_tokens else math.ceil(cfg.grow.tau_ramp * (cfg.steps - plan.step_number))
-    with jax.set_mesh(step.mesh):
-        drop = jax.jit(
-            lambda state: shrink_state(state, cfg.model, ramp_steps),
-            out_shardings=jax.tree.map(lambda a: a.sharding, step.abstract_state),
-        )
-        new = drop(old)
+def pick(tree: Any, kept: dict[str, jax.Array]) -> Any:
+    """Parameters, or an optimizer state that holds such, with the kept tokens only."""
 
-    def loss(step: Step, state: TrainState, cfg: Config) -> float:
-        return evaluate_split(step, state, plan.corpus.validation, cfg, max_batches=cfg.eval_batches)["loss"]
+    def is_params(part: Any) -> bool:
+        return isinstance(part, dict) and "blocks" in part
 
-    history = {
-        "step": plan.step_number,
-        "from": plan.old_cfg.model.tokens,
-        "to": cfg.model.tokens,
-        "recipe": "shrink",
-        "loss_before": loss(plan.old_step, old, plan.old_cfg),
-        "loss_after": loss(step, new, cfg),
-    }
-    figures = {
-        "source": str(source),
-        "step": plan.step_number,
-        "tau_ramp_steps": ramp_steps,
-        "tokens_before": plan.old_cfg.model.tokens,
-        "tokens_after": cfg.model.tokens,
-        **size_figures(old, new),
-        **{name: history[name] for name in ("loss_before", "loss_after")},
-    }
-    plan.write(workdir, new, history, "shrink.json", figures)
-    return figures
+    def of_params(part: Any) -> Any:
+        if not is_params(part):
+            return part
+        blocks = {
+            name: jax.tree.map(lambda x_LND, n=name: jnp.take_along_axis(x_LND, kept[n][:, :, None], axis=1), tokens)
+            for name, tokens in part["blocks"].items()
+        }
+        return part | {"blocks": blocks}
 
-
-def describe(figures: dict[str, Any]) -> str:
-    """The shrinking as a table for people."""
-    before, after = figures["loss_before"], figures["loss_after"]
-    return (
-        f"{size_table(figures)}\n"
-        f"at step {figures['step']}: validation loss {before:.5f} -> {after:.5f} nats a token ({after - before:+.5f})"
-    )
+    return jax.tree.map(of_params, tree, is_leaf=is_params)

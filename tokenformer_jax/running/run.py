@@ -3,13 +3,11 @@
 import collections
 import dataclasses
 import json
-import math
 import pathlib
 import sys
 
 import grain
 import jax
-import numpy as np
 
 from tokenformer_jax.config import FREE_MODEL_KEYS, Config, read_model
 from tokenformer_jax.data.batches import data_identity, keep_position, train_batches
@@ -18,39 +16,23 @@ from tokenformer_jax.devices.hardware import environment
 from tokenformer_jax.devices.sharding import make_mesh, this_process
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import replace_file
-from tokenformer_jax.growth.grow import describe, grow_model, grow_moments, history
+from tokenformer_jax.growth.figures import describe_growth
+from tokenformer_jax.growth.grow import Growing
 from tokenformer_jax.growth.ladder import Plateau, shifted, stages
+from tokenformer_jax.growth.resize import InMemory, Resize
 from tokenformer_jax.nn.layers import count_params
-from tokenformer_jax.storage.arrays import by_name
 from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.metrics_file import Row
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.workdir import load_config, require_empty
 from tokenformer_jax.training.metrics import train_flops_per_token
+from tokenformer_jax.training.non_finite import SPIKE_WINDOW, BadStep
 from tokenformer_jax.training.schedule import Frozen
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, make_step
 
-SPIKE_WINDOW = 20  # steps whose mean loss tells a spike
 
-
-class BadStep(UserError):
-    """A step whose loss or gradient is not finite, or whose loss is a spike."""
-
-    def __init__(self, step: int, examples: tuple[int, int], why: str):
-        super().__init__(
-            f"step {step}: {why}; a lower optimizer.peak_learning_rate may do, or non_finite = 'skip' or 'rollback'; "
-            f"evaluate's --examples={examples[0]}:{examples[1]} shows the batch"
-        )
-        self.step, self.examples, self.why = step, examples, why
-
-
-def is_time(step: int, every: int, last: int) -> bool:
-    """Whether something done every so many steps (0: never) and at the last step is due."""
-    return step == last or (every > 0 and step % every == 0)
-
-
-def agree_with_workdir(cfg: Config, workdir: pathlib.Path) -> None:
+def check_workdir(cfg: Config, workdir: pathlib.Path) -> None:
     """Raises a UserError where the workdir holds a run of another model, or something else."""
     path = workdir / "config.json"
     if path.exists():
@@ -111,22 +93,6 @@ class Run:
             "train_flops": self.record.train_flops + tokens * train_flops_per_token(self.cfg.model),
         }
 
-    def what_is_bad(self, figures: Row, norms: np.ndarray) -> str:
-        """Of a step that did not learn, or should not have; empty where all is well."""
-        loss = figures["loss"]
-        if not math.isfinite(loss + figures["grad_norm"]):
-            names = list(by_name(self.step.abstract_state.params))
-            largest = np.argsort(-np.nan_to_num(norms, nan=np.inf), kind="stable")[:3]
-            return f"loss {loss:g}, grad_norm {figures['grad_norm']:g}, and the largest gradients are those of " + (
-                ", ".join(f"{names[i]} ({norms[i]:.3g})" for i in largest)
-            )
-        if not self.cfg.loss_spike or len(self.losses) < SPIKE_WINDOW:
-            return ""
-        mean = sum(self.losses) / SPIKE_WINDOW
-        if loss > mean + self.cfg.loss_spike:
-            return f"loss {loss:.4g} is more than {self.cfg.loss_spike:g} nats above {mean:.4g}, the mean before"
-        return ""
-
     def record_at(self, n: int) -> Record:
         now = self.figures(n)
         return dataclasses.replace(
@@ -180,7 +146,9 @@ def resume_at(start: int, plan: list[Config], workdir: pathlib.Path, checkpoints
     """Takes a run up at a checkpoint."""
     record = checkpoints.record(start)
     cfg = stage_of(plan, record, workdir)
-    step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, frozen_tokens(cfg, record))
+    last = record.growth[-1] if record.growth else None
+    frozen = frozen_tokens(cfg, last["step"], last["from"], last["to"]) if last else None
+    step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, frozen)
     corpus = prepare(cfg, checkpoints.tokenizer(start))
     identity = data_identity(corpus.train, cfg)
     if record.data != identity:
@@ -197,7 +165,7 @@ def resume_at(start: int, plan: list[Config], workdir: pathlib.Path, checkpoints
 
 
 def stage_of(plan: list[Config], record: Record, workdir: pathlib.Path) -> Config:
-    """The stage that a checkpoint belongs to; raises a UserError where the plan has another model there."""
+    """The stage that a checkpoint belongs to; raises a UserError where the config has another model there."""
     rung = record.rung
     if rung >= len(plan):
         raise UserError(f"config.rungs: lists {len(plan) - 1} rungs, but {workdir} has climbed {rung} already")
@@ -210,11 +178,10 @@ def stage_of(plan: list[Config], record: Record, workdir: pathlib.Path) -> Confi
     return shifted(stage, plan[rung - 1].steps, record.growth[-1]["step"]) if rung else stage
 
 
-def frozen_tokens(cfg: Config, record: Record) -> Frozen | None:
-    """What does not learn for a while, if the model has grown and the config says so."""
-    if not record.growth or not cfg.grow.freeze_steps:
+def frozen_tokens(cfg: Config, step: int, before: dict[str, int], after: dict[str, int]) -> Frozen | None:
+    """What does not learn for a while after a growth at `step`, if the config says so."""
+    if not cfg.grow.freeze_steps:
         return None
-    step, before, after = (record.growth[-1][key] for key in ("step", "from", "to"))
     return Frozen({name: n for name, n in before.items() if after[name] > n}, step + cfg.grow.freeze_steps)
 
 
@@ -236,7 +203,7 @@ def roll_back(run: Run, workdir: pathlib.Path, bad: BadStep) -> Run:
     return dataclasses.replace(run, record=dataclasses.replace(run.record, rollbacks=rollbacks))
 
 
-def climb(run: Run) -> Run:
+def next_rung(run: Run) -> Run:
     """Grows the model to the next rung, on that one's mesh, and goes on from the same example.
 
     Nothing is saved: a run that is stopped before its next checkpoint starts from the former rung's last one, which is
@@ -245,25 +212,14 @@ def climb(run: Run) -> Run:
     n, rung = int(run.state.step), run.record.rung + 1
     cfg = shifted(run.plan[rung], run.plan[rung - 1].steps, n)
     old_cfg = dataclasses.replace(cfg, model=run.cfg.model)
-    record = dataclasses.replace(
-        run.record_at(n),
-        model=dataclasses.asdict(cfg.model),
-        batch_size=cfg.batch_size,
-        schedule_start=n,
-        growth=[*run.record.growth, {"step": n, "from": old_cfg.model.tokens, "to": cfg.model.tokens}],
-        rung=rung,
-        plateau={},
-    )
-    step = make_step(cfg, make_mesh(cfg.mesh), n, frozen_tokens(cfg, record))
-    state = run.state
-    if cfg.mesh != run.cfg.mesh:
-        state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, make_step(old_cfg, step.mesh).abstract_state))
-    run.state = None  # type: ignore[assignment]  # so that its moments can go as the larger ones come
-    grown, figures = grow_model(state, old_cfg, cfg, step, run.corpus.validation)
-    state = grown._replace(opt_state=grow_moments(state.opt_state, step, cfg.grow.recipe))
+    step = make_step(cfg, make_mesh(cfg.mesh), n, frozen_tokens(cfg, n, old_cfg.model.tokens, cfg.model.tokens))
+    resize = Resize(Growing(cfg.grow.recipe), n, cfg, old_cfg, step, make_step(old_cfg, step.mesh))
+    source = InMemory(run.state)
+    run.state = None  # type: ignore[assignment]  # so that its arrays can go as the larger ones come
+    state, figures = resize.apply(source, run.corpus.validation)
     if jax.process_index() == 0:
-        print(describe(figures), file=sys.stderr)
-    record.growth[-1] = history(figures)
+        print(describe_growth(figures), file=sys.stderr)
+    record = dataclasses.replace(resize.record(run.record_at(n), figures), schedule_start=n, rung=rung)
     data = train_batches(run.corpus.train, cfg, **this_process(step.mesh))
     data.set_state(run.data.get_state())
     keep_position(data, run.cfg.batch_size, cfg.batch_size)

@@ -11,7 +11,6 @@ import functools
 import math
 import os
 import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from tokenformer_jax.config import read_model
 from tokenformer_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from tokenformer_jax.devices.hardware import give_back_memory
 from tokenformer_jax.errors import UserError, listed
-from tokenformer_jax.files import replace_file, unsealed
+from tokenformer_jax.files import unsealed
 from tokenformer_jax.storage.arrays import (
     CHUNK_BYTES,
     Saved,
@@ -38,7 +37,6 @@ from tokenformer_jax.storage.arrays import (
 )
 from tokenformer_jax.storage.fingerprint import as_text, fingerprints
 from tokenformer_jax.storage.record import Record, RecordFile
-from tokenformer_jax.storage.workdir import LOCK, clear, only_writer
 
 Read = TypeVar("Read")
 
@@ -300,47 +298,12 @@ def reason(error: BaseException) -> str:
     return line.split(" [tensorstore_spec")[0] if " " in line else f"{type(error).__name__} {line}".strip()
 
 
-def write_workdir(
-    workdir: pathlib.Path,
-    step: int,
-    items: tuple[Any, Any, Tokenizer, Record],
-    files: Callable[[], dict[str, str]],
-) -> None:
-    """Makes a workdir of one checkpoint and some text files; it appears whole or not at all.
-
-    Args:
-      workdir: new or empty.
-      step: number of the checkpoint.
-      items: state, data, tokenizer and record, as for `Checkpoints.save`.
-      files: gives name -> text; all processes call it, when the checkpoint is safe.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    workdir = workdir.resolve()
-    partial = workdir.with_name(f".{workdir.name}.partial")
-    first = jax.process_index() == 0
-    with only_writer(partial):
-        try:
-            if first:
-                clear(partial)  # of a process that was killed
-            multihost_utils.sync_global_devices("workdir begun")
-            checkpoints = Checkpoints(partial / "checkpoints", keep=1)
-            checkpoints.save(step, *items)
-            checkpoints.wait()
-            checkpoints.close()
-            texts = files()
-            if first:
-                for name, text in texts.items():
-                    replace_file(partial / name, text)
-                (workdir / LOCK).unlink(missing_ok=True)
-                os.replace(partial, workdir)
-            multihost_utils.sync_global_devices("workdir made")
-        except OSError as error:
-            raise UserError(f"{workdir}: cannot be written ({error.strerror or error})") from None
-        finally:
-            if first:
-                shutil.rmtree(partial, ignore_errors=True)
+def save_one(directory: pathlib.Path, step: int, state: Any, data: Any, tokenizer: Tokenizer, record: Record) -> None:
+    """Saves the only checkpoint of a directory, and waits for it."""
+    checkpoints = Checkpoints(directory, keep=1)
+    checkpoints.save(step, state, data, tokenizer, record)
+    checkpoints.wait()
+    checkpoints.close()
 
 
 def describe(checkpoints: Checkpoints, step: int) -> tuple[str, dict[str, str]]:

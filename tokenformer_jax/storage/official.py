@@ -19,13 +19,14 @@ from tokenformer_jax.data.tokenizer import load_tokenizer
 from tokenformer_jax.data.tokens import prepare
 from tokenformer_jax.devices.sharding import make_mesh, this_process
 from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import replace_file
 from tokenformer_jax.nn.language import abstract_model, initial_tau
 from tokenformer_jax.nn.layers import Params, count_params
-from tokenformer_jax.storage.checkpoints import write_workdir
+from tokenformer_jax.storage.checkpoints import save_one
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.state_dicts import StateDict, check_file_name, write_state_dict
 from tokenformer_jax.storage.trained import load_trained
-from tokenformer_jax.storage.workdir import load_config, require_empty
+from tokenformer_jax.storage.workdir import load_config, new_workdir, require_empty
 from tokenformer_jax.training.step import make_step
 
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, jnp.bfloat16)))
@@ -208,7 +209,10 @@ def import_official(state_dict: StateDict, cfg: Config, workdir: pathlib.Path, s
     shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state.params)
     state = step.init(jax.random.key(cfg.seed))._replace(params=jax.device_put(params, shardings))
     record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
-    write_workdir(workdir, 0, (state, data, corpus.tokenizer, record), lambda: {"config.json": cfg.to_json()})
+    with new_workdir(workdir) as folder:
+        save_one(folder / "checkpoints", 0, state, data, corpus.tokenizer, record)
+        if jax.process_index() == 0:
+            replace_file(folder / "config.json", cfg.to_json())
     return count_params(params)
 
 

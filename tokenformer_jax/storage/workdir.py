@@ -1,7 +1,6 @@
 """The folder of a run: one writer, whole or not at all."""
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import shutil
@@ -10,13 +9,14 @@ import sys
 from collections.abc import Iterator
 
 import jax
+from jax.experimental import multihost_utils
 
 from tokenformer_jax.config import (
     Config,
     read_config,
 )
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import parse_json, unsealed
+from tokenformer_jax.files import locked, parse_json, unsealed
 
 
 def load_config(path: pathlib.Path) -> Config:
@@ -60,29 +60,28 @@ def only_writer(folder: pathlib.Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
+    lock = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+")
+        lock.touch()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    with file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(lock, wait=False))
         except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"{folder}: is written by {file.read().strip() or 'another process'}; let it end") from None
+            writer = lock.read_text().strip() or "another process"
+            raise UserError(f"{folder}: is written by {writer}; let it end") from None
         except OSError as error:
             print(f"warning: {folder} cannot be locked ({error.strerror}): start nothing else there", file=sys.stderr)
         with contextlib.suppress(OSError):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            lock.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
                 if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing was begun
-                    (folder / LOCK).unlink()
+                    lock.unlink()
                     folder.rmdir()
 
 
@@ -93,3 +92,32 @@ def clear(folder: pathlib.Path) -> None:
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
+
+
+@contextlib.contextmanager
+def new_workdir(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Makes a workdir that appears whole or not at all, out of what is written to the folder that it yields.
+
+    All processes enter it together. `workdir` is new or empty.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    workdir = workdir.resolve()
+    partial = workdir.with_name(f".{workdir.name}.partial")
+    first = jax.process_index() == 0
+    with only_writer(partial):
+        try:
+            if first:
+                clear(partial)  # of a process that was killed
+            multihost_utils.sync_global_devices("workdir begun")
+            yield partial
+            if first:
+                (workdir / LOCK).unlink(missing_ok=True)
+                os.replace(partial, workdir)
+            multihost_utils.sync_global_devices("workdir made")
+        except OSError as error:
+            raise UserError(f"{workdir}: cannot be written ({error.strerror or error})") from None
+        finally:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)

@@ -12,7 +12,7 @@ FLOORS = """
     configs: base quickstart pile ladder released tpu transformer
     devices: distributed hardware sharding
     data: tokenizer text tokens batches
-    nn: layers pattention_vjp pattention attention transformer language loss
+    nn: backends layers pattention_vjp pattention attention transformer language loss
     training: metrics state schedule non_finite step
     storage: fingerprint workdir record arrays metrics_file checkpoints trained state_dicts official
     evaluation: perplexity sampling report

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ import numpy as np
 from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
-from tokenformer_jax.devices.sharding import platform
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.nn.attention import KVCache
+from tokenformer_jax.nn.attention import KVCache, UnstackedKVCache
+from tokenformer_jax.nn.backends import stacks_layers_to_decode
 from tokenformer_jax.nn.language import abstract_model
 from tokenformer_jax.nn.layers import Params
 from tokenformer_jax.nn.transformer import Tau, unstack
@@ -103,12 +104,13 @@ def generate(
         )
     decode = make_decoder(cfg, how, num_ids)
     key = jax.random.key(seed)
-    stacked = platform() != "cpu"
-    if not stacked:
+    kind: Any = KVCache
+    if not stacks_layers_to_decode():
+        kind = UnstackedKVCache
         params = params | {"blocks": unstack(params["blocks"])}
 
     def stream() -> Iterator[jax.Array]:
-        tokens_BL, cache = prompt_BL, KVCache.empty(cfg, batch, length + max_tokens, stacked)
+        tokens_BL, cache = prompt_BL, kind.empty(cfg, batch, length + max_tokens)
         for i in range(max_tokens):
             tokens_B, cache = decode(params, tau, tokens_BL, cache, jax.random.fold_in(key, i))
             yield tokens_B

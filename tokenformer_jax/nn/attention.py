@@ -5,7 +5,7 @@ With `projection="linear"` the same block, with weight matrices in their place, 
 
 import functools
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,40 +14,57 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.devices.sharding import partition_spec, platform
+from tokenformer_jax.nn.backends import SPLASH_BLOCKS, attention_kernel
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the positions seen so far; S is the most that fit.
+    """Keys and values of the positions seen so far, of all layers; S is the most that fit."""
 
-    Of all layers, [layers, B, H, S, K], or with layers of their own a list of each one's [B H, S, K].
-    """
-
-    key: jax.Array | list[jax.Array]
-    value: jax.Array | list[jax.Array]
+    key: jax.Array  # [layers, B, H, S, K]
+    value: jax.Array
     length: jax.Array  # int32 scalar, positions filled
 
     @classmethod
-    def empty(cls, cfg: ModelConfig, batch: int, size: int, stacked: bool = True) -> "KVCache":
-        def zeros() -> jax.Array | list[jax.Array]:
-            if stacked:
-                return jnp.zeros((cfg.num_layers, batch, cfg.num_heads, size, cfg.head_dim), cfg.dtype)
-            return [jnp.zeros((batch * cfg.num_heads, size, cfg.head_dim), cfg.dtype) for _ in range(cfg.num_layers)]
+    def empty(cls, cfg: ModelConfig, batch: int, size: int) -> "KVCache":
+        shape = cfg.num_layers, batch, cfg.num_heads, size, cfg.head_dim
+        return cls(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype), jnp.int32(0))
 
-        return cls(zeros(), zeros(), jnp.int32(0))
+    def put(self, layer: Any, k_BLHK: jax.Array, v_BLHK: jax.Array) -> tuple["KVCache", jax.Array, jax.Array]:
+        """The cache with a layer's new positions, whose count is added later, and that layer's [B, H, S, K]."""
 
+        def put(seen: jax.Array, new_BLHK: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(seen, new_BLHK.swapaxes(1, 2)[None], (layer, 0, 0, self.length, 0))
 
-def put_in_cache(seen: Any, new_BLHK: jax.Array, layer: Any, start: Any) -> tuple[Any, jax.Array]:
-    """One of a cache's two parts with a layer's new positions from `start` on, and that layer's [B, H, S, K]."""
-    new_BHLK = new_BLHK.swapaxes(1, 2)
-    B, H, L, K = new_BHLK.shape
-    if isinstance(seen, list):
-        one_GSK = jax.lax.dynamic_update_slice(seen[layer], new_BHLK.reshape(B * H, L, K), (0, start, 0))
-        return [*seen[:layer], one_GSK, *seen[layer + 1 :]], one_GSK.reshape(B, H, -1, K)
-    seen = jax.lax.dynamic_update_slice(seen, new_BHLK[None], (layer, 0, 0, start, 0))
-    return seen, seen[layer]
+        keys, values = put(self.key, k_BLHK), put(self.value, v_BLHK)
+        return KVCache(keys, values, self.length), keys[layer], values[layer]
 
 
-BLOCKS = (512, 256, 128)  # positions that splash attention takes at once
+class UnstackedKVCache(NamedTuple):
+    """The same with arrays of their own for each layer, whose number is then a Python integer."""
+
+    key: list[jax.Array]  # of each layer [B H, S, K]
+    value: list[jax.Array]
+    length: jax.Array
+
+    @classmethod
+    def empty(cls, cfg: ModelConfig, batch: int, size: int) -> "UnstackedKVCache":
+        shape = batch * cfg.num_heads, size, cfg.head_dim
+        keys, values = ([jnp.zeros(shape, cfg.dtype) for _ in range(cfg.num_layers)] for _ in range(2))
+        return cls(keys, values, jnp.int32(0))
+
+    def put(self, layer: int, k_BLHK: jax.Array, v_BLHK: jax.Array) -> tuple["UnstackedKVCache", jax.Array, jax.Array]:
+        B, L, H, K = k_BLHK.shape
+
+        def put(seen_GSK: jax.Array, new_BLHK: jax.Array) -> jax.Array:
+            new_GLK = new_BLHK.swapaxes(1, 2).reshape(B * H, L, K)
+            return jax.lax.dynamic_update_slice(seen_GSK, new_GLK, (0, self.length, 0))
+
+        key, value = put(self.key[layer], k_BLHK), put(self.value[layer], v_BLHK)
+        keys, values = ([*all[:layer], one, *all[layer + 1 :]] for all, one in ((self.key, key), (self.value, value)))
+        return UnstackedKVCache(keys, values, self.length), key.reshape(B, H, -1, K), value.reshape(B, H, -1, K)
+
+
+Cache = KVCache | UnstackedKVCache | None
 
 
 def causal_attention(
@@ -55,8 +72,8 @@ def causal_attention(
 ) -> jax.Array:
     """softmax(q kᵀ / √K) v over the positions up to each one's own and, with segments, within its segment.
 
-    On a TPU splash attention, on a GPU cuDNN's, both where they apply (`kernel`), else one in blocks. None of them
-    keeps scores for the gradient. `jax.nn.dot_product_attention` computes the same.
+    By the kernel that `backends.attention_kernel` chooses; none keeps scores for the gradient.
+    `jax.nn.dot_product_attention` computes the same.
 
     Args:
       q_BLHK: queries, sharded by batch and heads.
@@ -67,7 +84,7 @@ def causal_attention(
     Returns:
       [B, L, H K] in the dtype of v.
     """
-    which = kernel(platform(), q_BLHK.shape, q_BLHK.dtype)
+    which = attention_kernel(platform(), q_BLHK.shape, q_BLHK.dtype)
     if which == "splash":
         return splash_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL)
     if which == "blockwise":
@@ -84,16 +101,6 @@ def cached_attention(q_BLHK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, st
     seen_LS = jnp.arange(k_BHSK.shape[2]) <= start + jnp.arange(q_BLHK.shape[1])[:, None]
     weights_BHLS = jax.nn.softmax(jnp.where(seen_LS, scores_BHLS, -jnp.inf))
     return jnp.einsum("bhls,bhsk->blhk", weights_BHLS.astype(v_BHSK.dtype), v_BHSK)
-
-
-def kernel(platform: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Literal["splash", "cudnn", "blockwise"]:
-    """For queries of this [B, L, H, K]."""
-    _, length, _, head_dim = shape
-    if platform == "tpu" and length % BLOCKS[-1] == 0:
-        return "splash"
-    if platform in ("gpu", "cuda") and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
-        return "cudnn"
-    return "blockwise"
 
 
 @jax.custom_vjp
@@ -178,7 +185,7 @@ def splash_attention(
 ) -> jax.Array:
     """`causal_attention` by JAX's Pallas kernel; L a multiple of 128. `interpret` runs it anywhere, slowly."""
     length, head_dim = q_BLHK.shape[1], q_BLHK.shape[3]
-    block = next(size for size in BLOCKS if length % size == 0)
+    block = next(size for size in SPLASH_BLOCKS if length % size == 0)
     as_projected = splash.QKVLayout.SEQ_MINOR  # else each is copied, and takes twice its size
     sizes = splash.BlockSizes(
         block_q=block,

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.devices.sharding import Axes, constrain
-from tokenformer_jax.nn.attention import KVCache, cached_attention, causal_attention, put_in_cache
+from tokenformer_jax.nn.attention import Cache
 from tokenformer_jax.nn.layers import (
     Key,
     Params,
@@ -19,7 +18,7 @@ from tokenformer_jax.nn.layers import (
     parameter,
     subkey,
 )
-from tokenformer_jax.nn.transformer import REMAT_POLICIES, Block, Tau, stack_layers
+from tokenformer_jax.nn.transformer import Block, Tau, run_blocks, stack_layers
 
 
 class LanguageModel(nnx.Module):
@@ -42,9 +41,9 @@ class LanguageModel(nnx.Module):
         tau: Tau,
         *,
         segments_BL: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache = None,
         key: Key = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, Cache]:
         """Next-token logits.
 
         Args:
@@ -66,49 +65,28 @@ class LanguageModel(nnx.Module):
         tau: Tau,
         *,
         segments_BL: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache = None,
         key: Key = None,
         layers: Sequence[Params] | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, Cache]:
         """The last layer's output [B, L, D], before the final norm; arguments as for a call.
 
-        With `layers`, from `unstack`, each layer's parameters are taken from there, and the cache may be a list too:
-        to take them out of a stack again for every token costs a CPU more than to compute with them.
+        With `layers`, from `unstack`, each layer's parameters are taken from there, and the cache may be unstacked too.
         """
-        length = tokens_BL.shape[1]
         with jax.named_scope("embed"):
             table_VD = constrain(self.embed[...], None, None)  # float32, for the sake of its gradient's sums
             x_BLD = constrain(table_VD[tokens_BL].astype(self.cfg.dtype), "batch", None, None)
             x_BLD = dropout(x_BLD, self.cfg.dropout, subkey(key, self.cfg.num_layers), shared=(1,))
-        start = 0 if cache is None else cache.length
-        positions_L = start + jnp.arange(length)
-        graphdef, blocks = nnx.split(self.blocks)
-
-        def layer(carry: tuple[jax.Array, Any], inputs: tuple[Any, Any]) -> tuple[tuple[jax.Array, Any], None]:
-            x_BLD, seen = carry
-            params, number = inputs
-
-            def attend(q, k, v):
-                nonlocal seen
-                if seen is None:
-                    return causal_attention(q, k, v, segments_BL)
-                keys, values = (put_in_cache(old, new, number, start) for old, new in zip(seen, (k, v), strict=True))
-                seen, (k_BHSK, v_BHSK) = zip(keys, values, strict=True)
-                return cached_attention(q, k_BHSK, v_BHSK, start)
-
-            return (nnx.merge(graphdef, params)(x_BLD, tau, attend, positions_L, subkey(key, number)), seen), None
-
-        if self.cfg.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.cfg.remat])
-        carry = x_BLD, None if cache is None else (cache.key, cache.value)
-        if layers is None:
-            numbers = None if key is None and cache is None else jnp.arange(self.cfg.num_layers)
-            carry, _ = jax.lax.scan(layer, carry, (blocks, numbers))
-        else:
-            for number, params in enumerate(layers):
-                carry, _ = layer(carry, (params, number))
-        x_BLD, seen = carry
-        return x_BLD, None if seen is None or cache is None else KVCache(*seen, cache.length + length)
+        return run_blocks(
+            self.blocks,
+            x_BLD,
+            tau,
+            remat=self.cfg.remat,
+            segments_BL=segments_BL,
+            cache=cache,
+            key=key,
+            layers=layers,
+        )
 
     def final_norm(self, x_BLD: jax.Array, key: Key = None) -> jax.Array:
         """What the tied embedding turns into logits."""

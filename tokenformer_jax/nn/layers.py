@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokenformer_jax.devices.sharding import constrain, platform
+from tokenformer_jax.devices.sharding import constrain
+from tokenformer_jax.nn.backends import rotary_width
 
 Gelu = Callable[[jax.Array], jax.Array]
 
@@ -22,6 +23,12 @@ def erf_gelu(x: jax.Array) -> jax.Array:
 
 # The exact gelu of the authors' PyTorch code, and the tanh approximation (JAX's default) of their TPU code.
 GELUS: dict[str, Gelu] = {"erf": erf_gelu, "tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+def inverse_norm(squares_BL1: jax.Array) -> jax.Array:
+    """1 / ‖x‖₂ from ‖x‖₂²; of rows shorter than 1e-12 zero, with a gradient of zero."""
+    nonzero = squares_BL1 > 1e-24
+    return jnp.where(nonzero, jax.lax.rsqrt(jnp.where(nonzero, squares_BL1, 1.0)), 0.0)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, shared: tuple[int, ...] = ()) -> jax.Array:
@@ -93,8 +100,8 @@ def rotary(x_BLD: jax.Array, positions_L: jax.Array, head_dim: int, dims: int) -
     if dims == 0:
         return x_BLD
     half = dims // 2
-    # A product with ±1 gives each dim its partner exactly. A TPU turns all heads in one: to split them costs it more.
-    width = x_BLD.shape[-1] if platform() == "tpu" else head_dim
+    width = rotary_width(head_dim, x_BLD.shape[-1])
+    # A product with ±1 gives each dim its partner exactly.
     partner_KK = np.zeros((head_dim, head_dim), np.float32)
     partner_KK[range(half, dims), range(half)] = -1
     partner_KK[range(half), range(half, dims)] = 1

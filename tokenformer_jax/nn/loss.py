@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from tokenformer_jax.devices.sharding import constrain, platform, sum_over_batch
-from tokenformer_jax.nn.pattention_vjp import sum_outer
+from tokenformer_jax.devices.sharding import constrain, sum_over_batch
+from tokenformer_jax.nn.backends import positions_in_a_row, sum_outer
 
 LOGITS = 2**28  # of a device, at most, that are held at once
 
@@ -31,9 +31,7 @@ def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
 
         def add(sums, part):
             shape = part[0].shape
-            if platform() == "cpu":  # which computes in place where positions have one axis
-                part = [x.reshape(-1, *x.shape[2:]) for x in part]
-            h_BCD, targets_BC, weights_BC = part
+            h_BCD, targets_BC, weights_BC = positions_in_a_row(*part)
             logits_BCV = jnp.einsum("...d,vd->...v", h_BCD, table_VD, preferred_element_type=jnp.float32)
             target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
             max_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)

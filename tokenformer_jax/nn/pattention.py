@@ -1,11 +1,36 @@
-"""Token-Parameter attention (TokenFormer, arXiv 2410.23168, section 3.2): attention over learnable tokens."""
+"""Token-Parameter attention (TokenFormer, arXiv 2410.23168, section 3.2): attention over learnable tokens.
+
+Pattention(X; K, V) = Θ(X Kᵀ; τ) V                  equation 4
+Θ(s; τ) = gelu(τ s / ‖s‖₂)                          equation 5, `l2_norm_gelu`
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokenformer_jax.nn.layers import dropout_scale, parameter
+from tokenformer_jax.nn.layers import GELUS, Gelu, dropout_scale, inverse_norm, parameter
 from tokenformer_jax.nn.pattention_vjp import How, attend
+
+# Θ(s, τ) of float32 scores s [..., N]: the paper's, and two others that its code has.
+NORMALIZERS: dict[str, Callable[[jax.Array, jax.Array | float, Gelu], jax.Array]] = {
+    "l2_norm_gelu": lambda s, tau, gelu: gelu(tau * l2_normalized(s)),
+    "gelu_l2_norm": lambda s, tau, gelu: tau * l2_normalized(gelu(s)),
+    "softmax": lambda s, tau, gelu: tau**2 * jax.nn.softmax(s),  # τ² = N at birth
+}
+
+
+def l2_normalized(s_BLN: jax.Array) -> jax.Array:
+    """s / ‖s‖₂ over the tokens; of zeros zeros."""
+    return s_BLN * inverse_norm(jnp.sum(jnp.square(s_BLN), axis=-1, keepdims=True))
+
+
+def plain_pattention(x_BLD, keys_ND, values_NE, tau, normalizer="l2_norm_gelu", gelu="erf", scale_B1N=1.0):
+    """The equation as it stands. `pattention` computes the same, in less time and memory for its gradient."""
+    scores_BLN = jnp.einsum("...d,nd->...n", x_BLD, keys_ND.astype(x_BLD.dtype)).astype(jnp.float32)
+    weights_BLN = NORMALIZERS[normalizer](scores_BLN, tau, GELUS[gelu]) * scale_B1N
+    return jnp.einsum("...n,ne->...e", weights_BLN.astype(x_BLD.dtype), values_NE.astype(x_BLD.dtype))
 
 
 def pattention(

@@ -1,4 +1,11 @@
-"""Pattention with its gradient written out."""
+"""Pattention with its gradient written out; `pattention.plain_pattention` is the same without.
+
+The gradient is written out for four reasons. Of all that has N columns only the scores are kept for it, or nothing, and
+the weights are computed again; but not the sum over N, which devices would exchange again. Between the two stages it is
+rounded to the inputs' dtype, since that is what a TPU stores there: half the memory of a step in bfloat16, and a sixth
+of its time. And each device sums both parameters' gradients in float32 over all its positions, before they are added up
+and scattered once.
+"""
 
 import functools
 import math
@@ -9,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from tokenformer_jax.devices.sharding import constrain, platform, sum_over_batch
-from tokenformer_jax.nn.layers import GELUS, Gelu
+from tokenformer_jax.devices.sharding import constrain, sum_over_batch
+from tokenformer_jax.nn.backends import product_with_keys, product_with_values, sum_outer
+from tokenformer_jax.nn.layers import GELUS, Gelu, inverse_norm
 
 
-class Normalizer(NamedTuple):
-    """Θ as two stages around r, all in it that depends on more than one token: sums over N for each position.
+class Stages(NamedTuple):
+    """A normaliser Θ as two stages around r, all in it that depends on more than one token: sums over N.
 
     Where N is spread over devices, they exchange r and, in the gradient, dr; nothing else.
     """
@@ -29,29 +37,22 @@ def _sum_of_squares(x_BLN: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(x_BLN), axis=-1, keepdims=True)
 
 
-def _inverse_norm(squares_BL1: jax.Array) -> jax.Array:
-    """1 / ‖x‖₂; of rows shorter than 1e-12 zero, with a gradient of zero."""
-    nonzero = squares_BL1 > 1e-24
-    return jnp.where(nonzero, jax.lax.rsqrt(jnp.where(nonzero, squares_BL1, 1.0)), 0.0)
-
-
 SCORES = 300_000_000  # of a device, at most, that are computed again at once
-GROUPS = 4  # of tokens, at most, that a CPU's cores work on at once for a single position
 
-NORMALIZERS = {
-    "l2_norm_gelu": Normalizer(  # equation 5
+STAGES = {
+    "l2_norm_gelu": Stages(  # equation 5
         total=lambda s, gelu: _sum_of_squares(s),
         total_gradient=lambda dr, s, r, gelu: dr * 2 * s,
-        first=lambda s, r, gelu: s * _inverse_norm(r),
+        first=lambda s, r, gelu: s * inverse_norm(r),
         second=lambda n, r, tau, gelu: gelu(tau * n),
     ),
-    "gelu_l2_norm": Normalizer(
+    "gelu_l2_norm": Stages(
         total=lambda s, gelu: _sum_of_squares(gelu(s)),
         total_gradient=lambda dr, s, r, gelu: dr * jax.grad(lambda s: jnp.sum(jnp.square(gelu(s))))(s),
         first=lambda s, r, gelu: gelu(s),
-        second=lambda n, r, tau, gelu: tau * n * _inverse_norm(r),
+        second=lambda n, r, tau, gelu: tau * n * inverse_norm(r),
     ),
-    "softmax": Normalizer(  # whose r [..., 2] is the largest score, to which it is indifferent, and the sum
+    "softmax": Stages(  # whose r [..., 2] is the largest score, to which it is indifferent, and the sum
         total=lambda s, gelu: jnp.stack([s.max(-1), jnp.sum(jnp.exp(s - s.max(-1, keepdims=True)), -1)], -1),
         total_gradient=lambda dr, s, r, gelu: dr[..., 1:] * jnp.exp(s - r[..., :1]),
         first=lambda s, r, gelu: jnp.exp(s - jax.lax.stop_gradient(r[..., :1])),
@@ -71,61 +72,30 @@ def _gathered(tokens_ND: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return constrain(tokens_ND.astype(dtype), "tokens", None)
 
 
-# The gradient is written out for four reasons. Of all that has N columns only the scores are kept for it, or nothing,
-# and the weights are computed again; but not the sum over N, which devices would exchange again. Between the two stages
-# it is rounded to the inputs' dtype, since that is what a TPU stores there: half the memory of a step in bfloat16, and
-# a sixth of its time. And each device sums both parameters' gradients in float32 over all its positions, before they
-# are added up and scattered once.
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attend(x_BLD, keys_ND, values_NE, tau, scale_B1N, how: How) -> jax.Array:
     return _attend_forward(x_BLD, keys_ND, values_NE, tau, scale_B1N, how)[0]
 
 
 def _weights(normed_BLN, total_BL1, tau, scale_B1N, how: How) -> jax.Array:
-    weights_BLN = NORMALIZERS[how.normalizer].second(normed_BLN, total_BL1, tau, GELUS[how.gelu])
+    weights_BLN = STAGES[how.normalizer].second(normed_BLN, total_BL1, tau, GELUS[how.gelu])
     return weights_BLN if scale_B1N is None else weights_BLN * scale_B1N
 
 
-def _in_groups(x_BLD: jax.Array, tokens_ND: jax.Array) -> jax.Array | None:
-    """Tokens [G, N/G, D] for a single position on a CPU, which gives a small matrix's product with a vector one core,
-    and several such products several; else None."""
-    if platform() != "cpu" or x_BLD.size != x_BLD.shape[-1]:
-        return None
-    return tokens_ND.reshape(math.gcd(len(tokens_ND), GROUPS), -1, tokens_ND.shape[-1])
-
-
-def _scores(x_BLD: jax.Array, keys_ND: jax.Array) -> jax.Array:
-    keys_GMD = _in_groups(x_BLD, keys_ND)
-    if keys_GMD is None:
-        return jnp.einsum("...d,nd->...n", x_BLD, keys_ND)
-    x_GD = jnp.broadcast_to(x_BLD.reshape(1, -1), (len(keys_GMD), x_BLD.size))
-    return jnp.einsum("gmd,gd->gm", keys_GMD, x_GD).reshape(*x_BLD.shape[:-1], -1)
-
-
-def _mix(weights_BLN: jax.Array, values_NE: jax.Array) -> jax.Array:
-    values_GME = _in_groups(weights_BLN, values_NE)
-    if values_GME is None:
-        return jnp.einsum("...n,ne->...e", weights_BLN, values_NE)
-    y_GE = jnp.einsum("gm,gme->ge", weights_BLN.reshape(values_GME.shape[:2]), values_GME)
-    return jnp.sum(y_GE, axis=0).reshape(*weights_BLN.shape[:-1], -1)
-
-
 def _attend_forward(x_BLD, keys_ND, values_NE, tau, scale_B1N, how):
-    norm, gelu = NORMALIZERS[how.normalizer], GELUS[how.gelu]
-    scores_BLN = _scores(x_BLD, _gathered(keys_ND, x_BLD.dtype))
+    norm, gelu = STAGES[how.normalizer], GELUS[how.gelu]
+    scores_BLN = product_with_keys(x_BLD, _gathered(keys_ND, x_BLD.dtype))
     s_BLN = scores_BLN.astype(jnp.float32)
     total_BL1 = checkpoint_name(norm.total(s_BLN, gelu), "total")
     weights_BLN = _weights(norm.first(s_BLN, total_BL1, gelu), total_BL1, tau, scale_B1N, how).astype(x_BLD.dtype)
-    y_BLE = _mix(weights_BLN, _gathered(values_NE, x_BLD.dtype))
+    y_BLE = product_with_values(weights_BLN, _gathered(values_NE, x_BLD.dtype))
     kept = None if how.recompute else scores_BLN
     return y_BLE, (x_BLD, keys_ND, values_NE, tau, scale_B1N, total_BL1, kept)
 
 
 def _attend_backward(how, kept, dy_BLE):
     x_BLD, keys_ND, values_NE, tau, scale_B1N, total_BL1, scores_BLN = kept
-    dtype, norm, gelu = x_BLD.dtype, NORMALIZERS[how.normalizer], GELUS[how.gelu]
+    dtype, norm, gelu = x_BLD.dtype, STAGES[how.normalizer], GELUS[how.gelu]
 
     def gradients(x_BLD, dy_BLE, total_BL1, scores_BLN, scale_B1N, keys_ND, values_NE, tau):
         keys_ND, values_NE = (constrain(tokens, "tokens", None) for tokens in (keys_ND, values_NE))
@@ -178,15 +148,6 @@ def _parts(shape: tuple[int, ...], num_tokens: int) -> int:
         return 1
     fits = (n for n in range(2, shape[0]) if shape[0] % n == 0 and scores / n <= SCORES)
     return next(fits, shape[0])
-
-
-def sum_outer(a_BLD: jax.Array, b_BLN: jax.Array) -> jax.Array:
-    """The sum over positions of outer products, float32 [D, N]: fsdp scatters D, and a GPU wants that in front."""
-    if platform() == "cpu":  # which transposes nothing where it contracts over one axis, and has the wide one in front
-        a_PD, b_PN = (x.reshape(-1, x.shape[-1]) for x in (a_BLD, b_BLN))
-        sums_ND = jnp.einsum("pn,pd->nd", b_PN, a_PD, preferred_element_type=jnp.float32)
-        return jax.lax.optimization_barrier(sums_ND).T
-    return jnp.einsum("...d,...n->dn", a_BLD, b_BLN, preferred_element_type=jnp.float32)
 
 
 attend.defvjp(_attend_forward, _attend_backward)

@@ -1,10 +1,10 @@
-"""The language model: a pre-norm Transformer whose every projection is a Pattention (TokenFormer, section 3.3).
+"""The blocks: a pre-norm Transformer whose every projection is a Pattention (TokenFormer, section 3.3).
 
 With `projection="linear"` the same block, with weight matrices in their place, is a plain Transformer.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.devices.sharding import constrain
+from tokenformer_jax.nn.attention import Cache, cached_attention, causal_attention
 from tokenformer_jax.nn.layers import (
     MLP,
     Key,
@@ -79,11 +80,11 @@ class Block(nnx.Module):
         self,
         x_BLD: jax.Array,
         tau: Tau,
-        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Cache]],
         positions_L: jax.Array,
         key: Key = None,
-    ) -> jax.Array:
-        """`attend(q, k, v)`, all [B, L, H, K], decides what each position sees."""
+    ) -> tuple[jax.Array, Cache]:
+        """`attend(q, k, v)`, all [B, L, H, K], decides what each position sees; its cache is handed on."""
         B, L, D = x_BLD.shape
         head_dim = D // self.num_heads
         h_BLD = layer_norm(x_BLD)
@@ -96,13 +97,14 @@ class Block(nnx.Module):
                 constrain(x.reshape(B, L, self.num_heads, head_dim), "batch", None, "heads", None)
                 for x in (q_BLD, k_BLD, v_BLD)
             )
-            mixed_BLD = attend(q_BLHK, k_BLHK, v_BLHK).reshape(B, L, D)
+            mixed, cache = attend(q_BLHK, k_BLHK, v_BLHK)
+            mixed_BLD = mixed.reshape(B, L, D)
         y_BLD = checkpoint_name(self.out(constrain(mixed_BLD, "batch", None, None), tau.get("out")), "projection")
         y_BLD = dropout(y_BLD, self.dropout, subkey(key, 0))
         x_BLD += dropout(y_BLD, self.stochastic_depth, subkey(key, 1), shared=(1, 2))
         y_BLD = self.ffn(layer_norm(x_BLD), tau.get("ffn"), subkey(key, 2))
         x_BLD += dropout(y_BLD, self.stochastic_depth, subkey(key, 3), shared=(1, 2))
-        return constrain(x_BLD, "batch", None, None)
+        return constrain(x_BLD, "batch", None, None), cache
 
 
 def stack_layers(make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> Any:
@@ -124,3 +126,48 @@ REMAT_POLICIES = {
     "projections": jax.checkpoint_policies.save_only_these_names("projection", "total"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def run_blocks(
+    blocks: Block,
+    x_BLD: jax.Array,
+    tau: Tau,
+    *,
+    remat: str,
+    segments_BL: jax.Array | None = None,
+    cache: Cache = None,
+    key: Key = None,
+    layers: Sequence[Params] | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Runs stacked blocks one after another in a scan or, with parameters of their own from `unstack`, in a row.
+
+    Returns:
+      The last block's output, and the cache with these positions.
+    """
+    graphdef, stacked = nnx.split(blocks)
+    start, length = jnp.int32(0) if cache is None else cache.length, x_BLD.shape[1]
+    positions_L = start + jnp.arange(length)
+
+    def run(carry: tuple[jax.Array, Cache], layer: tuple[Any, Any]) -> tuple[tuple[jax.Array, Cache], None]:
+        x_BLD, cache = carry
+        params, number = layer
+
+        def attend(q_BLHK: jax.Array, k_BLHK: jax.Array, v_BLHK: jax.Array) -> tuple[jax.Array, Cache]:
+            if cache is None:
+                return causal_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL), None
+            more, k_BHSK, v_BHSK = cache.put(number, k_BLHK, v_BLHK)
+            return cached_attention(q_BLHK, k_BHSK, v_BHSK, start), more
+
+        return nnx.merge(graphdef, params)(x_BLD, tau, attend, positions_L, subkey(key, number)), None
+
+    if remat != "none":
+        run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
+    carry = x_BLD, cache
+    if layers is None:
+        numbers = None if key is None and cache is None else jnp.arange(len(jax.tree.leaves(stacked)[0]))
+        carry, _ = jax.lax.scan(run, carry, (stacked, numbers))
+    else:
+        for number, params in enumerate(layers):
+            carry, _ = run(carry, (params, number))
+    x_BLD, cache = carry
+    return x_BLD, None if cache is None else cache._replace(length=start + length)

@@ -1,6 +1,7 @@
-"""One training step: the state, the loss, the optimizer and their compiled, sharded functions."""
+"""One training step: the loss, its gradient and the update, compiled and sharded for a mesh."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from tokenformer_jax.training.schedule import Frozen, freeze, learning_rate, mak
 from tokenformer_jax.training.state import TrainState, init_state
 
 Metrics = dict[str, jax.Array]
+Loss = Callable[[Params, Tau, Batch, Key], tuple[jax.Array, jax.Array]]  # sums of losses and of weights
 MASKS = 2**31  # folded into the seed for dropout; no step, which the keys of growth fold in, is that large
 
 
@@ -59,6 +61,63 @@ class Step:
         give_back_memory()
 
 
+def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0, frozen: Frozen | None = None) -> Step:
+    """Compiles (on first use) the functions that train this config on this mesh.
+
+    Args:
+      cfg: the config; only its sizes and rates matter.
+      mesh: from `sharding.make_mesh`.
+      schedule_start: the step from which the learning-rate schedule counts.
+      frozen: tokens that do not learn up to some step.
+    """
+    graphdef, _, param_axes = abstract_model(cfg.model)
+    schedule = learning_rate(cfg.optimizer, cfg.steps, schedule_start)
+    optimizer = make_optimizer(cfg.optimizer, schedule)
+
+    def init(key: jax.Array) -> TrainState:
+        return init_state(cfg.model, optimizer, key)
+
+    def loss(params: Params, tau: Tau, batch: Batch, key: Key = None) -> tuple[jax.Array, jax.Array]:
+        return loss_sums(nnx.merge(graphdef, params), tau, batch, cfg.data.mask_documents, key)
+
+    def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = masks_key(cfg, state.step)
+        mean, grads = mean_gradients(loss, state, batch, key, cfg.accumulation)
+        update = functools.partial(clipped_update, optimizer, cfg.optimizer.clip_norm, frozen)
+        return update_state(state, mean, grads, schedule, update)
+
+    def evaluate(state: TrainState, batch: Batch) -> Metrics:
+        nll, weights = loss(state.params, state.tau_now(), batch)
+        return {"nll": nll, "weights": weights}
+
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    of_state, batch, whole = (
+        state_shardings(abstract, mesh, param_axes, optimizer),
+        batch_sharding(mesh),
+        replicated(mesh),
+    )
+    jitted_train = jax.jit(train, in_shardings=(of_state, batch), out_shardings=(of_state, whole), donate_argnums=0)
+    return Step(
+        abstract_state=with_shardings(abstract, of_state),
+        init=OnMesh(jax.jit(init, out_shardings=of_state), mesh),
+        train=OnMesh(jitted_train, mesh),
+        evaluate=OnMesh(jax.jit(evaluate, out_shardings=whole), mesh),
+        batch=batch,
+        mesh=mesh,
+    )
+
+
+def state_shardings(
+    abstract: TrainState, mesh: Mesh, param_axes: Any, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Where a state's arrays live: moments as their parameters, all else on every device."""
+    of_params, whole = shardings(abstract.params, mesh, param_axes), replicated(mesh)
+    of_moments = optax.tree.map_params(
+        optimizer, lambda _, s: s, abstract.opt_state, of_params, transform_non_params=lambda _: whole
+    )
+    return jax.tree.map(lambda _: whole, abstract)._replace(params=of_params, opt_state=of_moments)
+
+
 def loss_sums(model: Any, tau: Tau, batch: Batch, mask_documents: bool, key: Key = None) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of next-token losses in nats over the padded vocabulary, and the sum of weights.
 
@@ -84,101 +143,63 @@ def masks_key(cfg: Config, step: jax.Array | int) -> Key:
     return subkey(subkey(jax.random.key(cfg.seed), MASKS), step)
 
 
-def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0, frozen: Frozen | None = None) -> Step:
-    """Compiles (on first use) the functions that train this config on this mesh.
+def mean_gradients(loss: Loss, state: TrainState, batch: Batch, key: Key, parts: int) -> tuple[jax.Array, Params]:
+    """The mean loss over the batch's real tokens and its gradient, worked through in so many parts."""
+    total, tau = jnp.maximum(jnp.sum(batch.weights_BL), 1.0), state.tau_now()
+    of_part = jax.value_and_grad(lambda params, part, key: loss(params, tau, part, key)[0] / total)
+    if parts == 1:
+        return of_part(state.params, batch, subkey(key, 0))
 
-    Args:
-      cfg: the config; only its sizes and rates matter.
-      mesh: from `sharding.make_mesh`.
-      schedule_start: the step from which the learning-rate schedule counts.
-      frozen: tokens that do not learn up to some step.
-    """
-    graphdef, _, param_axes = abstract_model(cfg.model)
-    schedule = learning_rate(cfg.optimizer, cfg.steps, schedule_start)
-    optimizer = make_optimizer(cfg.optimizer, schedule)
+    def add(sums: Any, inputs: tuple[Batch, Any]) -> tuple[Any, None]:
+        part, number = inputs
+        return jax.tree.map(jnp.add, sums, of_part(state.params, part, subkey(key, number))), None
 
-    def init(key: jax.Array) -> TrainState:
-        return init_state(cfg.model, optimizer, key)
-
-    def loss(params: Params, tau: Tau, batch: Batch, key: Key = None) -> tuple[jax.Array, jax.Array]:
-        return loss_sums(nnx.merge(graphdef, params), tau, batch, cfg.data.mask_documents, key)
-
-    def gradients(params: Params, tau: Tau, batch: Batch, key: Key) -> tuple[jax.Array, Params]:
-        """Mean loss over the batch's real tokens and its gradient, worked through in `accumulation` parts."""
-        total = jnp.maximum(jnp.sum(batch.weights_BL), 1.0)
-        mean_part = jax.value_and_grad(lambda params, part, key: loss(params, tau, part, key)[0] / total)
-        if cfg.accumulation == 1:
-            return mean_part(params, batch, subkey(key, 0))
-        parts = jax.tree.map(lambda x: split_rows(x, cfg.accumulation), batch)
-
-        def add(sums: Any, inputs: tuple[Batch, Any]) -> tuple[Any, None]:
-            part, number = inputs
-            return jax.tree.map(jnp.add, sums, mean_part(params, part, subkey(key, number))), None
-
-        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        numbers = None if key is None else jnp.arange(cfg.accumulation)
-        return jax.lax.scan(add, zeros, (parts, numbers))[0]
-
-    def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        mean, grads = gradients(state.params, state.tau_now(), batch, masks_key(cfg, state.step))
-        squares = jnp.stack([jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)])
-        norm = jnp.sqrt(jnp.sum(squares))
-        metrics = {
-            "loss": mean,
-            "grad_norm": norm,
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "grad_norms": jnp.sqrt(squares),
-        }
-
-        def learn(params: Params, opt_state: optax.OptState, grads: Params) -> tuple[Params, optax.OptState]:
-            scale = cfg.optimizer.clip_norm / jnp.maximum(norm, cfg.optimizer.clip_norm)
-            updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * scale, grads), opt_state, params)
-            if frozen is not None:
-                updates = freeze(updates, state.step, frozen)
-            return optax.apply_updates(params, updates), opt_state
-
-        with jax.named_scope("optimizer"):
-            finite = jnp.isfinite(mean) & jnp.isfinite(norm)
-            params, opt_state = if_finite(finite, learn, state.params, state.opt_state, grads)
-        return TrainState(state.step + 1, params, opt_state, state.tau), metrics
-
-    def evaluate(state: TrainState, batch: Batch) -> Metrics:
-        nll, weights = loss(state.params, state.tau_now(), batch)
-        return {"nll": nll, "weights": weights}
-
-    abstract = jax.eval_shape(init, jax.random.key(0))
-    param_shardings = shardings(abstract.params, mesh, param_axes)
-    whole = replicated(mesh)
-    state_shardings = jax.tree.map(lambda _: whole, abstract)._replace(
-        params=param_shardings,
-        opt_state=optax.tree.map_params(
-            optimizer, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: whole
-        ),
-    )
-    batch = batch_sharding(mesh)
-
-    return Step(
-        abstract_state=with_shardings(abstract, state_shardings),
-        init=OnMesh(jax.jit(init, out_shardings=state_shardings), mesh),
-        train=OnMesh(
-            jax.jit(
-                train,
-                in_shardings=(state_shardings, batch),
-                out_shardings=(state_shardings, whole),
-                donate_argnums=0,
-            ),
-            mesh,
-        ),
-        evaluate=OnMesh(jax.jit(evaluate, out_shardings=whole), mesh),
-        batch=batch,
-        mesh=mesh,
-    )
+    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+    numbers = None if key is None else jnp.arange(parts)
+    return jax.lax.scan(add, zeros, (jax.tree.map(lambda x: split_rows(x, parts), batch), numbers))[0]
 
 
 def split_rows(x_BL: jax.Array, parts: int) -> jax.Array:
     """[B, L] -> [parts, B / parts, L]; strided, so that each device splits its own rows."""
     x = x_BL.reshape(x_BL.shape[0] // parts, parts, *x_BL.shape[1:]).swapaxes(0, 1)
     return constrain(x, None, "batch", None)
+
+
+def update_state(
+    state: TrainState, mean: jax.Array, grads: Params, schedule: optax.Schedule, update: Callable[..., Any]
+) -> tuple[TrainState, Metrics]:
+    """The state after a step with this mean loss and gradient, which learns where both are finite, and its metrics."""
+    squares = jnp.stack([jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)])
+    norm = jnp.sqrt(jnp.sum(squares))
+    with jax.named_scope("optimizer"):
+        finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+        learn = functools.partial(update, norm, state.step)
+        params, opt_state = if_finite(finite, learn, state.params, state.opt_state, grads)
+    metrics = {
+        "loss": mean,
+        "grad_norm": norm,
+        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        "grad_norms": jnp.sqrt(squares),
+    }
+    return TrainState(state.step + 1, params, opt_state, state.tau), metrics
+
+
+def clipped_update(
+    optimizer: optax.GradientTransformation,
+    clip_norm: float,
+    frozen: Frozen | None,
+    norm: jax.Array,
+    step: jax.Array,
+    params: Params,
+    opt_state: optax.OptState,
+    grads: Params,
+) -> tuple[Params, optax.OptState]:
+    """The optimizer's step with the gradient, of this norm, clipped to `clip_norm`; frozen tokens stay."""
+    scale = clip_norm / jnp.maximum(norm, clip_norm)
+    updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * scale, grads), opt_state, params)
+    if frozen is not None:
+        updates = freeze(updates, step, frozen)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def put_batch(step: Step, batch: Batch) -> Batch:

@@ -57,6 +57,21 @@ def test_a_preset_is_named_or_given_as_a_file(preset, folder):
     assert "holds other files and no run" in line  # the config was read
 
 
+def test_the_console_script_runs_each_command_in_any_folder(folder, tmp_path):
+    def tokenformer(*args):
+        code = f"import sys; sys.argv = {['tokenformer', *args]!r}; from tokenformer_jax.cli import main; main()"
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        line = [sys.executable, "-c", code]
+        return subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    assert "config.json: not found" in complaint(tokenformer("evaluate", f"--workdir={tmp_path}"))
+    assert "did you mean 'train'" in complaint(tokenformer("trian"))
+    assert "--workdir" in tokenformer("train", "--help").stdout
+    assert tokenformer("--version").stdout.count(".") == 2
+    out = tokenformer("checkpoint", f"--workdir={folder}/small").stdout
+    assert "step 6:" in out and "damaged" not in out
+
+
 def test_evaluate(folder):
     assert "bits per byte" in call_well("evaluate", f"--workdir={folder}/grown")
     figures = json.loads((folder / "grown" / "eval.json").read_text())

@@ -93,10 +93,13 @@ def test_scanned_layers_equal_a_loop_over_them():
     graphdef, _, _ = abstract_model(cfg.model)
     model, tau = nnx.merge(graphdef, params), initial_tau(cfg.model)
     x = params["embed"][tokens]
-    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+
+    def attend(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True), None  # no cache
+
     for i in range(cfg.model.num_layers):
         block = nnx.merge(nnx.graphdef(model.blocks), jax.tree.map(lambda a, i=i: a[i], params["blocks"]))
-        x = block(x, tau, attend, jnp.arange(tokens.shape[1]))
+        x, _ = block(x, tau, attend, jnp.arange(tokens.shape[1]))
     np.testing.assert_allclose(model.logits(x), model(tokens, tau)[0], atol=2e-5)
 
 

@@ -3,25 +3,50 @@
 >>> from tokenformer_jax import TokenFormer
 >>> model = TokenFormer.load("runs/quickstart/grown")
 >>> model.logits(tokens_BL)
+
+Names of arrays end in their axes:
+
+    B batch      D embedding, and a projection's input    N parameter tokens    R rank
+    L length     E a projection's output                  V vocabulary          C positions of a chunk
+    H heads      K head dim                               S cache length        P parts, or positions in a row
+    Y layers     W width of what rotary turns at once     G groups              M of a group
+    1 an axis of size 1
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_FACE = {
+if TYPE_CHECKING:
+    from tokenformer_jax.api import TokenFormer
+    from tokenformer_jax.config import Config, ModelConfig, read_config
+    from tokenformer_jax.errors import UserError
+    from tokenformer_jax.evaluation.sampling import Sampling
+    from tokenformer_jax.nn.pattention import Pattention, pattention
+
+__version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "ModelConfig",
+    "Pattention",
+    "Sampling",
+    "TokenFormer",
+    "UserError",
+    "pattention",
+    "read_config",
+]
+_HOMES = {
     "TokenFormer": "api",
-    "Pattention": "nn.pattention",
-    "pattention": "nn.pattention",
-    "Sampling": "evaluation.sampling",
     "Config": "config",
     "ModelConfig": "config",
-    "UserError": "errors",
     "read_config": "config",
+    "UserError": "errors",
+    "Sampling": "evaluation.sampling",
+    "Pattention": "nn.pattention",
+    "pattention": "nn.pattention",
 }
-__all__ = list(_FACE)
 
 
 def __getattr__(name: str) -> Any:  # imported when asked for, so that each command loads only what it needs
-    if name not in _FACE:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_FACE[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

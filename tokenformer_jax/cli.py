@@ -1,7 +1,8 @@
-"""What all commands share: flags, the runner, exit codes, and how a process joins others."""
+"""What all commands share: flags, the runner, exit codes, and how a process joins others; `tokenformer COMMAND`."""
 
 import contextlib
 import dataclasses
+import importlib
 import logging as stdlib_logging
 import os
 import pathlib
@@ -13,6 +14,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from tokenformer_jax import __version__
 from tokenformer_jax.config import (
     Config,
     read_config,
@@ -21,7 +23,25 @@ from tokenformer_jax.config import (
 from tokenformer_jax.devices.distributed import Others
 from tokenformer_jax.errors import UserError
 
+COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare".split()
 _PRESETS = pathlib.Path(__file__).parent / "configs"
+
+
+def main() -> None:
+    """The console script: `tokenformer COMMAND FLAGS` is `python -m tokenformer_jax.COMMAND FLAGS`."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("--help", "-h", "help"):
+        print(
+            f"tokenformer COMMAND --flag=value …\n\nCOMMAND is one of {', '.join(COMMANDS)}; its --help lists its flags"
+        )
+    elif name == "--version":
+        print(__version__)
+    elif name in COMMANDS:
+        sys.argv = [f"tokenformer {name}", *arguments]
+        importlib.import_module(f"tokenformer_jax.{name}").main()
+    else:
+        print(f"error: {name}: no command{suggest(name, COMMANDS)}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(UserError.exit_code)
 
 
 def config_flag() -> Callable[[], Config]:
@@ -41,6 +61,17 @@ def config_flag() -> Callable[[], Config]:
             return read_config(tree.to_dict())  # what a file that failed to load left raises its error here
 
     return read
+
+
+def _help(text: str) -> str:
+    """A command's docstring, and the flags that it and this file define."""
+    lines = [text.strip(), ""]
+    for module, found in flags.FLAGS.flags_by_module_dict().items():
+        if module == sys.argv[0] or module.startswith(("tokenformer_jax", "launch", "benchmarks")):
+            for flag in found:
+                default = "" if flag.default in (None, "") else f" (default: {flag.default_as_str})"
+                lines.append(f"  --{flag.name}: {flag.help}{default}")
+    return "\n".join(lines)
 
 
 def _with_paths(argv: list[str]) -> list[str]:
@@ -138,6 +169,9 @@ def run_command(main: Callable[[], None]) -> None:
     )
 
     def parse(argv: list[str]) -> list[str]:
+        if {"--help", "-help", "-h"} & set(argv):
+            print(_help(sys.modules[main.__module__].__doc__ or ""))
+            sys.exit()
         with _config_errors():
             extra = flags.FLAGS(_with_paths(argv))
             if len(extra) > 1:
@@ -148,9 +182,7 @@ def run_command(main: Callable[[], None]) -> None:
         with _join_processes() if distributed.value else contextlib.nullcontext():
             main()
 
-    logging.set_verbosity(logging.FATAL)  # Orbax logs what is handled here; --verbosity=0 shows it
-    sys.unraisablehook = lambda _: None  # nor what its destructors raise after a save that failed
-    stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)  # the same errors, a second time
+    _silence_orbax()
     try:
         app.run(guarded, flags_parser=parse)
     except UserError as error:
@@ -159,6 +191,28 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _silence_orbax() -> None:
+    """Keeps to one line what a command says of an error that Orbax meets: it is raised, and handled, here."""
+    logging.set_verbosity(logging.FATAL)  # its log, through absl; --verbosity=0 shows it
+    # After a save that failed asyncio logs the same error again, and what destructors of its loop raise is printed.
+    stdlib_logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
+    show = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError | KeyError) and _is_of_a_loop(unraisable.exc_traceback)):
+            show(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _is_of_a_loop(traceback: Any) -> bool:
+    while traceback:
+        if {"asyncio", "uvloop"} & set(pathlib.Path(traceback.tb_frame.f_code.co_filename).parts):
+            return True
+        traceback = traceback.tb_next
+    return False
 
 
 def _join_processes() -> Others:

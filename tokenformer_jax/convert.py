@@ -48,9 +48,8 @@ def main() -> None:
             count = import_official(arrays, cfg, workdir(), str(path))
             done = f"{workdir()}: {count:,} parameters of {path} at step 0; train, grow, evaluate and generate take it"
             if not file:
-                done += (
-                    "\nwarning: no --tokenizer was given and a new one was trained: its ids are not those of the model"
-                )
+                note = "a new one was trained: its ids are not those of the model"
+                done += f"\nwarning: no --tokenizer was given and {note}"
         if jax.process_index() == 0:
             print(done)
 

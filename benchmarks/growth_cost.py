@@ -84,7 +84,7 @@ def make(name: str, folder: Folder, processes: int) -> dict[str, Any]:
     state = TrainState(jnp.int32(cfg.steps), state.params, jax.tree.map(moment, state.opt_state), state.tau)
     record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
     data = train_batches(corpus.train, cfg)
-    save_one(folder / "source" / "checkpoints", cfg.steps, state, data, corpus.tokenizer, record)
+    save_one(folder / "source" / "checkpoints", cfg.steps, state, data, corpus.assets, record)
     if jax.process_index() == 0:
         replace_file(folder / "source" / "config.json", cfg.to_json())
     larger = config(name, "757m", folder, processes).model
@@ -144,7 +144,7 @@ def run_orbax(name: str, folder: Folder, processes: int) -> dict[str, Any]:
     del state
     checkpoints, number, cfg, state = restored(folder / "grown", "757m")
     corpus = prepare(cfg)
-    items = (state, train_batches(corpus.train, cfg), corpus.tokenizer, checkpoints.record(number))
+    items = (state, train_batches(corpus.train, cfg), corpus.assets, checkpoints.record(number))
     os.sync()
     time.sleep(REST[name])
     began = time.monotonic()

@@ -32,7 +32,7 @@ from tokenformer_jax.files import replace_file
 from tokenformer_jax.growth.grow import grow
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.metrics_file import read_metrics
-from tokenformer_jax.training.metrics import train_flops_per_token
+from tokenformer_jax.training.language import train_flops_per_token
 
 SEEDS = (0, 1, 2)
 FIRST_RATE = 4e-3  # where a search begins

@@ -39,8 +39,8 @@ from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.files import replace_file
 from tokenformer_jax.nn.language import abstract_model
 from tokenformer_jax.nn.layers import count_params
-from tokenformer_jax.training.metrics import train_flops_per_token
-from tokenformer_jax.training.step import loss_sums, make_step, put_batch
+from tokenformer_jax.training.language import train_flops_per_token
+from tokenformer_jax.training.step import make_step, put_batch
 
 MATRIX = 2048
 WARM = 4  # steps before those that count
@@ -92,9 +92,7 @@ def ours(cfg: Config) -> dict[str, Run]:
 
     @jax.jit
     def only_gradients(params: Any, tau: Any, batch: Batch) -> Any:
-        return jax.value_and_grad(lambda p: loss_sums(nnx.merge(graphdef, p), tau, batch, mask_documents=False)[0])(
-            params
-        )
+        return jax.value_and_grad(lambda p: nnx.merge(graphdef, p).loss_sums(batch, tau, cfg)[0])(params)
 
     def train() -> None:
         nonlocal state

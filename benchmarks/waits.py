@@ -38,12 +38,13 @@ from tokenformer_jax.devices.hardware import environment
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.evaluation.sampling import Sampling, generate
 from tokenformer_jax.files import replace_file
-from tokenformer_jax.nn.language import init_params, initial_tau
+from tokenformer_jax.nn.language import init_params
+from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.storage.arrays import by_name
 from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.fingerprint import fingerprints
 from tokenformer_jax.storage.record import Record
-from tokenformer_jax.training.metrics import train_flops_per_token
+from tokenformer_jax.training.language import train_flops_per_token
 from tokenformer_jax.training.step import make_step
 
 ROUNDS = 3
@@ -152,7 +153,7 @@ def measure_save(shape: str, folder: pathlib.Path) -> Figures:
     arrays = by_name(state)
     for number in range(ROUNDS + 1):
         began = time.perf_counter()
-        checkpoints.save(number + 1, state, data, corpus.tokenizer, record)
+        checkpoints.save(number + 1, state, data, corpus.assets, record)
         stood = time.perf_counter() - began
         checkpoints.wait()
         took = time.perf_counter() - began

@@ -12,8 +12,8 @@ FLOORS = """
     configs: base quickstart pile ladder released tpu transformer
     devices: distributed hardware sharding
     data: tokenizer text tokens batches
-    nn: backends layers pattention_vjp pattention attention transformer language loss
-    training: metrics state schedule non_finite step
+    nn: backends layers pattention_vjp pattention attention transformer loss language
+    training: metrics language tasks state schedule non_finite step
     storage: fingerprint workdir record arrays metrics_file checkpoints trained state_dicts official
     evaluation: perplexity sampling report
     growth: recipes ladder figures verify resize grow shrink
@@ -69,6 +69,14 @@ def test_no_command_is_imported():
 def test_storage_and_data_know_no_model():
     for module in ("storage.checkpoints", "storage.metrics_file", "data.tokens", "data.batches", "data.tokenizer"):
         assert not any(name.startswith(("nn.", "training.")) for name in imports(module)), module
+
+
+def test_models_are_known_by_their_task_alone():
+    language = {"nn.language", "training.language", "data.tokens", "data.tokenizer", "data.text"}
+    general = [name for name in order() if name.startswith(("running.", "planning."))]
+    general += ["training.state", "training.step", "storage.checkpoints", "storage.record"]
+    for module in [*general, "growth.resize", "growth.verify", "growth.shrink", "growth.ladder"]:
+        assert not imports(module) & language, module
 
 
 def test_nothing_unpickles_or_evaluates():

@@ -78,7 +78,7 @@ def test_evaluate(folder):
     rows = [json.loads(line) for line in (folder / "grown" / "metrics.jsonl").read_text().splitlines()]
     assert figures["loss"] == pytest.approx([row["eval_loss"] for row in rows if "eval_loss" in row][-1], rel=1e-5)
     assert figures["perplexity"] == pytest.approx(np.exp(figures["loss"]))
-    tokenizer = tokenizer_from_json(Checkpoints(folder / "grown" / "checkpoints").tokenizer(12).to_json())
+    tokenizer = tokenizer_from_json(Checkpoints(folder / "grown" / "checkpoints").assets(12)["tokenizer"])
     meta = json.loads(next((folder / "cache").rglob("meta.json")).read_text())["validation"]
     assert figures["tokens"] == meta["num_tokens"] - 1  # every token once, the last partial batch included
     assert figures["bits_per_byte"] == pytest.approx(

@@ -130,7 +130,7 @@ def test_a_workdir_holds_all_that_a_run_needs(imported, folder):
     assert checkpoints.steps == [0]
     record = checkpoints.record(0)
     assert (record.tokens, record.growth) == (0, [])
-    assert checkpoints.tokenizer(0).to_json() == load_trained(imported).tokenizer.to_json()
+    assert checkpoints.assets(0)["tokenizer"] == load_trained(imported).tokenizer.to_json()
     assert load_config(imported / "config.json").data == config(folder).data
 
 

@@ -120,8 +120,8 @@ def test_what_moved_is_named():
             verify(figures, "zero_keys")
 
     blocks = after.params["blocks"]
-    values_LNE = blocks["ffn"]["values"].at[1, 3].multiply(1.5)
-    refused(lambda p: p | {"blocks": blocks | {"ffn": blocks["ffn"] | {"values": values_LNE}}}, "ffn in layer 1")
+    values_YNE = blocks["ffn"]["values"].at[1, 3].multiply(1.5)
+    refused(lambda p: p | {"blocks": blocks | {"ffn": blocks["ffn"] | {"values": values_YNE}}}, "ffn in layer 1")
     refused(lambda p: p | {"norm_bias": p["norm_bias"] + 0.01}, "norm_bias")
 
 

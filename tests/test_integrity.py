@@ -213,7 +213,7 @@ def test_a_changed_config_is_refused_but_by_train(cfg, whole, copy, capsys):
 def test_an_array_of_a_mesh_is_saved_with_the_fingerprint_that_one_device_computes(cfg, run, whole, tmp_path):
     sharded = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=2, fsdp=2, tensor=2))
     there = open_run(sharded, shutil.copytree(run, tmp_path / "run"))
-    items = there.state, there.data, there.corpus.tokenizer, there.record
+    items = there.state, there.data, there.corpus.assets, there.record
     save_one(tmp_path / "again" / "checkpoints", NEW, *items)
     saved = [Checkpoints(workdir / "checkpoints")._saved(NEW) for workdir in (run, tmp_path / "again")]
     assert saved[0] == saved[1] and len(saved[0]) == len(jax.tree.leaves(there.state))

@@ -14,9 +14,10 @@ from tokenformer_jax.api import TokenFormer
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow_state
-from tokenformer_jax.nn.language import abstract_model, init_params, initial_tau
+from tokenformer_jax.nn.language import abstract_model, init_params
 from tokenformer_jax.nn.layers import GELUS, dropout, dropout_scale
 from tokenformer_jax.nn.pattention import pattention
+from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.storage.official import check_tau
 from tokenformer_jax.training.state import TauRamp, TrainState
 from tokenformer_jax.training.step import make_step, masks_key, put_batch

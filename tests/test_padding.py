@@ -15,10 +15,10 @@ from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.growth.shrink import check_shrinking, shrink_state
-from tokenformer_jax.nn.language import abstract_model, initial_tau
+from tokenformer_jax.nn.language import abstract_model
 from tokenformer_jax.nn.pattention import pattention
+from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.storage.official import check_tau
-from tokenformer_jax.training.step import loss_sums
 
 ODD = {"model__qkv_tokens": 21, "model__out_tokens": 37, "model__ffn_tokens": 93, "model__vocab_size": 304}
 PLAIN = tiny_config(**ODD)
@@ -74,7 +74,7 @@ def test_padding_changes_neither_loss_nor_gradient_and_its_own_keys_get_one(plai
 
 
 def mean_loss(cfg, params, tau, batch):
-    nll, weights = loss_sums(nnx.merge(abstract_model(cfg.model)[0], params), tau, batch, mask_documents=False)
+    nll, weights = nnx.merge(abstract_model(cfg.model)[0], params).loss_sums(batch, tau, cfg)
     return nll / weights
 
 

@@ -1,9 +1,12 @@
 """Laws of the Pattention layer, and the authors' numbers."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.helpers import DATA
 from tokenformer_jax.nn.layers import GELUS, dropout_scale
@@ -86,3 +89,13 @@ def test_the_written_out_gradient_is_that_of_the_plain_equation(normalizer, gelu
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(gradient(dy), expected_gradient(dy), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_pattention_fits_into_the_readmes_flax_model():
+    blocks = (pathlib.Path(__file__).parents[1] / "README.md").read_text().split("```python\n")
+    code = next(block for block in blocks if "class Head" in block).split("```")[0]
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    head = names["Head"](nnx.Rngs(0))
+    gradients = nnx.grad(lambda head, x: jnp.sum(head(x) ** 2))(head, jnp.ones((2, 64)))
+    assert all(bool(jnp.any(gradient != 0)) for gradient in jax.tree.leaves(gradients))

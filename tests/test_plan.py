@@ -16,7 +16,7 @@ from tokenformer_jax.config import MeshConfig
 from tokenformer_jax.devices.sharding import MESH_AXES, make_mesh
 from tokenformer_jax.planning.hlo import read_program
 from tokenformer_jax.planning.plan import alternatives, make_plan
-from tokenformer_jax.training.metrics import train_flops_per_token
+from tokenformer_jax.training.language import train_flops_per_token
 
 MESH = MeshConfig(slice=1, data=2, fsdp=2, tensor=2)
 SIZES = {axis: getattr(MESH, axis) for axis in MESH_AXES}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import assert_trees_equal, random_batch, tiny_config
-from tokenformer_jax.config import CHOICES
+from tokenformer_jax.config import RECIPE_NAMES
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow_state
@@ -51,7 +51,7 @@ def grown(trained, recipe, sizes, **mesh):
 
 
 def test_the_config_names_the_recipes():
-    assert CHOICES["grow.recipe"] == tuple(RECIPES)
+    assert tuple(RECIPES) == RECIPE_NAMES
 
 
 @pytest.mark.parametrize("sizes", [DOUBLED, UNEVEN, ONLY_FFN, ONLY_QKV], ids=["doubled", "uneven", "ffn", "qkv"])

@@ -80,9 +80,9 @@ def test_the_most_useful_tokens_stay_in_their_order_with_their_moments():
     cfg, state = trained()
     fewer = tiny_config(model__ffn_tokens=32)
     smaller = shrunk(state, fewer)
-    keys_LND, values_LNE = (np.asarray(state.params["blocks"]["ffn"][name]) for name in ("keys", "values"))
+    keys_YND, values_YNE = (np.asarray(state.params["blocks"]["ffn"][name]) for name in ("keys", "values"))
     for layer in range(cfg.model.num_layers):
-        useful_N = np.linalg.norm(keys_LND[layer], axis=-1) * np.linalg.norm(values_LNE[layer], axis=-1)
+        useful_N = np.linalg.norm(keys_YND[layer], axis=-1) * np.linalg.norm(values_YNE[layer], axis=-1)
         kept = np.sort(np.argsort(useful_N)[-32:])
         assert kept[-1] > 32  # it is not just the first ones
         for before, after in ((s(state), s(smaller)) for s in (params, first_moments, second_moments)):

@@ -9,10 +9,11 @@ from flax import nnx
 
 from tests.helpers import assert_trees_equal, random_batch, tiny_config, tiny_linear_config
 from tokenformer_jax.devices.sharding import make_mesh
-from tokenformer_jax.nn.language import abstract_model, initial_tau
+from tokenformer_jax.nn.language import abstract_model
+from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.training.schedule import decayed, learning_rate
 from tokenformer_jax.training.state import TauRamp
-from tokenformer_jax.training.step import loss_sums, make_step, put_batch
+from tokenformer_jax.training.step import make_step, put_batch
 
 
 def train(cfg, steps=3):
@@ -112,7 +113,7 @@ def test_optimizer_is_clipped_adamw():
 
 def mean_loss(cfg, params, batch):
     model = nnx.merge(abstract_model(cfg.model)[0], params)
-    nll, weights = loss_sums(model, initial_tau(cfg.model), batch, mask_documents=False)
+    nll, weights = model.loss_sums(batch, initial_tau(cfg.model), cfg)
     return nll / weights
 
 

@@ -11,9 +11,10 @@ from flax import nnx
 
 from tests.helpers import DATA, golden_model, tiny_config, tiny_linear_config
 from tokenformer_jax.nn.attention import KVCache
-from tokenformer_jax.nn.language import abstract_model, init_params, initial_tau
+from tokenformer_jax.nn.language import abstract_model, init_params
 from tokenformer_jax.nn.layers import layer_norm, rotary
 from tokenformer_jax.nn.pattention import pattention
+from tokenformer_jax.nn.transformer import initial_tau
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -17,8 +17,9 @@ from tokenformer_jax.evaluation.sampling import Sampling, generate
 from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.growth.shrink import check_shrinking, shrink_state
-from tokenformer_jax.nn.language import abstract_model, init_params, initial_tau
+from tokenformer_jax.nn.language import abstract_model, init_params
 from tokenformer_jax.nn.layers import Params
+from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.storage.official import check_tau, from_official, model_config, to_official
 from tokenformer_jax.storage.state_dicts import read_state_dict
 from tokenformer_jax.storage.trained import load_trained

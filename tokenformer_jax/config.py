@@ -1,41 +1,68 @@
 """The configuration: frozen dataclasses made from an ml_collections file, checked before anything runs.
 
-`configs/base.py` explains every key; this file says their types and what values would do.
+`configs/base.py` explains every key; here stand their types, and beside each what its value must be.
 """
 
 import dataclasses
 import difflib
 import json
+import math
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import sealed
 
+
+class Rule(NamedTuple):
+    """What a value must be."""
+
+    holds: Callable[[Any], bool]
+    need: str
+
+
+def one_of(*choices: str) -> Rule:
+    return Rule(lambda value: value in choices, f"must be one of {', '.join(choices)}")
+
+
+ABOVE_0 = Rule(lambda value: 0 < value < math.inf, "must be above 0")
+NOT_NEGATIVE = Rule(lambda value: 0 <= value < math.inf, "must be 0 or above")
+PositiveInt = Annotated[int, ABOVE_0]
+PositiveFloat = Annotated[float, ABOVE_0]
+NotNegativeInt = Annotated[int, NOT_NEGATIVE]
+NotNegativeFloat = Annotated[float, NOT_NEGATIVE]
+Fraction = Annotated[float, Rule(lambda value: 0 <= value <= 1, "must lie between 0 and 1")]
+BelowOne = Annotated[float, Rule(lambda value: 0 <= value < 1, "must be 0 or above, and below 1")]
+
+RECIPE_NAMES = ("zero_keys", "isometric", "split", "random_keys", "released", "zero_padding")
 SIZES = ("qkv_tokens", "out_tokens", "ffn_tokens")  # keys of the model that say counts of parameter tokens
+
+
+# How to compute and to train, not what: they may change from run to run.
+FREE_MODEL_KEYS = ("dropout", "stochastic_depth", "dtype", "remat")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    projection: str
-    normalizer: str
-    gelu: str
-    tau_tokens: int
-    vocab_size: int
-    context_length: int
-    num_layers: int
-    num_heads: int
-    embed_dim: int
-    qkv_tokens: int
-    out_tokens: int
-    ffn_tokens: int
-    rotary_fraction: float
-    dropout: float
-    stochastic_depth: float
-    dtype: str
-    remat: str
-    pad_tokens_to: int = 0
+    projection: Annotated[str, one_of("pattention", "linear")]
+    normalizer: Annotated[str, one_of("l2_norm_gelu", "gelu_l2_norm", "softmax")]
+    gelu: Annotated[str, one_of("erf", "tanh")]
+    tau_tokens: NotNegativeInt
+    vocab_size: PositiveInt
+    context_length: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    embed_dim: PositiveInt
+    qkv_tokens: NotNegativeInt
+    out_tokens: NotNegativeInt
+    ffn_tokens: PositiveInt
+    rotary_fraction: Fraction
+    dropout: BelowOne
+    stochastic_depth: BelowOne
+    dtype: Annotated[str, one_of("float32", "bfloat16")]
+    remat: Annotated[str, one_of("none", "dots", "projections", "full")]
+    pad_tokens_to: NotNegativeInt = 0
 
     @property
     def head_dim(self) -> int:
@@ -75,32 +102,32 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    peak_learning_rate: float
-    final_learning_rate: float
-    warmup_steps: int
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
-    clip_norm: float
+    peak_learning_rate: PositiveFloat
+    final_learning_rate: NotNegativeFloat
+    warmup_steps: NotNegativeInt
+    beta1: BelowOne
+    beta2: BelowOne
+    epsilon: PositiveFloat
+    weight_decay: NotNegativeFloat
+    clip_norm: PositiveFloat
 
 
 @dataclasses.dataclass(frozen=True)
 class GrowConfig:
-    recipe: str
-    tau_ramp: float
+    recipe: Annotated[str, one_of(*RECIPE_NAMES)]
+    tau_ramp: Fraction
     restart_schedule: bool
-    freeze_steps: int
-    patience: int
-    min_improvement: float
+    freeze_steps: NotNegativeInt
+    patience: NotNegativeInt
+    min_improvement: NotNegativeFloat
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    slice: int = dataclasses.field(default=1, kw_only=True)
-    data: int
-    fsdp: int
-    tensor: int
+    slice: PositiveInt = dataclasses.field(default=1, kw_only=True)
+    data: PositiveInt
+    fsdp: PositiveInt
+    tensor: PositiveInt
 
     @property
     def batch_shards(self) -> int:
@@ -115,20 +142,21 @@ class Config:
     optimizer: OptimizerConfig
     grow: GrowConfig
     mesh: MeshConfig
-    seed: int
-    steps: int
-    batch_size: int
-    accumulation: int
-    log_every: int
-    eval_every: int
-    eval_batches: int
-    checkpoint_every: int
-    checkpoints_kept: int
-    profile_at: int
+    seed: Annotated[int, NOT_NEGATIVE, Rule(lambda seed: seed < 2**63, "must be below 2**63")]
+    steps: PositiveInt
+    batch_size: PositiveInt
+    accumulation: PositiveInt
+    log_every: PositiveInt
+    eval_every: NotNegativeInt
+    eval_batches: NotNegativeInt
+    checkpoint_every: NotNegativeInt
+    checkpoints_kept: PositiveInt
+    profile_at: NotNegativeInt
     rungs: tuple[dict[str, Any], ...]  # `ladder.stages` reads them
-    non_finite: str = "raise"
-    non_finite_limit: int = 10
-    loss_spike: float = 0.0
+    task: Annotated[str, one_of("language")] = "language"
+    non_finite: Annotated[str, one_of("raise", "skip", "rollback")] = "raise"
+    non_finite_limit: PositiveInt = 10
+    loss_spike: NotNegativeFloat = 0.0
 
     def to_json(self) -> str:
         """The text of a `config.json`, with a checksum."""
@@ -201,52 +229,20 @@ def _divisors(n: int, near: int) -> str:
     return " or ".join(map(str, sorted(divisors[:2])))
 
 
-# How to compute and to train, not what: they may change from run to run.
-FREE_MODEL_KEYS = ("dropout", "stochastic_depth", "dtype", "remat")
-
-CHOICES = {
-    "model.projection": ("pattention", "linear"),
-    "non_finite": ("raise", "skip", "rollback"),
-    "model.normalizer": ("l2_norm_gelu", "gelu_l2_norm", "softmax"),
-    "model.gelu": ("erf", "tanh"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "projections", "full"),
-    "grow.recipe": ("zero_keys", "isometric", "split", "random_keys", "released", "zero_padding"),
-}
-POSITIVE = (
-    "model.vocab_size model.context_length model.num_layers model.num_heads model.embed_dim model.ffn_tokens "
-    "optimizer.peak_learning_rate optimizer.epsilon optimizer.clip_norm mesh.slice mesh.data mesh.fsdp "
-    "mesh.tensor steps batch_size accumulation log_every checkpoints_kept non_finite_limit"
-).split()
-NOT_NEGATIVE = (
-    "optimizer.final_learning_rate optimizer.warmup_steps optimizer.weight_decay seed eval_every eval_batches "
-    "checkpoint_every profile_at model.qkv_tokens model.out_tokens model.tau_tokens model.pad_tokens_to "
-    "grow.freeze_steps grow.patience grow.min_improvement loss_spike"
-).split()
-FRACTIONS = "model.rotary_fraction grow.tau_ramp".split()
-BELOW_ONE = "model.dropout model.stochastic_depth optimizer.beta1 optimizer.beta2".split()
+def check_rules(group: Any, prefix: str = "") -> None:
+    """Checks each value of a dataclass by the rules that stand beside its field."""
+    for key, kind in typing.get_type_hints(type(group), include_extras=True).items():
+        value = getattr(group, key)
+        if dataclasses.is_dataclass(value):
+            check_rules(value, f"{prefix}{key}.")
+        for rule in getattr(kind, "__metadata__", ()):
+            _require(rule.holds(value), prefix + key, value, rule.need)
 
 
 def validate(cfg: Config) -> None:
     """Checks every value; raises a UserError that names the key, its value and what would do."""
 
-    def get(key: str) -> Any:
-        value: Any = cfg
-        for part in key.split("."):
-            value = getattr(value, part)
-        return value
-
-    for key, choices in CHOICES.items():
-        _require(get(key) in choices, key, get(key), f"must be one of {', '.join(choices)}")
-    for key in POSITIVE:
-        _require(0 < get(key) < float("inf"), key, get(key), "must be above 0")
-    for key in NOT_NEGATIVE:
-        _require(0 <= get(key) < float("inf"), key, get(key), "must be 0 or above")
-    for key in FRACTIONS:
-        _require(0 <= get(key) <= 1, key, get(key), "must lie between 0 and 1")
-    _require(cfg.seed < 2**63, "seed", cfg.seed, "must be below 2**63")
-    for key in BELOW_ONE:
-        _require(0 <= get(key) < 1, key, get(key), "must be 0 or above, and below 1")
+    check_rules(cfg)
     if cfg.loss_spike and cfg.non_finite == "skip":
         raise UserError(
             f"loss_spike = {cfg.loss_spike}: is seen once its step has learnt, too late for non_finite = 'skip'; "

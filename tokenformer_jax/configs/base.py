@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
+    config.task = "language"  # what the model learns: to predict each next token of a text
     config.seed = 0
     config.steps = 1000  # the run ends at this step, counted from the model's birth
     config.batch_size = 32  # sequences a step, over all devices

@@ -72,6 +72,11 @@ class Corpus:
     train: TokenSplit
     validation: TokenSplit
 
+    @property
+    def assets(self) -> dict[str, str]:
+        """What a checkpoint holds so that the same tokens can be made again."""
+        return {"tokenizer": self.tokenizer.to_json()}
+
 
 def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Corpus:
     """Opens the tokenised data set, after making it if this is the first time on this machine.

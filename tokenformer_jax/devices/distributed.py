@@ -162,9 +162,13 @@ def _may_come_of_others(error: BaseException | None) -> bool:
 def _delay_abort() -> None:
     """Leaves time to say which process died.
 
-    JAX's client aborts as soon as process 0 is gone, and cannot be asked not to. So the signal's handler is C's
-    `sleep`, which takes its number, 6, for seconds.
+    JAX's client aborts as soon as process 0 is gone. It cannot be asked not to: with `jax_enable_recoverability` it
+    does so all the same, and a `missed_heartbeat_callback` ends in std::bad_cast (jaxlib 0.10.2). No Python code can
+    run before the abort, but a C function can be the signal's handler: `sleep`, which takes the signal's number, 6, for
+    seconds. Elsewhere than on Linux the abort comes at once.
     """
+    if sys.platform != "linux":
+        return
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
     libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))

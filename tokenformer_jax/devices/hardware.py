@@ -83,8 +83,7 @@ def environment() -> dict[str, Any]:
 def give_back_memory() -> None:
     """Returns what is free in this process to the system: cycles hold some of it, and glibc keeps small pieces."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
 

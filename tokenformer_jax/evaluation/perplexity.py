@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from tokenformer_jax.config import Config
-from tokenformer_jax.data.batches import eval_batches, training_examples
+from tokenformer_jax.data.batches import training_examples
 from tokenformer_jax.data.tokens import Corpus, TokenSplit, prepare
 from tokenformer_jax.devices.sharding import this_process
 from tokenformer_jax.errors import UserError
@@ -17,23 +17,19 @@ from tokenformer_jax.storage.trained import Trained
 from tokenformer_jax.training.metrics import Progress
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, put_batch
+from tokenformer_jax.training.tasks import task_of
 
 
 def evaluate_split(
-    step: Step, state: TrainState, split: TokenSplit, cfg: Config, *, max_batches: int = 0, progress: bool = False
+    step: Step, state: TrainState, split: Any, cfg: Config, *, max_batches: int = 0, progress: bool = False
 ) -> dict[str, float]:
-    """Evaluates every token of a split once (or `max_batches` batches spread over it).
+    """Evaluates all of a split once (or `max_batches` batches spread over it).
 
     Returns:
-      `loss` in nats a token, `perplexity` = exp(loss), `bits_per_byte` of the UTF-8 text, and `tokens` predicted.
+      The task's figures: of a language model `loss`, `perplexity`, `bits_per_byte` and `tokens`.
     """
-    batches = eval_batches(
-        split,
-        cfg.batch_size // cfg.accumulation,
-        cfg.model.context_length,
-        max_batches=max_batches,
-        **this_process(step.mesh),
-    )
+    task = task_of(cfg)
+    batches = task.eval_batches(split, cfg, step.mesh, cfg.batch_size // cfg.accumulation, max_batches)
     bar = Progress(0, len(batches), "batch") if progress else None
     sums: list[Any] = []
     for i, batch in enumerate(batches):
@@ -44,15 +40,8 @@ def evaluate_split(
     if bar:
         bar.close()
     host = jax.device_get(sums)
-    nll, tokens = (math.fsum(float(row[name]) for row in host) for name in ("nll", "weights"))
-    loss = nll / tokens
-    tokens_per_byte = (split.num_tokens - 1) / split.num_bytes  # the first token has nothing that predicts it
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss / math.log(2) * tokens_per_byte,
-        "tokens": tokens,
-    }
+    nll, weights = (math.fsum(float(row[name]) for row in host) for name in ("nll", "weights"))
+    return task.figures(split, nll, weights)
 
 
 def choose_split(corpus: Corpus, name: str) -> TokenSplit:

@@ -4,6 +4,7 @@
 """
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,15 +12,15 @@ import jax.numpy as jnp
 import optax
 
 from tokenformer_jax.config import Config, ModelConfig
-from tokenformer_jax.data.batches import eval_batches
-from tokenformer_jax.data.tokens import TokenSplit
-from tokenformer_jax.devices.sharding import this_process
 from tokenformer_jax.growth.figures import token_counts
 from tokenformer_jax.growth.recipes import RECIPES, Growth, check_growth
 from tokenformer_jax.growth.resize import Resize, Source, pad, resize_run
 from tokenformer_jax.growth.verify import CHECKED_BATCHES, CHECKED_LENGTH, CHECKED_ROWS, measure, verify
-from tokenformer_jax.nn.language import init_params, initial_tau
+from tokenformer_jax.nn.language import init_params
+from tokenformer_jax.nn.layers import Params
+from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.training.state import TauRamp, TrainState
+from tokenformer_jax.training.tasks import task_of
 
 
 def grow(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: int | None = None) -> dict[str, Any]:
@@ -42,19 +43,19 @@ class Growing:
     def model(self, resize: Resize, old: TrainState) -> tuple[TrainState, None]:
         abstract = resize.step.abstract_state._replace(opt_state=())
         cfg, key = resize.cfg, jax.random.fold_in(jax.random.key(resize.cfg.seed), resize.number)
+        draw = task_of(cfg).init_params
         append = jax.jit(
-            lambda state, key: grow_state(state, abstract, cfg.model, key, self.recipe, resize.ramp_steps),
+            lambda state, key: grow_state(state, abstract, cfg.model, key, self.recipe, resize.ramp_steps, draw),
             out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
         )
         return append(old, key), None
 
-    def compare(self, resize: Resize, old: TrainState, new: TrainState, validation: TokenSplit) -> dict[str, Any]:
+    def compare(self, resize: Resize, old: TrainState, new: TrainState, validation: Any) -> dict[str, Any]:
         """Both models on batches of the validation split."""
         cfg, shards = resize.cfg, resize.cfg.mesh.batch_shards
-        rows, length = shards * max(1, CHECKED_ROWS // shards), min(CHECKED_LENGTH, cfg.model.context_length)
-        part = this_process(resize.step.mesh)
-        batches = eval_batches(validation, rows, length, max_batches=CHECKED_BATCHES, **part)
-        figures = measure(old, new, resize.old_cfg, cfg, resize.step, list(batches))
+        rows = shards * max(1, CHECKED_ROWS // shards)
+        batches = task_of(cfg).eval_batches(validation, cfg, resize.step.mesh, rows, CHECKED_BATCHES, CHECKED_LENGTH)
+        figures = measure(old, new, resize.old_cfg, cfg, resize.step, batches)
         verify(figures, self.recipe)
         return figures
 
@@ -64,7 +65,13 @@ class Growing:
 
 
 def grow_state(
-    state: TrainState, abstract: TrainState, cfg: ModelConfig, key: jax.Array, recipe: str, ramp_steps: int
+    state: TrainState,
+    abstract: TrainState,
+    cfg: ModelConfig,
+    key: jax.Array,
+    recipe: str,
+    ramp_steps: int,
+    draw: Callable[[ModelConfig, jax.Array], Params] = init_params,
 ) -> TrainState:
     """Appends parameter tokens to a state; a pure function, to be jitted with the grown state's shardings.
 
@@ -75,12 +82,13 @@ def grow_state(
       key: PRNG key of what the new tokens hold.
       recipe: a key of `RECIPES`.
       ramp_steps: steps over which τ goes from what the recipe says to `initial_tau(cfg)`; 0 keeps it for good.
+      draw: the initialiser of the grown model's parameters.
 
     Returns:
       The grown state. With a lossless recipe its model computes what the smaller one computes, up to rounding.
     """
     params = jax.tree.map(pad, state.params, abstract.params)
-    drawn = init_params(cfg.padding_counted(), key)["blocks"]
+    drawn = draw(cfg.padding_counted(), key)["blocks"]
     blocks, tau = dict(params["blocks"]), dict(state.tau)
     for number, (name, tokens) in enumerate(token_counts(state).items()):
         if cfg.tokens[name] == tokens:
@@ -88,10 +96,10 @@ def grow_state(
         born = jnp.float32(initial_tau(cfg)[name])
         grown = RECIPES[recipe].apply(
             Growth(
-                keys_LND=blocks[name]["keys"],
-                values_LNE=blocks[name]["values"],
-                drawn_keys_LND=drawn[name]["keys"],
-                drawn_values_LNE=drawn[name]["values"],
+                keys_YND=blocks[name]["keys"],
+                values_YNE=blocks[name]["values"],
+                drawn_keys_YND=drawn[name]["keys"],
+                drawn_values_YNE=drawn[name]["values"],
                 is_new_N1=jnp.arange(cfg.tokens[name])[:, None] >= tokens,
                 tokens=tokens,
                 tau=state.tau[name].at(state.step),
@@ -99,7 +107,7 @@ def grow_state(
                 key=jax.random.fold_in(key, number),
             )
         )
-        blocks[name] = {"keys": grown.keys_LND, "values": grown.values_LNE}
+        blocks[name] = {"keys": grown.keys_YND, "values": grown.values_YNE}
         target = born if ramp_steps else grown.tau
         tau[name] = TauRamp(grown.tau, target, state.step, state.step + ramp_steps)
     opt_state = jax.tree.map(pad, state.opt_state, abstract.opt_state) if state.opt_state else ()

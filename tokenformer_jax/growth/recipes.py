@@ -17,12 +17,12 @@ from tokenformer_jax.errors import UserError
 
 
 class Growth(NamedTuple):
-    """One projection that grows from n to N parameter tokens, in L layers."""
+    """One projection that grows from n to N parameter tokens, in Y layers."""
 
-    keys_LND: jax.Array  # the trained keys, then N - n rows of zeros
-    values_LNE: jax.Array  # the trained values, then zeros
-    drawn_keys_LND: jax.Array  # N keys and N values from the initialiser
-    drawn_values_LNE: jax.Array
+    keys_YND: jax.Array  # the trained keys, then N - n rows of zeros
+    values_YNE: jax.Array  # the trained values, then zeros
+    drawn_keys_YND: jax.Array  # N keys and N values from the initialiser
+    drawn_values_YNE: jax.Array
     is_new_N1: jax.Array  # True from row n on
     tokens: int  # n
     tau: jax.Array  # τ now
@@ -31,8 +31,8 @@ class Growth(NamedTuple):
 
 
 class Grown(NamedTuple):
-    keys_LND: jax.Array
-    values_LNE: jax.Array
+    keys_YND: jax.Array
+    values_YNE: jax.Array
     tau: jax.Array  # from which it then goes to the target
 
 
@@ -52,12 +52,12 @@ def zero_keys(g: Growth) -> Grown:
     Zero scores change neither the norm nor, as gelu(0) = 0, the output. The keys have a gradient, and once they move so
     have the values.
     """
-    return Grown(g.keys_LND, jnp.where(g.is_new_N1, g.drawn_values_LNE, g.values_LNE), g.tau)
+    return Grown(g.keys_YND, jnp.where(g.is_new_N1, g.drawn_values_YNE, g.values_YNE), g.tau)
 
 
 def zero_padding(g: Growth) -> Grown:
     """Zero keys and zero values: neither ever gets a gradient. The released TPU code's; here to show it."""
-    return Grown(g.keys_LND, g.values_LNE, g.tau)
+    return Grown(g.keys_YND, g.values_YNE, g.tau)
 
 
 def isometric(g: Growth) -> Grown:
@@ -66,16 +66,16 @@ def isometric(g: Growth) -> Grown:
     Then ‖K_new x‖ = c ‖K x‖ for every x, so the norm of all scores grows by √(1 + c²), which is target / τ: the old
     weights stay as they are, and zero values add nothing. The values have a gradient at once. Needs N - n ≥ min(n, D).
     """
-    rank = min(g.tokens, g.keys_LND.shape[-1])
-    keys_LND = _by_rows(g.keys_LND)
-    power_LD, axes_LDD = _eigh(_gram(keys_LND))
-    root_LRD = jnp.sqrt(jnp.maximum(power_LD, 0))[:, -rank:, None] * axes_LDD.swapaxes(1, 2)[:, -rank:]
-    basis_LNR = _by_rows(jax.random.normal(g.key, (*keys_LND.shape[:2], rank)) * g.is_new_N1)
+    rank = min(g.tokens, g.keys_YND.shape[-1])
+    keys_YND = _by_rows(g.keys_YND)
+    power_YD, axes_YDD = _eigh(_gram(keys_YND))
+    root_YRD = jnp.sqrt(jnp.maximum(power_YD, 0))[:, -rank:, None] * axes_YDD.swapaxes(1, 2)[:, -rank:]
+    basis_YNR = _by_rows(jax.random.normal(g.key, (*keys_YND.shape[:2], rank)) * g.is_new_N1)
     for _ in range(2):  # a second pass takes out the first one's rounding
-        power_LR, axes_LRR = _eigh(_gram(basis_LNR))
-        basis_LNR = _by_rows(_product(basis_LNR, axes_LRR)) * jax.lax.rsqrt(power_LR)[:, None]
+        power_YR, axes_YRR = _eigh(_gram(basis_YNR))
+        basis_YNR = _by_rows(_product(basis_YNR, axes_YRR)) * jax.lax.rsqrt(power_YR)[:, None]
     stretch = jnp.sqrt(jnp.square(g.target / g.tau) - 1)
-    return Grown(keys_LND + stretch * _by_rows(_product(basis_LNR, root_LRD)), g.values_LNE, g.target)
+    return Grown(keys_YND + stretch * _by_rows(_product(basis_YNR, root_YRD)), g.values_YNE, g.target)
 
 
 def split(g: Growth) -> Grown:
@@ -83,15 +83,15 @@ def split(g: Growth) -> Grown:
 
     Every score comes r times, so the norm grows by √r and the copies' weights add up to the former one.
     """
-    copies = g.keys_LND.shape[1] // g.tokens
+    copies = g.keys_YND.shape[1] // g.tokens
 
-    def tile(x_LND: jax.Array) -> jax.Array:
-        return jnp.tile(x_LND[:, : g.tokens], (1, copies, 1))
+    def tile(x_YND: jax.Array) -> jax.Array:
+        return jnp.tile(x_YND[:, : g.tokens], (1, copies, 1))
 
-    noise_LRNE = g.drawn_values_LNE.reshape(len(g.values_LNE), copies, g.tokens, -1)
-    noise_LRNE -= jnp.mean(noise_LRNE, axis=1, keepdims=True)
-    values_LNE = tile(g.values_LNE) / copies + noise_LRNE.reshape(g.values_LNE.shape)
-    return Grown(tile(g.keys_LND), values_LNE, g.tau * jnp.sqrt(jnp.float32(copies)))
+    noise_YRNE = g.drawn_values_YNE.reshape(len(g.values_YNE), copies, g.tokens, -1)
+    noise_YRNE -= jnp.mean(noise_YRNE, axis=1, keepdims=True)
+    values_YNE = tile(g.values_YNE) / copies + noise_YRNE.reshape(g.values_YNE.shape)
+    return Grown(tile(g.keys_YND), values_YNE, g.tau * jnp.sqrt(jnp.float32(copies)))
 
 
 def split_needs(before: int, after: int, dim: int) -> str:
@@ -108,35 +108,35 @@ def isometric_needs(before: int, after: int, dim: int) -> str:
 
 def random_keys(g: Growth) -> Grown:
     """Random keys as long as the trained ones, zero values, τ at its target at once: close, but not lossless."""
-    trained = jnp.sum(jnp.square(g.keys_LND), axis=(1, 2), keepdims=True) / g.tokens
-    drawn = jnp.mean(jnp.sum(jnp.square(g.drawn_keys_LND), axis=2, keepdims=True), axis=1, keepdims=True)
-    new_LND = g.drawn_keys_LND * jnp.sqrt(trained / drawn)
-    return Grown(jnp.where(g.is_new_N1, new_LND, g.keys_LND), g.values_LNE, g.target)
+    trained = jnp.sum(jnp.square(g.keys_YND), axis=(1, 2), keepdims=True) / g.tokens
+    drawn = jnp.mean(jnp.sum(jnp.square(g.drawn_keys_YND), axis=2, keepdims=True), axis=1, keepdims=True)
+    new_YND = g.drawn_keys_YND * jnp.sqrt(trained / drawn)
+    return Grown(jnp.where(g.is_new_N1, new_YND, g.keys_YND), g.values_YNE, g.target)
 
 
 def released(g: Growth) -> Grown:
     """As the authors' PyTorch code: all from the initialiser, τ = √N at once, no optimizer state. Not lossless."""
-    keys_LND = jnp.where(g.is_new_N1, g.drawn_keys_LND, g.keys_LND)
-    return Grown(keys_LND, jnp.where(g.is_new_N1, g.drawn_values_LNE, g.values_LNE), g.target)
+    keys_YND = jnp.where(g.is_new_N1, g.drawn_keys_YND, g.keys_YND)
+    return Grown(keys_YND, jnp.where(g.is_new_N1, g.drawn_values_YNE, g.values_YNE), g.target)
 
 
-def _by_rows(x_LND: jax.Array) -> jax.Array:
+def _by_rows(x_YND: jax.Array) -> jax.Array:
     """Shards over tokens alone: products of columns with each other then need one sum over devices."""
-    return constrain(x_LND, None, "rows", None)
+    return constrain(x_YND, None, "rows", None)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision="highest")
 
 
-def _eigh(x_LDD: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _eigh(x_YDD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues and vectors, a layer at a time: on CPUs, batches of decompositions side by side can lock up."""
-    return jax.lax.map(jnp.linalg.eigh, x_LDD)
+    return jax.lax.map(jnp.linalg.eigh, x_YDD)
 
 
-def _gram(x_LND: jax.Array) -> jax.Array:
+def _gram(x_YND: jax.Array) -> jax.Array:
     """XᵀX of each layer."""
-    return _product(x_LND.swapaxes(1, 2), x_LND)
+    return _product(x_YND.swapaxes(1, 2), x_YND)
 
 
 RECIPES = {

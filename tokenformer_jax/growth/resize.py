@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from tokenformer_jax.config import Config, ModelConfig, validate
-from tokenformer_jax.data.batches import data_identity, keep_position, train_batches
-from tokenformer_jax.data.tokens import TokenSplit, prepare
+from tokenformer_jax.data.batches import keep_position
 from tokenformer_jax.devices.hardware import peak_host_bytes
-from tokenformer_jax.devices.sharding import constrain, make_mesh, this_process
+from tokenformer_jax.devices.sharding import constrain, make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import parse_json, replace_file
 from tokenformer_jax.growth.figures import size_figures
@@ -31,6 +30,7 @@ from tokenformer_jax.storage.trained import newest_good, open_checkpoint
 from tokenformer_jax.storage.workdir import new_workdir, require_empty
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, make_step
+from tokenformer_jax.training.tasks import task_of
 
 RECORDED = "recipe", "max_logit_difference", "max_logit", "loss_before", "loss_after"  # figures that checkpoints keep
 
@@ -71,15 +71,19 @@ class InMemory:
 
     def moments(self, step: Step) -> Any:
         def larger(old: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
+            old = jax.device_put(old, new.sharding)
             if old.shape == new.shape:
-                return jax.device_put(old, new.sharding)
+                return old
             padded = jax.jit(lambda x: pad(x, new), out_shardings=new.sharding)(old)
             padded.block_until_ready()
             old.delete()
             return padded
 
+        leaves, tree = jax.tree.flatten(self.opt_state)
+        self.opt_state = None
         with jax.set_mesh(step.mesh):
-            return jax.tree.map(larger, self.opt_state, step.abstract_state.opt_state)
+            wanted = jax.tree.leaves(step.abstract_state.opt_state)
+            return jax.tree.unflatten(tree, [larger(leaves.pop(0), new) for new in wanted])
 
 
 def pad(old: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
@@ -94,8 +98,8 @@ def pad(old: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
     return by_columns(jnp.pad(by_columns(old), widths))
 
 
-def by_columns(x_LND: jax.Array) -> jax.Array:
-    return constrain(x_LND, None, None, "columns")
+def by_columns(x_YND: jax.Array) -> jax.Array:
+    return constrain(x_YND, None, None, "columns")
 
 
 class Change(Protocol):
@@ -112,7 +116,7 @@ class Change(Protocol):
     def model(self, resize: "Resize", old: TrainState) -> tuple[TrainState, Any]:
         """The new state without moments, and what `moments` must know of the old one."""
 
-    def compare(self, resize: "Resize", old: TrainState, new: TrainState, validation: TokenSplit) -> dict[str, Any]:
+    def compare(self, resize: "Resize", old: TrainState, new: TrainState, validation: Any) -> dict[str, Any]:
         """Figures of the two models. Raises a UserError where the new one is not what it must be."""
 
     def moments(self, resize: "Resize", source: Source, known: Any) -> Any:
@@ -137,7 +141,7 @@ class Resize:
             return 0
         return math.ceil(self.cfg.grow.tau_ramp * (self.cfg.steps - self.number))
 
-    def apply(self, source: Source, validation: TokenSplit) -> tuple[TrainState, dict[str, Any]]:
+    def apply(self, source: Source, validation: Any) -> tuple[TrainState, dict[str, Any]]:
         """The new state, and the figures that `grow.json` or `shrink.json` hold.
 
         Raises:
@@ -207,12 +211,11 @@ def resize_checkpoint(
         record = dataclasses.replace(record, schedule_start=number)
     step = make_step(first, make_mesh(first.mesh), record.schedule_start)
     resize = Resize(change, number, first, old_cfg, step, make_step(old_cfg, step.mesh))
-    tokenizer = checkpoints.tokenizer(number)
-    corpus = prepare(first, tokenizer)
-    state, figures = resize.apply(InCheckpoint(checkpoints, number), corpus.validation)
+    task, assets = task_of(first), checkpoints.assets(number)
+    prepared = task.prepare(first, assets)
+    state, figures = resize.apply(InCheckpoint(checkpoints, number), prepared.validation)
 
-    data = train_batches(corpus.train, first, **this_process(step.mesh))
-    identity = data_identity(corpus.train, first)
+    data, identity = task.train_batches(prepared, first, step.mesh), task.identity(prepared, first)
     if record.data == identity:  # other data begin at their beginning
         checkpoints.restore_data(number, data)
         keep_position(data, record.batch_size, first.batch_size)
@@ -221,7 +224,7 @@ def resize_checkpoint(
     seconds = figures["seconds"]
     with new_workdir(workdir) as folder:
         with timed(seconds, "write"):
-            save_one(folder / "checkpoints", number, state, data, tokenizer, record)
+            save_one(folder / "checkpoints", number, state, data, assets, record)
         figures = {"source": str(source), **figures, "peak_host_bytes": peak_host_bytes()}
         if jax.process_index() == 0:
             replace_file(folder / "config.json", cfg.to_json())

@@ -20,15 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from tokenformer_jax.config import SIZES, Config, ModelConfig
-from tokenformer_jax.data.tokens import TokenSplit
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.perplexity import evaluate_split
 from tokenformer_jax.growth.recipes import check_same_but_sizes
 from tokenformer_jax.growth.resize import Resize, Source, resize_run
-from tokenformer_jax.nn.language import initial_tau
 from tokenformer_jax.nn.layers import Params
+from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.training.state import TauRamp, TrainState
-from tokenformer_jax.training.step import Step
 
 SAME_TAU = 1e-5  # relative; a τ so close to its target is that, but for rounding
 
@@ -60,16 +58,12 @@ class Shrinking:
         )
         return drop(old), jax.jit(kept_tokens, static_argnums=1)(old.params, cfg)
 
-    def compare(self, resize: Resize, old: TrainState, new: TrainState, validation: TokenSplit) -> dict[str, float]:
+    def compare(self, resize: Resize, old: TrainState, new: TrainState, validation: Any) -> dict[str, float]:
         """Both models on the same batches of the validation split, those that `train` evaluates on."""
-
-        def loss(step: Step, state: TrainState, cfg: Config) -> float:
-            return evaluate_split(step, state, validation, cfg, max_batches=cfg.eval_batches)["loss"]
-
-        return {
-            "loss_before": loss(resize.old_step, old, resize.old_cfg),
-            "loss_after": loss(resize.step, new, resize.cfg),
-        }
+        cfg = resize.cfg
+        models = (resize.old_step, old), (resize.step, new)
+        before, after = (evaluate_split(*model, validation, cfg, max_batches=cfg.eval_batches) for model in models)
+        return {"loss_before": before["loss"], "loss_after": after["loss"]}
 
     def moments(self, resize: Resize, source: Source, known: dict[str, jax.Array]) -> Any:
         shardings = jax.tree.map(lambda a: a.sharding, resize.step.abstract_state.opt_state)
@@ -92,12 +86,12 @@ def check_shrinking(old: ModelConfig, new: ModelConfig) -> None:
 
 
 def usefulness(tokens: Params) -> jax.Array:
-    """‖kᵢ‖·‖vᵢ‖ of each token of a projection, [L, N]."""
+    """‖kᵢ‖·‖vᵢ‖ of each token of a projection, [Y, N]."""
     return jnp.linalg.norm(tokens["keys"], axis=-1) * jnp.linalg.norm(tokens["values"], axis=-1)
 
 
 def most_useful(tokens: Params, count: int) -> jax.Array:
-    """The `count` most useful tokens of each layer, in their order; of equals the first. Integers [L, count]."""
+    """The `count` most useful tokens of each layer, in their order; of equals the first. Integers [Y, count]."""
     return jnp.sort(jax.lax.top_k(usefulness(tokens), count)[1], axis=1)
 
 
@@ -114,13 +108,13 @@ def shrink_state(state: TrainState, cfg: ModelConfig, ramp_steps: int) -> TrainS
     kept = kept_tokens(state.params, cfg)
     tau = dict(state.tau)
     for name, count in cfg.tokens.items():
-        keys_LND = state.params["blocks"][name]["keys"]
-        if cfg.tau_tokens or keys_LND.shape[1] == count:  # τ is fixed, or nothing is dropped
+        keys_YND = state.params["blocks"][name]["keys"]
+        if cfg.tau_tokens or keys_YND.shape[1] == count:  # τ is fixed, or nothing is dropped
             continue
-        power_LN = jnp.sum(jnp.square(keys_LND), axis=-1)
-        layers_L1 = jnp.arange(len(power_LN))[:, None]
+        power_YN = jnp.sum(jnp.square(keys_YND), axis=-1)
+        layers_Y1 = jnp.arange(len(power_YN))[:, None]
         # What is dropped is summed, not what is kept: where that has no power τ stays, to the bit.
-        dropped = jnp.sum(power_LN.at[layers_L1, kept[name]].set(0.0)) / jnp.maximum(jnp.sum(power_LN), 1e-30)
+        dropped = jnp.sum(power_YN.at[layers_Y1, kept[name]].set(0.0)) / jnp.maximum(jnp.sum(power_YN), 1e-30)
         target = jnp.float32(initial_tau(cfg)[name])
         start = state.tau[name].at(state.step) * jnp.sqrt(1 - dropped)
         start = jnp.where(jnp.abs(start - target) <= SAME_TAU * target, target, start)
@@ -129,7 +123,7 @@ def shrink_state(state: TrainState, cfg: ModelConfig, ramp_steps: int) -> TrainS
 
 
 def kept_tokens(params: Params, cfg: ModelConfig) -> dict[str, jax.Array]:
-    """The tokens of each projection that stay, [L, count]."""
+    """The tokens of each projection that stay, [Y, count]."""
     return {name: most_useful(params["blocks"][name], count) for name, count in cfg.tokens.items()}
 
 
@@ -143,7 +137,7 @@ def pick(tree: Any, kept: dict[str, jax.Array]) -> Any:
         if not is_params(part):
             return part
         blocks = {
-            name: jax.tree.map(lambda x_LND, n=name: jnp.take_along_axis(x_LND, kept[n][:, :, None], axis=1), tokens)
+            name: jax.tree.map(lambda x_YND, n=name: jnp.take_along_axis(x_YND, kept[n][:, :, None], axis=1), tokens)
             for name, tokens in part["blocks"].items()
         }
         return part | {"blocks": blocks}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,14 +11,13 @@ import numpy as np
 from flax import nnx
 
 from tokenformer_jax.config import Config, ModelConfig
-from tokenformer_jax.data.batches import Batch
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.recipes import RECIPES
-from tokenformer_jax.nn.language import abstract_model
 from tokenformer_jax.nn.layers import Params
 from tokenformer_jax.nn.pattention import pattention
 from tokenformer_jax.training.state import TrainState
-from tokenformer_jax.training.step import Step, put_batch, sum_losses
+from tokenformer_jax.training.step import Step, put_batch
+from tokenformer_jax.training.tasks import task_of
 
 LOGIT_BOUND = 5e-6  # of the largest logit; float32 rounding in other reduction orders stays below it
 CHECKED_BATCHES, CHECKED_ROWS, CHECKED_LENGTH = 1, 4, 32  # the function of every position, so a hundred will do
@@ -26,7 +25,7 @@ PROBES = 4  # random inputs on which each projection is compared
 
 
 def measure(
-    old: TrainState, new: TrainState, old_cfg: Config, cfg: Config, step: Step, batches: list[Batch]
+    old: TrainState, new: TrainState, old_cfg: Config, cfg: Config, step: Step, batches: Sequence[Any]
 ) -> dict[str, Any]:
     """Runs both models on the same batches, in float32 at the highest matmul precision.
 
@@ -47,53 +46,48 @@ def measure(
     return figures
 
 
-def comparison(old_cfg: Config, cfg: Config, step: Step) -> Callable[[TrainState, TrainState, Batch], dict[str, Any]]:
+def comparison(old_cfg: Config, cfg: Config, step: Step) -> Callable[[TrainState, TrainState, Any], dict[str, Any]]:
     """What `measure` compiles: both models on one batch. A device holds no more of a stack than a layer at a time."""
+    task = task_of(cfg)
 
-    def model(cfg: Config) -> Any:
-        graphdef, _, _ = abstract_model(dataclasses.replace(cfg.model, dtype="float32", remat="full"))
-        return lambda params: nnx.merge(graphdef, params)
+    def outputs(cfg: Config, params: Params, state: TrainState, batch: Any) -> jax.Array:
+        graphdef, _, _ = task.abstract_model(dataclasses.replace(cfg.model, dtype="float32", remat="full"))
+        return nnx.merge(graphdef, params).outputs(batch, state.tau_now(), cfg)
 
-    old_model, new_model = model(old_cfg), model(cfg)
-    grown = {name: count for name, count in old_cfg.model.tokens.items() if cfg.model.tokens[name] > count}
-    shardings = jax.tree.map(lambda a: a.sharding, step.abstract_state.params)
-
-    def norm_of_new(gradient_LND: jax.Array, tokens: int) -> jax.Array:
-        is_new_N1 = jnp.arange(gradient_LND.shape[1])[:, None] >= tokens
-        return jnp.linalg.norm(jnp.where(is_new_N1, gradient_LND, 0.0))  # a slice would move what is sharded
-
-    def compare(old: TrainState, new: TrainState, batch: Batch) -> dict[str, Any]:
-        segments = batch.segments_BL if cfg.data.mask_documents else None
-        before, _ = old_model(old.params)(batch.tokens_BL, old.tau_now(), segments_BL=segments)
-
-        def mean_loss(logits: jax.Array) -> jax.Array:
-            nll, weights = sum_losses(logits, batch)
-            return nll / weights
-
+    def compare(old: TrainState, new: TrainState, batch: Any) -> dict[str, Any]:
         def loss_after(params: Params) -> tuple[jax.Array, jax.Array]:
-            after, _ = new_model(params)(batch.tokens_BL, new.tau_now(), segments_BL=segments)
-            return mean_loss(after), after
+            after = outputs(cfg, params, new, batch)
+            return task.output_loss(after, batch), after
 
+        before = outputs(old_cfg, old.params, old, batch)
         (loss, after), gradients = jax.value_and_grad(loss_after, has_aux=True)(new.params)
+        shardings = jax.tree.map(lambda a: a.sharding, step.abstract_state.params)
         gradients = jax.lax.with_sharding_constraint(gradients, shardings)
-        norms = {
-            name: jax.tree.map(lambda g, count=count: norm_of_new(g, count), gradients["blocks"][name])
-            for name, count in grown.items()
-        }
+        grown = {name: count for name, count in old_cfg.model.tokens.items() if cfg.model.tokens[name] > count}
         return {
             "moved": moved(old, new, list(grown), cfg.model),
             "max_logit_difference": jnp.max(jnp.abs(after - before)),
             "max_logit": jnp.max(jnp.abs(before)),
-            "loss_before": mean_loss(before),
+            "loss_before": task.output_loss(before, batch),
             "loss_after": loss,
-            "gradient_norms": norms,
+            "gradient_norms": {name: norms_of_new(gradients["blocks"][name], n) for name, n in grown.items()},
         }
 
     return compare
 
 
+def norms_of_new(gradients: Params, tokens: int) -> Params:
+    """The norms of a projection's gradients at all but its first `tokens` keys and values."""
+
+    def norm(gradient_YND: jax.Array) -> jax.Array:
+        is_new_N1 = jnp.arange(gradient_YND.shape[1])[:, None] >= tokens
+        return jnp.linalg.norm(jnp.where(is_new_N1, gradient_YND, 0.0))  # a slice would move what is sharded
+
+    return jax.tree.map(norm, gradients)
+
+
 def moved(old: TrainState, new: TrainState, grown: list[str], cfg: ModelConfig) -> dict[str, jax.Array]:
-    """How far arrays moved, and in each layer [L] the outputs of projections that grew; of their largest entry."""
+    """How far arrays moved, and in each layer [Y] the outputs of projections that grew; of their largest entry."""
 
     def change(before: jax.Array, after: jax.Array) -> jax.Array:
         return jnp.max(jnp.abs(after - before)) / jnp.maximum(jnp.max(jnp.abs(before)), 1e-30)

@@ -1,13 +1,13 @@
 """The language model: tied embeddings around a stack of blocks."""
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.devices.sharding import Axes, constrain
 from tokenformer_jax.nn.attention import Cache
 from tokenformer_jax.nn.layers import (
@@ -18,6 +18,7 @@ from tokenformer_jax.nn.layers import (
     parameter,
     subkey,
 )
+from tokenformer_jax.nn.loss import cross_entropy
 from tokenformer_jax.nn.transformer import Block, Tau, run_blocks, stack_layers
 
 
@@ -94,6 +95,22 @@ class LanguageModel(nnx.Module):
         h_BLD = dropout(h_BLD, self.cfg.dropout, subkey(key, self.cfg.num_layers + 1), shared=(1,))
         return h_BLD.astype(self.cfg.dtype)
 
+    def loss_sums(self, batch: Any, tau: Tau, cfg: Config, key: Key = None) -> tuple[jax.Array, jax.Array]:
+        """The weighted sum of next-token losses in nats over the padded vocabulary, and the sum of weights.
+
+        With a PRNG key the model drops out; without, it is deterministic.
+        """
+        segments_BL = batch.segments_BL if cfg.data.mask_documents else None
+        x_BLD, _ = self.features(batch.tokens_BL, tau, segments_BL=segments_BL, key=key)
+        with jax.named_scope("loss"):
+            nll = cross_entropy(self.final_norm(x_BLD, key), self.embed[...], batch.targets_BL, batch.weights_BL)
+        return nll, jnp.sum(batch.weights_BL)
+
+    def outputs(self, batch: Any, tau: Tau, cfg: Config) -> jax.Array:
+        """Next-token logits of a batch."""
+        segments_BL = batch.segments_BL if cfg.data.mask_documents else None
+        return self(batch.tokens_BL, tau, segments_BL=segments_BL)[0]
+
     @jax.named_scope("logits")
     def logits(self, x_BLD: jax.Array, key: Key = None) -> jax.Array:
         """The final norm, then the tied embedding: float32 [B, L, V]."""
@@ -102,16 +119,6 @@ class LanguageModel(nnx.Module):
             "bld,vd->blv", self.final_norm(x_BLD, key), table_VD, preferred_element_type=jnp.float32
         )
         return constrain(logits_BLV, "batch", None, "vocab")
-
-
-def initial_tau(cfg: ModelConfig) -> dict[str, float]:
-    """Each projection's τ at birth and after a ramp: √N for its N parameter tokens by default.
-
-    With n = `cfg.tau_tokens` > 0 it depends on n alone, and growth leaves it as it is: √n in the attention and √(4n) in
-    the feed-forward, whose scale the authors' TPU code sets for four times as many tokens (its `zoom_dim` is n).
-    """
-    n = cfg.tau_tokens
-    return {name: math.sqrt((4 * n if name == "ffn" else n) or count) for name, count in cfg.unpadded_tokens.items()}
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:

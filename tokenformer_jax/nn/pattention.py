@@ -6,6 +6,7 @@ Pattention(X; K, V) = Θ(X Kᵀ; τ) V                  equation 4
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -60,6 +61,8 @@ def pattention(
     Returns:
       Outputs [..., E] in the inputs' dtype.
     """
+    chex.assert_shape(keys_ND, (None, x_BLD.shape[-1]))
+    chex.assert_shape(values_NE, (len(keys_ND), None))
     return attend(x_BLD, keys_ND, values_NE, jnp.float32(tau), scale_B1N, How(normalizer, gelu, recompute))
 
 
@@ -73,7 +76,7 @@ class Pattention(nnx.Module):
         out_dim: int,
         *,
         value_scale: float,
-        normalizer: str,
+        normalizer: str = "l2_norm_gelu",
         gelu: str = "erf",
         dropout: float = 0.0,
         recompute: bool = False,

@@ -107,6 +107,16 @@ class Block(nnx.Module):
         return constrain(x_BLD, "batch", None, None), cache
 
 
+def initial_tau(cfg: ModelConfig) -> dict[str, float]:
+    """Each projection's τ at birth and after a ramp: √N for its N parameter tokens by default.
+
+    With n = `cfg.tau_tokens` > 0 it depends on n alone, and growth leaves it as it is: √n in the attention and √(4n) in
+    the feed-forward, whose scale the authors' TPU code sets for four times as many tokens (its `zoom_dim` is n).
+    """
+    n = cfg.tau_tokens
+    return {name: math.sqrt((4 * n if name == "ffn" else n) or count) for name, count in cfg.unpadded_tokens.items()}
+
+
 def stack_layers(make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> Any:
     """A module whose parameters are those of `num_layers` independent layers, stacked on a leading axis."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_layer(nnx.Rngs(0))))

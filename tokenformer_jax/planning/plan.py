@@ -12,19 +12,17 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 from jax.experimental import topologies
 
 from tokenformer_jax.config import Config
-from tokenformer_jax.data.batches import Batch
 from tokenformer_jax.devices.hardware import CHIPS, Chip
 from tokenformer_jax.devices.sharding import MESH_AXES, make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.planning.hlo import Program, read_program
-from tokenformer_jax.training.metrics import train_flops_per_token
 from tokenformer_jax.training.step import make_step
+from tokenformer_jax.training.tasks import task_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -111,10 +109,7 @@ def lower_step(cfg: Config, devices: list[Any]) -> tuple[jax.stages.Lowered, dic
             "and 1 for the others would do"
         )
     step = make_step(cfg, make_mesh(cfg.mesh, devices))
-    shape = cfg.batch_size, cfg.model.context_length
-    dtypes = dict.fromkeys(Batch._fields, jnp.int32) | {"weights_BL": jnp.float32}
-    arrays: Any = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=step.batch) for name, dtype in dtypes.items()}
-    batch = Batch(**arrays)
+    batch = task_of(cfg).abstract_batch(cfg, step.batch)
     state = step.abstract_state
     held = {"parameters": state.params, "moments": state.opt_state}
     return step.train.lower(state, batch), {name: _bytes_on_a_device(tree) for name, tree in held.items()}
@@ -177,14 +172,15 @@ def make_plan(cfg: Config, topology: str, slices: int = 1) -> dict[str, Any]:
     )
     total = sum(held.values())
     program = read_program(text, plan["mesh"])
-    tokens = cfg.batch_size * cfg.model.context_length / len(devices)
+    task = task_of(cfg)
+    model_flops = task.tokens_per_step(cfg) / len(devices) * task.train_flops_per_token(cfg.model)
     return plan | {
         "compile_seconds": round(time.monotonic() - began, 1),
         "fits": total <= chip.memory,
         "memory": held | {"total": total, "limit": chip.memory},
-        "model_flops": tokens * train_flops_per_token(cfg.model),
+        "model_flops": model_flops,
         "model_parameters": count_params(make_step(cfg, make_mesh(cfg.mesh, devices)).abstract_state.params),
-        **costs(program, cfg, chip, tokens * train_flops_per_token(cfg.model)),
+        **costs(program, cfg, chip, model_flops),
     }
 
 

@@ -11,15 +11,16 @@ from tokenformer_jax.devices.hardware import peak_flops
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.running.run import Run
 from tokenformer_jax.storage.metrics_file import MetricsWriter, Row
-from tokenformer_jax.training.metrics import Progress, train_flops_per_token
+from tokenformer_jax.training.metrics import Progress
 from tokenformer_jax.training.non_finite import BadStep
+from tokenformer_jax.training.tasks import task_of
 
 
 class Log:
     """Of one stage of a run, from its start on."""
 
     def __init__(self, run: Run, workdir: pathlib.Path):
-        self.run, self.workdir = run, workdir
+        self.run, self.workdir, self.task = run, workdir, task_of(run.cfg)
         self.writer = MetricsWriter(workdir, run.start, count_params(run.state.params))
         self.progress = Progress(run.start, run.cfg.steps)
         self.restart_clock(run.start)
@@ -29,7 +30,7 @@ class Log:
                 self.say(f"rolled back from step {rollback['from']} to step {rollback['to']}: {rollback['why']}")
         used = f", on {run.step.mesh.size} of {jax.device_count()} devices" if jax.device_count() > 1 else ""
         self.say(
-            f"{count_params(run.state.params):,} parameters, {run.corpus.train.num_tokens:,} training tokens, "
+            f"{count_params(run.state.params):,} parameters, {self.task.describe_data(run.corpus)}, "
             f"from step {run.start} to step {run.cfg.steps}{used}"
         )
 
@@ -47,11 +48,11 @@ class Log:
     def step(self, n: int, figures: dict[str, float]) -> None:
         """The figures of step n, and the speed since those before."""
         cfg = self.run.cfg
-        tokens = (n - self.last_step) * cfg.batch_size * cfg.model.context_length
+        tokens = (n - self.last_step) * self.task.tokens_per_step(cfg)
         speed = tokens / (time.monotonic() - self.last_time)
         self.restart_clock(n)
         peak = peak_flops(self.run.step.mesh.size)
-        utilisation = {"mfu": speed * train_flops_per_token(cfg.model) / peak} if peak else {}
+        utilisation = {"mfu": speed * self.task.train_flops_per_token(cfg.model) / peak} if peak else {}
         self.writer.write(self.run.figures(n) | figures | {"tokens_per_second": speed} | utilisation)
         shown = {name: figures[name] for name in ("loss", "learning_rate")}
         self.progress.update(n, **shown, tokens_per_second=speed, **utilisation)
@@ -62,10 +63,7 @@ class Log:
 
     def evaluation(self, n: int, figures: dict[str, float]) -> None:
         self.write_once(self.run.figures(n) | {f"eval_{name}": value for name, value in figures.items()}, "eval_loss")
-        self.say(
-            f"step {n}: validation loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}, "
-            f"{figures['bits_per_byte']:.4f} bits per byte"
-        )
+        self.say(f"step {n}: {self.task.describe(figures)}")
 
     def holds_evaluation(self, n: int) -> bool:
         """Whether an earlier start wrote the evaluation of step n."""

@@ -10,10 +10,9 @@ import grain
 import jax
 
 from tokenformer_jax.config import FREE_MODEL_KEYS, Config, read_model
-from tokenformer_jax.data.batches import data_identity, keep_position, train_batches
-from tokenformer_jax.data.tokens import Corpus, prepare
+from tokenformer_jax.data.batches import keep_position
 from tokenformer_jax.devices.hardware import environment
-from tokenformer_jax.devices.sharding import make_mesh, this_process
+from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import replace_file
 from tokenformer_jax.growth.figures import describe_growth
@@ -25,11 +24,11 @@ from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.metrics_file import Row
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.workdir import load_config, require_empty
-from tokenformer_jax.training.metrics import train_flops_per_token
 from tokenformer_jax.training.non_finite import SPIKE_WINDOW, BadStep
 from tokenformer_jax.training.schedule import Frozen
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, make_step
+from tokenformer_jax.training.tasks import Prepared, task_of
 
 
 def check_workdir(cfg: Config, workdir: pathlib.Path) -> None:
@@ -64,7 +63,7 @@ class Run:
     step: Step
     state: TrainState
     data: grain.DatasetIterator
-    corpus: Corpus
+    corpus: Prepared
     checkpoints: Checkpoints
     record: Record  # as of `start`
     plateau: Plateau = dataclasses.field(default_factory=Plateau)
@@ -85,12 +84,13 @@ class Run:
 
     def figures(self, n: int) -> Row:
         """Where the run stands after step n."""
-        tokens = (n - self.start) * self.cfg.batch_size * self.cfg.model.context_length
+        task = task_of(self.cfg)
+        tokens = (n - self.start) * task.tokens_per_step(self.cfg)
         return {
             "step": n,
             "tokens": self.record.tokens + tokens,
             "params": count_params(self.step.abstract_state.params),
-            "train_flops": self.record.train_flops + tokens * train_flops_per_token(self.cfg.model),
+            "train_flops": self.record.train_flops + tokens * task.train_flops_per_token(self.cfg.model),
         }
 
     def record_at(self, n: int) -> Record:
@@ -104,7 +104,7 @@ class Run:
         )
 
     def save(self, n: int) -> None:
-        self.checkpoints.save(n, self.state, self.data, self.corpus.tokenizer, self.record_at(n))
+        self.checkpoints.save(n, self.state, self.data, self.corpus.assets, self.record_at(n))
 
 
 def open_run(cfg: Config, workdir: pathlib.Path) -> Run:
@@ -123,10 +123,11 @@ def open_run(cfg: Config, workdir: pathlib.Path) -> Run:
 def begin(plan: list[Config], checkpoints: Checkpoints) -> Run:
     cfg = plan[0]
     step = make_step(cfg, make_mesh(cfg.mesh))
-    corpus = prepare(cfg)
-    record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
+    task = task_of(cfg)
+    corpus = task.prepare(cfg)
+    record = Record(dataclasses.asdict(cfg.model), task.identity(corpus, cfg), cfg.batch_size)
     state = step.init(jax.random.key(cfg.seed))
-    data = train_batches(corpus.train, cfg, **this_process(step.mesh))
+    data = task.train_batches(corpus, cfg, step.mesh)
     return Run(plan, cfg, 0, step, state, data, corpus, checkpoints, record)
 
 
@@ -149,14 +150,15 @@ def resume_at(start: int, plan: list[Config], workdir: pathlib.Path, checkpoints
     last = record.growth[-1] if record.growth else None
     frozen = frozen_tokens(cfg, last["step"], last["from"], last["to"]) if last else None
     step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, frozen)
-    corpus = prepare(cfg, checkpoints.tokenizer(start))
-    identity = data_identity(corpus.train, cfg)
+    task = task_of(cfg)
+    corpus = task.prepare(cfg, checkpoints.assets(start))
+    identity = task.identity(corpus, cfg)
     if record.data != identity:
         raise UserError(
             f"config.data or config.seed: {workdir} was trained on {record.data}, and this is {identity}; "
             "use those, or go on with these in a new workdir, made from this one by grow"
         )
-    data = train_batches(corpus.train, cfg, **this_process(step.mesh))
+    data = task.train_batches(corpus, cfg, step.mesh)
     state = checkpoints.restore(start, step.abstract_state)
     checkpoints.restore_data(start, data)
     keep_position(data, record.batch_size, cfg.batch_size)
@@ -220,7 +222,7 @@ def next_rung(run: Run) -> Run:
     if jax.process_index() == 0:
         print(describe_growth(figures), file=sys.stderr)
     record = dataclasses.replace(resize.record(run.record_at(n), figures), schedule_start=n, rung=rung)
-    data = train_batches(run.corpus.train, cfg, **this_process(step.mesh))
+    data = task_of(cfg).train_batches(run.corpus, cfg, step.mesh)
     data.set_state(run.data.get_state())
     keep_position(data, run.cfg.batch_size, cfg.batch_size)
     run.checkpoints.kept_for_good.add(n)

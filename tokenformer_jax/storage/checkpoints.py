@@ -1,4 +1,4 @@
-"""Checkpoints of a run through Orbax: state, data position, tokenizer and the run's record, all or nothing.
+"""Checkpoints of a run through Orbax: state, data position, what the data needs and the run's record, all or nothing.
 
 It knows trees, not models: what to restore is said by a tree of ShapeDtypeStructs, whose shardings may be those of
 another mesh than the one that saved. Orbax does not see when bytes change on the disk. So the record's file holds a
@@ -7,7 +7,6 @@ fingerprint of every array, and a checksum of itself, and all that is read is co
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import pathlib
@@ -22,7 +21,6 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from tokenformer_jax.config import read_model
-from tokenformer_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from tokenformer_jax.devices.hardware import give_back_memory
 from tokenformer_jax.errors import UserError, listed
 from tokenformer_jax.files import unsealed
@@ -55,16 +53,18 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, keep: int | None = None):
         """Opens a directory to read it, or with `keep` to save as well and keep that many newest ones."""
         self.directory, self.keep = directory.absolute(), keep
+        self._open_saver: ocp.training.Checkpointer | None = None
         self.kept_for_good: set[int] = set()  # steps: the last ones of a ladder's rungs
         if keep is None and not self.directory.is_dir():
             raise UserError(f"{directory}: no checkpoints here; is {directory.parent} the directory of a training run?")
 
-    @functools.cached_property
-    def _checkpointer(self) -> ocp.training.Checkpointer:  # made to save, since it makes the directory
-        with self._writing():
-            return ocp.training.Checkpointer(
+    def _saver(self) -> ocp.training.Checkpointer:
+        """Orbax's, made when something is saved: it makes the directory."""
+        if self._open_saver is None:
+            self._open_saver = ocp.training.Checkpointer(
                 self.directory, preservation_policy=_Keep(self), cleanup_tmp_directories=True
             )
+        return self._open_saver
 
     @property
     def steps(self) -> list[int]:
@@ -107,29 +107,29 @@ class Checkpoints:
             return result
         raise DamagedError(f"{faults[0]}; none of the checkpoints is good" if len(faults) > 1 else faults[0])
 
-    def save(self, step: int, state: Any, data: Any, tokenizer: Tokenizer, record: Record) -> None:
+    def save(self, step: int, state: Any, data: Any, assets: dict[str, str], record: Record) -> None:
         """Saves in the background, once the arrays are copied. Waits for the save before, and raises its error.
 
         Args:
           step: number of the checkpoint; one already there is left alone.
           state: a tree of arrays, which may be donated afterwards.
           data: the training iterator; its position is saved, which is the same on all processes.
-          tokenizer: what made the tokens.
+          assets: texts that the data needs, such as its tokenizer, by name.
           record: the rest.
         """
-        if "_checkpointer" in self.__dict__ and not self.directory.is_dir():  # Orbax would make another
+        if self._open_saver and not self.directory.is_dir():  # Orbax would make another
             raise UserError(f"{self.directory}: is gone; was {self.directory.parent} moved? The run ends here")
         with (
             self._writing(),
             storage_context(state),
             jax.transfer_guard("allow"),
         ):  # copying to the host is what a save is
-            if step in [checkpoint.step for checkpoint in self._checkpointer.checkpoints]:
+            saver = self._saver()
+            if step in [checkpoint.step for checkpoint in saver.checkpoints]:
                 return
-            small = {"record": dataclasses.asdict(record), "position": data.get_state()}
-            small["tokenizer"] = tokenizer.to_json()
+            small = {"record": dataclasses.asdict(record), "position": data.get_state()} | assets
             items = {"state": state, "record": RecordFile(small, by_name(state))}
-            self._checkpointer.save_checkpointables_async(step, items, force=True)
+            saver.save_checkpointables_async(step, items, force=True)
 
     def record(self, step: int) -> Record:
         try:
@@ -137,8 +137,10 @@ class Checkpoints:
         except TypeError:
             raise UserError(f"{self.directory / str(step)}: not a checkpoint of tokenformer_jax") from None
 
-    def tokenizer(self, step: int) -> Tokenizer:
-        return tokenizer_from_json(self._contents(step)["tokenizer"])
+    def assets(self, step: int) -> dict[str, str]:
+        """The texts that were saved with the state, by name."""
+        contents = self._contents(step)
+        return {name: contents[name] for name in contents.keys() - {"record", "position", "arrays"}}
 
     def restore_data(self, step: int, data: Any) -> None:
         """Sets a training iterator to the saved position."""
@@ -259,9 +261,9 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Blocks until what is being saved is safe; raises its error."""
-        if "_checkpointer" in self.__dict__:
+        if self._open_saver:
             with self._writing():
-                self._checkpointer.wait()
+                self._open_saver.wait()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -271,9 +273,9 @@ class Checkpoints:
             raise UserError(f"{self.directory}: a checkpoint cannot be written ({reason(error)})") from error
 
     def close(self) -> None:
-        if "_checkpointer" in self.__dict__:
+        if self._open_saver:
             with self._writing():
-                self._checkpointer.close()
+                self._open_saver.close()
 
 
 class _Keep:
@@ -298,10 +300,10 @@ def reason(error: BaseException) -> str:
     return line.split(" [tensorstore_spec")[0] if " " in line else f"{type(error).__name__} {line}".strip()
 
 
-def save_one(directory: pathlib.Path, step: int, state: Any, data: Any, tokenizer: Tokenizer, record: Record) -> None:
+def save_one(directory: pathlib.Path, step: int, state: Any, data: Any, assets: dict[str, str], record: Record) -> None:
     """Saves the only checkpoint of a directory, and waits for it."""
     checkpoints = Checkpoints(directory, keep=1)
-    checkpoints.save(step, state, data, tokenizer, record)
+    checkpoints.save(step, state, data, assets, record)
     checkpoints.wait()
     checkpoints.close()
 

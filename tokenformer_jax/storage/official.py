@@ -20,8 +20,9 @@ from tokenformer_jax.data.tokens import prepare
 from tokenformer_jax.devices.sharding import make_mesh, this_process
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import replace_file
-from tokenformer_jax.nn.language import abstract_model, initial_tau
+from tokenformer_jax.nn.language import abstract_model
 from tokenformer_jax.nn.layers import Params, count_params
+from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.storage.checkpoints import save_one
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.state_dicts import StateDict, check_file_name, write_state_dict
@@ -210,7 +211,7 @@ def import_official(state_dict: StateDict, cfg: Config, workdir: pathlib.Path, s
     state = step.init(jax.random.key(cfg.seed))._replace(params=jax.device_put(params, shardings))
     record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
     with new_workdir(workdir) as folder:
-        save_one(folder / "checkpoints", 0, state, data, corpus.tokenizer, record)
+        save_one(folder / "checkpoints", 0, state, data, corpus.assets, record)
         if jax.process_index() == 0:
             replace_file(folder / "config.json", cfg.to_json())
     return count_params(params)

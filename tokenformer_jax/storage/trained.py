@@ -1,6 +1,7 @@
 """A trained run, opened to be used."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from collections.abc import Callable
 import jax
 
 from tokenformer_jax.config import Config, MeshConfig, read_config, validate
-from tokenformer_jax.data.tokenizer import Tokenizer
+from tokenformer_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from tokenformer_jax.devices.sharding import MESH_AXES, make_mesh
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.storage.checkpoints import Checkpoints, Read
@@ -25,10 +26,15 @@ class Trained:
     cfg: Config
     step_number: int
     record: Record
-    tokenizer: Tokenizer
+    assets: dict[str, str]  # what its data needs, by name
     step: Step
     state: TrainState  # without optimizer state
     num_params: int
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of a language model."""
+        return tokenizer_from_json(self.assets["tokenizer"])
 
 
 def newest_good(workdir: pathlib.Path, step_number: int | None, read: Callable[[int], Read]) -> Read:
@@ -73,7 +79,7 @@ def _load_trained(workdir: pathlib.Path, step_number: int, mesh: tuple[int, ...]
     step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start)
     state = TrainState(**checkpoints.restore(step_number, step.abstract_state.without_moments()), opt_state=())
     trained = Trained(
-        cfg, step_number, record, checkpoints.tokenizer(step_number), step, state, count_params(state.params)
+        cfg, step_number, record, checkpoints.assets(step_number), step, state, count_params(state.params)
     )
     checkpoints.close()
     return trained

@@ -1,4 +1,4 @@
-"""The progress bar with an ETA, FLOPs and profiles."""
+"""The progress bar with an ETA, and profiles."""
 
 import pathlib
 import sys
@@ -7,21 +7,7 @@ import time
 import jax
 from tqdm import tqdm
 
-from tokenformer_jax.config import ModelConfig
-
 PROFILED_STEPS = 5
-
-
-def train_flops_per_token(cfg: ModelConfig) -> float:
-    """Model FLOPs of forward and backward for one token: 6 a weight, and 12 · layers · L · D for attention.
-
-    The attention's L × L product is counted whole, as is customary; rematerialisation is not counted.
-    """
-    per_layer = 4 * cfg.embed_dim + 2 * cfg.ffn_tokens  # a plain Transformer's rows of width D
-    if cfg.projection == "pattention":
-        per_layer = 2 * sum(cfg.tokens.values())  # a key and a value each
-    weights = cfg.embed_dim * (cfg.num_layers * per_layer + cfg.vocab_size)
-    return 6.0 * weights + 12.0 * cfg.num_layers * cfg.context_length * cfg.embed_dim
 
 
 class Progress:

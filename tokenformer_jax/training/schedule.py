@@ -37,9 +37,9 @@ def make_optimizer(cfg: OptimizerConfig, schedule: optax.Schedule) -> optax.Grad
 def freeze(updates: Params, step: jax.Array, frozen: Frozen) -> Params:
     """The updates with those of frozen tokens set to zero."""
 
-    def masked(name: str, update_LND: jax.Array) -> jax.Array:
-        is_new_N1 = jnp.arange(update_LND.shape[1])[:, None] >= frozen.tokens[name]
-        return jnp.where(is_new_N1 | (step >= frozen.until), update_LND, 0.0)
+    def masked(name: str, update_YND: jax.Array) -> jax.Array:
+        is_new_N1 = jnp.arange(update_YND.shape[1])[:, None] >= frozen.tokens[name]
+        return jnp.where(is_new_N1 | (step >= frozen.until), update_YND, 0.0)
 
     blocks = updates["blocks"]
     grown = {name: jax.tree.map(lambda u, n=name: masked(n, u), blocks[name]) for name in frozen.tokens}

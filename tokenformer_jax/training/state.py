@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tokenformer_jax.config import ModelConfig
-from tokenformer_jax.nn.language import init_params, initial_tau
 from tokenformer_jax.nn.layers import Params
 from tokenformer_jax.nn.transformer import Tau
 
@@ -46,7 +44,6 @@ class TrainState(NamedTuple):
         return {name: ramp.at(self.step) for name, ramp in self.tau.items()}
 
 
-def init_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    params = init_params(cfg, key)
-    tau = {name: TauRamp.constant(value) for name, value in initial_tau(cfg).items()}
-    return TrainState(jnp.int32(0), params, optimizer.init(params), tau)
+def new_state(params: Params, opt_state: optax.OptState, tau: dict[str, float]) -> TrainState:
+    """The state before the first step, in which τ stays as it is."""
+    return TrainState(jnp.int32(0), params, opt_state, {name: TauRamp.constant(value) for name, value in tau.items()})

@@ -15,13 +15,12 @@ from tokenformer_jax.config import Config
 from tokenformer_jax.data.batches import Batch
 from tokenformer_jax.devices.hardware import give_back_memory
 from tokenformer_jax.devices.sharding import batch_sharding, constrain, replicated, shardings, with_shardings
-from tokenformer_jax.nn.language import abstract_model
 from tokenformer_jax.nn.layers import Key, Params, subkey
-from tokenformer_jax.nn.loss import cross_entropy
-from tokenformer_jax.nn.transformer import Tau
+from tokenformer_jax.nn.transformer import Tau, initial_tau
 from tokenformer_jax.training.non_finite import if_finite
 from tokenformer_jax.training.schedule import Frozen, freeze, learning_rate, make_optimizer
-from tokenformer_jax.training.state import TrainState, init_state
+from tokenformer_jax.training.state import TrainState, new_state
+from tokenformer_jax.training.tasks import task_of
 
 Metrics = dict[str, jax.Array]
 Loss = Callable[[Params, Tau, Batch, Key], tuple[jax.Array, jax.Array]]  # sums of losses and of weights
@@ -70,15 +69,17 @@ def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0, frozen: Frozen |
       schedule_start: the step from which the learning-rate schedule counts.
       frozen: tokens that do not learn up to some step.
     """
-    graphdef, _, param_axes = abstract_model(cfg.model)
+    task = task_of(cfg)
+    graphdef, _, param_axes = task.abstract_model(cfg.model)
     schedule = learning_rate(cfg.optimizer, cfg.steps, schedule_start)
     optimizer = make_optimizer(cfg.optimizer, schedule)
 
     def init(key: jax.Array) -> TrainState:
-        return init_state(cfg.model, optimizer, key)
+        params = task.init_params(cfg.model, key)
+        return new_state(params, optimizer.init(params), initial_tau(cfg.model))
 
     def loss(params: Params, tau: Tau, batch: Batch, key: Key = None) -> tuple[jax.Array, jax.Array]:
-        return loss_sums(nnx.merge(graphdef, params), tau, batch, cfg.data.mask_documents, key)
+        return nnx.merge(graphdef, params).loss_sums(batch, tau, cfg, key)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = masks_key(cfg, state.step)
@@ -116,24 +117,6 @@ def state_shardings(
         optimizer, lambda _, s: s, abstract.opt_state, of_params, transform_non_params=lambda _: whole
     )
     return jax.tree.map(lambda _: whole, abstract)._replace(params=of_params, opt_state=of_moments)
-
-
-def loss_sums(model: Any, tau: Tau, batch: Batch, mask_documents: bool, key: Key = None) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of next-token losses in nats over the padded vocabulary, and the sum of weights.
-
-    With a key the model drops out; without, it is deterministic.
-    """
-    segments_BL = batch.segments_BL if mask_documents else None
-    x_BLD, _ = model.features(batch.tokens_BL, tau, segments_BL=segments_BL, key=key)
-    with jax.named_scope("loss"):
-        nll = cross_entropy(model.final_norm(x_BLD, key), model.embed[...], batch.targets_BL, batch.weights_BL)
-    return nll, jnp.sum(batch.weights_BL)
-
-
-def sum_losses(logits_BLV: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of the losses that logits have, in nats, and the sum of weights."""
-    loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
-    return jnp.sum(loss_BL * batch.weights_BL), jnp.sum(batch.weights_BL)
 
 
 def masks_key(cfg: Config, step: jax.Array | int) -> Key:

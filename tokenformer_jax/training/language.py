@@ -1,0 +1,88 @@
+"""The task of a language model: to predict each next token of a text. `tasks.Task` says what each part is for."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from tokenformer_jax.config import Config, ModelConfig
+from tokenformer_jax.data import batches
+from tokenformer_jax.data.batches import Batch
+from tokenformer_jax.data.tokenizer import tokenizer_from_json
+from tokenformer_jax.data.tokens import Corpus, TokenSplit, prepare
+from tokenformer_jax.devices.sharding import this_process
+from tokenformer_jax.nn import language
+
+
+class Language:
+    """The `tasks.Task` of language models."""
+
+    abstract_model = staticmethod(language.abstract_model)
+    init_params = staticmethod(language.init_params)
+
+    def output_loss(self, outputs: jax.Array, batch: Batch) -> jax.Array:
+        loss_BL = optax.softmax_cross_entropy_with_integer_labels(outputs, batch.targets_BL)
+        return jnp.sum(loss_BL * batch.weights_BL) / jnp.sum(batch.weights_BL)
+
+    def abstract_batch(self, cfg: Config, sharding: NamedSharding) -> Batch:
+        shape = cfg.batch_size, cfg.model.context_length
+        dtypes: Any = dict.fromkeys(Batch._fields, jnp.int32) | {"weights_BL": jnp.float32}
+        arrays: Any = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+        return Batch(**arrays)
+
+    def prepare(self, cfg: Config, assets: Mapping[str, str] | None = None) -> Corpus:
+        return prepare(cfg, tokenizer_from_json(assets["tokenizer"]) if assets else None)
+
+    def identity(self, corpus: Corpus, cfg: Config) -> str:
+        return batches.data_identity(corpus.train, cfg)
+
+    def train_batches(self, corpus: Corpus, cfg: Config, mesh: Mesh) -> Any:
+        return batches.train_batches(corpus.train, cfg, **this_process(mesh))
+
+    def eval_batches(
+        self, split: TokenSplit, cfg: Config, mesh: Mesh, rows: int, max_batches: int = 0, length: int = 0
+    ) -> batches.EvalBatches:
+        length = min(length or cfg.model.context_length, cfg.model.context_length)
+        return batches.eval_batches(split, rows, length, max_batches=max_batches, **this_process(mesh))
+
+    def tokens_per_step(self, cfg: Config) -> int:
+        return cfg.batch_size * cfg.model.context_length
+
+    def train_flops_per_token(self, cfg: ModelConfig) -> float:
+        return train_flops_per_token(cfg)
+
+    def describe_data(self, corpus: Corpus) -> str:
+        return f"{corpus.train.num_tokens:,} training tokens"
+
+    def figures(self, split: TokenSplit, nll: float, weights: float) -> dict[str, float]:
+        """`loss` in nats a token, `perplexity` = exp(loss), `bits_per_byte` of the UTF-8 text, `tokens` predicted."""
+        loss = nll / weights
+        tokens_per_byte = (split.num_tokens - 1) / split.num_bytes  # the first token has nothing that predicts it
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": loss / math.log(2) * tokens_per_byte,
+            "tokens": weights,
+        }
+
+    def describe(self, figures: dict[str, float]) -> str:
+        return (
+            f"validation loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}, "
+            f"{figures['bits_per_byte']:.4f} bits per byte"
+        )
+
+
+def train_flops_per_token(cfg: ModelConfig) -> float:
+    """Model FLOPs of forward and backward for one token: 6 a weight, and 12 · layers · L · D for attention.
+
+    The attention's L × L product is counted whole, as is customary; rematerialisation is not counted.
+    """
+    per_layer = 4 * cfg.embed_dim + 2 * cfg.ffn_tokens  # a plain Transformer's rows of width D
+    if cfg.projection == "pattention":
+        per_layer = 2 * sum(cfg.tokens.values())  # a key and a value each
+    weights = cfg.embed_dim * (cfg.num_layers * per_layer + cfg.vocab_size)
+    return 6.0 * weights + 12.0 * cfg.num_layers * cfg.context_length * cfg.embed_dim

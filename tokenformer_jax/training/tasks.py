@@ -1,0 +1,90 @@
+"""What a kind of model does in its own way: network, loss, data and figures. `config.task` names one.
+
+Step, loop, checkpoints, growth and plan know a model by its task alone. A new task is a class like `language.Language`
+in a file of its own, an entry of TASKS, and a name in the config's choices.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from tokenformer_jax.config import Config, ModelConfig
+from tokenformer_jax.nn.layers import Params
+from tokenformer_jax.training.language import Language
+
+
+class Prepared(Protocol):
+    """The data of a run."""
+
+    @property
+    def train(self) -> Any:
+        """The split to learn from."""
+
+    @property
+    def validation(self) -> Any:
+        """The split to evaluate on."""
+
+    @property
+    def assets(self) -> dict[str, str]:
+        """What a checkpoint must hold so that the same data can be prepared again, such as the tokenizer; by name."""
+
+
+class Task(Protocol):
+    # The network: an nnx.Module whose Pattentions stand in `blocks`, stacked over layers. Its methods `loss_sums` and
+    # `outputs` take a batch, τ and the config, and give sums of losses (nats) and weights, and logits.
+
+    def abstract_model(self, cfg: ModelConfig) -> tuple[Any, Params, Params]:
+        """The network's graphdef, the tree of ShapeDtypeStructs and the tree of their logical axes."""
+
+    def init_params(self, cfg: ModelConfig, key: jax.Array) -> Params:
+        """Draws all parameters."""
+
+    # The loss.
+
+    def output_loss(self, outputs: jax.Array, batch: Any) -> jax.Array:
+        """The mean loss that logits have, in nats."""
+
+    def abstract_batch(self, cfg: Config, sharding: NamedSharding) -> Any:
+        """A training batch as ShapeDtypeStructs. It has an array `weights_BL`: what counts, and 0 for padding."""
+
+    # The data.
+
+    def prepare(self, cfg: Config, assets: Mapping[str, str] | None = None) -> Prepared:
+        """Opens the data, made before with these assets or made now. Raises a UserError where it cannot be used."""
+
+    def identity(self, data: Any, cfg: Config) -> str:
+        """What a position in the training data refers to."""
+
+    def train_batches(self, data: Any, cfg: Config, mesh: Mesh) -> Any:
+        """An endless iterator over this process's rows of training batches, whose state is its `next_index`."""
+
+    def eval_batches(
+        self, split: Any, cfg: Config, mesh: Mesh, rows: int, max_batches: int = 0, length: int = 0
+    ) -> Sequence[Any]:
+        """Batches of so many rows with all of a split once, or `max_batches` spread over it; of at most this length."""
+
+    # The figures.
+
+    def tokens_per_step(self, cfg: Config) -> int:
+        """Positions that a step learns from."""
+
+    def train_flops_per_token(self, cfg: ModelConfig) -> float:
+        """Model FLOPs of forward and backward."""
+
+    def describe_data(self, data: Any) -> str:
+        """The size of the training data, in words."""
+
+    def figures(self, split: Any, nll: float, weights: float) -> dict[str, float]:
+        """What an evaluation reports of these sums over a split, its `loss` among it."""
+
+    def describe(self, figures: dict[str, float]) -> str:
+        """An evaluation in words."""
+
+
+TASKS: dict[str, Task] = {"language": Language()}
+
+
+def task_of(cfg: Config) -> Task:
+    return TASKS[cfg.task]

@@ -10,10 +10,11 @@ python -m benchmarks.accelerator [--minutes=8] [--parts=a,c:124m,…] [--size=fu
     e  from a command to the first step, without and with compiled programs at hand; a save; growth
     f  what `plan` predicts, beside what (c) measured
 
-A letter alone stands for all its parts. The most valuable come first. Each has an estimate, and is passed over, which
-the JSON says, where less time is left than that. What fails is recorded with its last line, and the next part goes on.
-The JSON is written anew after every figure. Nothing here needs a GPU but to be worth its while: --size=tiny runs on a
-CPU. Everything on the device is done by processes of their own (`accelerator_work.py`), which end with their part.
+A letter alone stands for all its parts; (a) is always done. The most valuable come first. Each has an estimate, and is
+passed over, which the JSON says, where less time is left than that. What fails is recorded with its last line, and the
+next part goes on. The JSON is written anew after every figure; what failing processes said last is beside it, in a
+.log. Nothing here needs a GPU but to be worth its while: --size=tiny runs on a CPU. Everything on the device is done by
+processes of their own (`accelerator_work.py`), which end with their part.
 """
 
 import argparse
@@ -236,12 +237,12 @@ def all_parts(tiny: bool) -> list[Part]:
 
 
 def chosen(parts: list[Part], names: str) -> list[Part]:
-    """By name or letter, in the order in which they are worth most."""
+    """By name or letter, in the order in which they are worth most; the device, to which others refer, always."""
     wanted = [name for name in names.split(",") if name]
     known = {part.name for part in parts} | {part.name[0] for part in parts}
     if unknown := [name for name in wanted if name not in known]:
         raise SystemExit(f"--parts={names}: {unknown[0]} is none of {', '.join(sorted(known))}")
-    return [part for part in parts if not wanted or part.name in wanted or part.name[0] in wanted]
+    return [part for part in parts if not wanted or part.name in [*wanted, "a"] or part.name[0] in wanted]
 
 
 def table(results: Figures) -> str:
@@ -304,6 +305,7 @@ def main() -> None:
     parts = chosen(all_parts(args.size == "tiny"), args.parts)
     with tempfile.TemporaryDirectory(prefix="accelerator_", ignore_cleanup_errors=True) as folder:
         run = Run(pathlib.Path(args.out), Clock(args.minutes), args.size == "tiny", pathlib.Path(folder))
+        run.out.with_suffix(".log").unlink(missing_ok=True)
         command = f"python -m benchmarks.accelerator --minutes={args.minutes:g} --parts={args.parts} --size={args.size}"
         run.results |= {"command": command, "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
         try:

@@ -40,7 +40,8 @@ class Worker:
     """A process that holds the device for one task; see `accelerator_work`. Ended with all that it started."""
 
     def __init__(self, task: str, arguments: Figures, folder: pathlib.Path, env: dict[str, str] | None = None):
-        self.errors = (folder / f"{task}_{time.monotonic_ns()}.log").open("w+")
+        self.name = f"{task} {json.dumps(arguments)}"
+        self.errors = (folder / f"{task}_{time.monotonic_ns()}.log").open("w")
         command = [sys.executable, "-m", "benchmarks.accelerator_work", task, json.dumps(arguments)]
         self.process = subprocess.Popen(
             command,
@@ -51,6 +52,7 @@ class Worker:
             text=True,
             start_new_session=True,  # a group of its own, so that it can be ended as a whole
         )
+        self.failed = False
         self.lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -76,7 +78,9 @@ class Worker:
             try:
                 line = self.lines.get(timeout=max(0.01, end - time.monotonic()))
             except queue.Empty:
+                self.failed = True
                 raise FailedError(f"took longer than {seconds:.0f} s; {self.last_line()}") from None
+            self.failed = line is None or '"error"' in line[:10]
             if line is None:
                 last = self.last_line()
                 raise FailedError(f"ended with {self.process.wait(10)}; {last}", bool(NO_MEMORY.search(last)))
@@ -88,11 +92,13 @@ class Worker:
             if partial:
                 partial(said["partial"])
 
+    def last_lines(self) -> list[str]:
+        """Of its standard error."""
+        text = pathlib.Path(self.errors.name).read_text(errors="replace")
+        return [line for line in text.splitlines() if line.strip()][-40:]
+
     def last_line(self) -> str:
-        self.errors.flush()
-        self.errors.seek(0)
-        lines = [line.strip() for line in self.errors.read().splitlines() if line.strip()]
-        return lines[-1][:400] if lines else "it said nothing"
+        return ["it said nothing", *self.last_lines()][-1].strip()[:400]
 
     def stop(self) -> None:
         """Lets it end, for a moment; then ends it and what it started."""
@@ -138,9 +144,13 @@ class Run:
 
     def stop(self, *workers: Any) -> None:
         for worker in workers:
-            if worker in self.workers:
-                self.workers.remove(worker)
-                worker.stop()
+            if worker not in self.workers:
+                continue
+            self.workers.remove(worker)
+            worker.stop()
+            if worker.failed:
+                with self.out.with_suffix(".log").open("a") as log:
+                    log.write("\n".join([f"==== {worker.name}", *worker.last_lines(), ""]))
 
     def limit(self, seconds: float) -> float:
         """A timeout: no part goes on when the time is over."""

@@ -210,4 +210,5 @@ def step_line(figures: Figures) -> str:
     return (
         f"{figures['batch']} sequences, {figures['seconds_a_step'] * 1e3:.1f} ms a step, "
         f"{figures['tokens_per_second']:,.0f} tokens/s, {share}, {figures.get('peak_bytes', 0) / 1e9:.1f} GB"
+        f"{', NOT COMPILED: ' + figures['compile_error'] if figures.get('compile_error') else ''}"
     )

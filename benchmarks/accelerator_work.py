@@ -275,7 +275,7 @@ def save(talk: Talk, size: str, grown: str, rounds: int) -> Figures:
     new_step = make_step(new_cfg, step.mesh)
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, 5000).astype(np.uint16)
     split = TokenSplit(tokens, 20_000, 1, 0, "none")
-    for name in ("first_growth", "growth"):
+    for name in ("first_growth", "growth")[:rounds]:
         began = time.perf_counter()
         new, figures = grow_model(state, cfg, new_cfg, new_step, split)
         jax.block_until_ready(new)

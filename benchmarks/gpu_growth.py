@@ -20,7 +20,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import pathlib
@@ -56,7 +58,7 @@ DECAY = 0.2  # of a budget
 RAMP = 0.25  # of a rung, up to its first budget: where zero_keys' τ goes to its target
 SMALLER = 0.2  # of what a ladder of three sizes spends before its last rung: spent on the smallest
 AS_GOOD = 0.01  # nats a token
-SEARCH_SHARE = 0.12  # of the time left, at most, for the search for learning rates
+SEARCH_SHARE = 0.2  # of the time left, at most, for the search for learning rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ SETTINGS = {
         evaluate_every=4,
         evaluated=16,
         last_evaluations=8,
-        max_tokens=200_000_000,
+        max_tokens=250_000_000,
         held_out=100,
         data_seconds=75,
     ),
@@ -417,19 +419,24 @@ def choose_kernels(setting: Setting, plain: bool) -> str:
     """
 
     def failure() -> str:
-        one = dataclasses.replace(setting, layers=1)
+        """What goes wrong in a chunk of steps of any size, with one layer."""
+        programs = Programs(dataclasses.replace(setting, layers=1))
         windows = np.zeros((setting.chunk, setting.batch), np.int32)
         rates = np.zeros(setting.chunk, np.float32)
-        programs = Programs(one)
+        tokens_T = jnp.zeros(setting.max_tokens, jnp.uint16)
         try:
-            state = jax.jit(programs.init(setting.tokens[-1])[0])(jax.random.key(0))
-            tokens_T = jnp.zeros(setting.max_tokens, jnp.uint16)
-            _, losses_S = jax.jit(programs.train(setting.tokens[-1])[0])(state, tokens_T, windows, rates)
-            return "" if bool(jnp.all(jnp.isfinite(losses_S))) else "a loss is not finite"
+            for part, n in itertools.product(("train", "init"), setting.tokens):
+                programs.start(part, n)
+            for n in setting.tokens:
+                state = programs("init", n)(jax.random.key(0))
+                _, losses_S = programs("train", n)(state, tokens_T, windows, rates)
+                if not np.all(np.isfinite(jax.device_get(losses_S))):
+                    return f"the loss of n = {n} is not finite"
+            return ""
         except Exception as error:  # whatever a library raises: the study can do without it
             return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         finally:
-            programs.pool.shutdown()
+            programs.pool.shutdown(cancel_futures=True)
 
     def without_kernels() -> None:
         if importlib.util.find_spec("tokenformer_jax.row_kernels"):
@@ -734,6 +741,13 @@ class Trainer:
         )
 
 
+def versions() -> dict[str, Any]:
+    try:
+        return environment()
+    except importlib.metadata.PackageNotFoundError as error:  # no reason to measure nothing
+        return {"device_kind": jax.devices()[0].device_kind, "jax": jax.__version__, "missing": str(error)}
+
+
 def flops_at(trunk: Trunk, step: int, setting: Setting) -> float:
     return sum((end - start) * setting.flops(rung.n) for rung, start, end in pieces(trunk, 0, step))
 
@@ -806,7 +820,7 @@ def ratio(run: dict[str, Any], lines: list[Frontier]) -> dict[str, Any] | None:
     return {"ratio": run["cumulative_flops"] / cost, "bound": costs[cost], "reached": costs[cost] != "<"}
 
 
-def summarise(runs: list[dict[str, Any]], sizes: tuple[int, int, int]) -> list[dict[str, Any]]:
+def summarise(runs: list[dict[str, Any]], sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     rows = []
     for run in runs:
         lines = frontiers(runs, run["seed"])
@@ -827,7 +841,8 @@ def summarise(runs: list[dict[str, Any]], sizes: tuple[int, int, int]) -> list[d
     return rows
 
 
-def table(tree: dict[str, Any], sizes: tuple[int, int, int]) -> str:
+def table(tree: dict[str, Any], sizes: tuple[int, ...]) -> str:
+    """The summary as Markdown, the speed of each size, and what growth changed."""
     lines = [
         "| run | seed | part before the last rung | FLOPs | tokens | tokens / parameter | validation loss "
         "| cost / large from scratch, same loss | cost / best size from scratch, same loss "
@@ -851,7 +866,7 @@ def table(tree: dict[str, Any], sizes: tuple[int, int, int]) -> str:
         cells += [shown(row.get("cost_over_large")), shown(row.get("cost_over_best_size")), same]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += ["", "| n | parameters | FLOPs a token | tokens/s | TFLOP/s |", "|---|---|---|---|---|"]
-    for n, size in tree["sizes"].items():
+    for n, size in tree.get("sizes", {}).items():
         rate = f"{size['tokens_per_second']:,.0f} | {size['flops_per_second'] / 1e12:.1f}"
         lines.append(f"| {n} | {size['parameters']:,} | {size['flops_per_token']:.3g} | {rate} |")
     for growth in tree["growths"].values():
@@ -954,7 +969,7 @@ def study(args: argparse.Namespace) -> None:
     trainer = Trainer(setting, programs, results, workdir, train, validation, deadline - reserve)
     results.write(
         command=f"python -m benchmarks.gpu_growth --size={args.size} --minutes={args.minutes:g}",
-        environment=environment(),
+        environment=versions(),
         kernels=kind,
         data=figures,
         tokens_per_step=setting.window_tokens,
@@ -1029,11 +1044,19 @@ def study(args: argparse.Namespace) -> None:
             "tokens_per_second": setting.window_tokens / step_time,
             "flops_per_second": setting.flops(n) / step_time,
         }
-    summary = summarise(list(results.tree["runs"].values()), setting.tokens)
-    results.write(dropped=dropped, sizes=sizes, summary=summary, compile_seconds=programs.seconds)
-    plot(results.tree, out.with_suffix(".png"))
+    results.write(dropped=dropped, sizes=sizes, compile_seconds=programs.seconds)
     programs.pool.shutdown(wait=False, cancel_futures=True)
-    print(table(results.tree, setting.tokens))
+    report(out)
+
+
+def report(out: pathlib.Path) -> None:
+    """Sums up what the JSON holds: into itself, a plot and a table."""
+    tree = json.loads(out.read_text())
+    sizes = tuple(tree["identity"]["setting"]["tokens"])
+    tree["summary"] = summarise(list(tree["runs"].values()), sizes)
+    replace_file(out, json.dumps(tree, indent=1) + "\n")
+    plot(tree, out.with_suffix(".png"))
+    print(table(tree, sizes))
 
 
 def main() -> None:
@@ -1046,11 +1069,12 @@ def main() -> None:
     parser.add_argument("--lineages", type=int, default=len(LINEAGES), help="how many there are at most")
     parser.add_argument("--epochs", type=float, default=1.0, help="how often a run may read the data")
     parser.add_argument("--plain", action="store_true", help="without the package's own kernels for the device")
+    parser.add_argument("--report_only", action="store_true", help="sum up what --out holds, and run nothing")
     for name in ("tokens", "width", "context", "batch"):
         parser.add_argument(f"--{name}", type=int, default=0, help="instead of the size's own")
     args = parser.parse_args()
     try:
-        study(args)
+        report(args.out) if args.report_only else study(args)
     except UserError as error:
         sys.exit(f"error: {error}")
 

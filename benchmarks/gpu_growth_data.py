@@ -1,6 +1,6 @@
 """Real text from what a machine has installed, as token ids: the data of benchmarks/gpu_growth.py.
 
-python -m benchmarks.gpu_growth_data --out=runs/gpu_growth/data [--tokens=200000000] [--vocab=8192] [--seconds=75]
+python -m benchmarks.gpu_growth_data --out=runs/gpu_growth/data [--tokens=250000000] [--vocab=8192] [--seconds=75]
 
 Source code, headers and documentation under the interpreter's folders, /usr and /opt. Left out: what is not UTF-8,
 tables and minified code, files above 1 MB, exact copies, and files most of whose lines other files have (versions of a
@@ -246,7 +246,7 @@ def prepare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--tokens", type=int, default=200_000_000)
+    parser.add_argument("--tokens", type=int, default=250_000_000)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--seconds", type=float, default=75)
     parser.add_argument("--held_out", type=int, default=100)

@@ -80,7 +80,10 @@ def test_what_has_no_time_is_said_to_be_left_out(done, monkeypatch, capsys):
     tree = study(folder, monkeypatch, f"--lineages={LINEAGES + 1}", "--minutes=0")
     late = [name for name in tree["dropped"] if name.startswith("ladder, 12.5 %")]
     assert len(late) == len(tree["dropped"]) == 4
-    assert "not run, since there was no time" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "not run, since there was no time" in said.err
+    study(folder, monkeypatch, "--report_only")
+    assert capsys.readouterr().out == said.out
 
 
 class Windows(gpu_growth.Trainer):

@@ -19,10 +19,11 @@ from flax import nnx
 from benchmarks.accelerator_work import Figures, checkpoint_parts, config
 from benchmarks.step_time import random_batch
 from tests.helpers import DATA, golden_model, tiny_config
+from tokenformer_jax import row_kernels
 from tokenformer_jax.attention import blockwise_attention, causal_attention, kernel
 from tokenformer_jax.checkpoint import Checkpoints
 from tokenformer_jax.grow import LOGIT_BOUND, grow_state, measure
-from tokenformer_jax.pattention import NORMALIZERS, pattention
+from tokenformer_jax.pattention import GELUS, NORMALIZERS, pattention
 from tokenformer_jax.sharding import make_mesh, platform
 from tokenformer_jax.step import loss_sums, make_step, put_batch
 from tokenformer_jax.transformer import abstract_model, init_params, initial_tau
@@ -157,10 +158,10 @@ def largest(a: Any, b: Any) -> float:
 
 
 def bfloat16_against_float32(size: str, batch: int) -> Figures:
-    """The loss of a model at birth, in nats a token, and its gradient's direction, in both."""
+    """The loss of two layers at birth, in nats a token, and its gradient's direction, in both."""
     found = {}
     for dtype in ("bfloat16", "float32"):
-        cfg = config(size, batch=batch, overrides={"model.dtype": dtype})
+        cfg = config(size, batch=batch, overrides={"model.dtype": dtype, "model.num_layers": 2})
         graphdef, _, _ = abstract_model(cfg.model)
         params = jax.jit(functools.partial(init_params, cfg.model))(jax.random.key(0))
         data = jax.tree.map(jnp.asarray, random_batch(cfg))
@@ -205,9 +206,57 @@ def attention_kernel(length: int) -> Figures:
     return {"error": found["relative_to_largest"], "bound": 2e-2, "kernel": which, "absolute": found["absolute"]}
 
 
-# Kernels against their plain versions: (name, function). A kernel that cannot run here raises, which is recorded.
-# ---- checks of tokenformer_jax.pattention_gpu are to be added to this list ----
-KERNELS: list[tuple[str, Law]] = []
+def row_weights(num_tokens: int, dtype: str) -> Figures:
+    """Equation 5 and its gradient between the contractions, by the GPU's kernels, against the plain ones in float32."""
+    rng = np.random.default_rng(0)
+    scores, dweights = (jnp.asarray(rng.normal(size=(64, num_tokens)), dtype) for _ in range(2))
+    tau, normalizer, gelu = jnp.float32(num_tokens**0.5), NORMALIZERS["l2_norm_gelu"], GELUS["erf"]
+    interpret = platform() == "cpu"
+
+    def plain(scores: jax.Array) -> jax.Array:
+        total = normalizer.total(scores, gelu)
+        return normalizer.second(normalizer.first(scores, total, gelu), total, tau, gelu)
+
+    weights, squares = jax.jit(lambda s: row_kernels.weights(s, tau, "erf", interpret))(scores)
+    again, dscores = jax.jit(lambda s, d, r: row_kernels.weights_gradient(s, d, r, tau, "erf", interpret))(
+        scores, dweights, squares
+    )
+    expected, backward = jax.vjp(plain, scores.astype(jnp.float32))
+    (dexpected,) = backward(dweights.astype(jnp.float32))
+    pairs = (weights, expected), (again, expected), (dscores, dexpected)
+    return {"error": max(relative(*pair) for pair in pairs), "bound": 1e-5 if dtype == "float32" else 1e-2}
+
+
+def row_loss(num_logits: int) -> Figures:
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(3 * rng.normal(size=(64, num_logits)), jnp.float32)
+    targets, weights = jnp.asarray(rng.integers(0, num_logits, 64), jnp.int32), jnp.asarray(rng.uniform(size=64), "f4")
+
+    def plain(logits: jax.Array) -> jax.Array:
+        return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+    interpret = platform() == "cpu"
+    losses, dlogits = jax.jit(lambda x, t, w: row_kernels.softmax_loss(x, t, w, "float32", interpret))(
+        logits, targets, weights
+    )
+    expected, dexpected = jax.value_and_grad(plain)(logits)
+    error = max(relative(jnp.sum(losses * weights), expected), relative(dlogits, dexpected))
+    return {"error": error, "bound": 1e-5}
+
+
+def relative(ours: jax.Array, theirs: jax.Array) -> float:
+    return float(jnp.linalg.norm(ours.astype(jnp.float32) - theirs) / jnp.linalg.norm(theirs))
+
+
+# Kernels against their plain versions. One that cannot run here raises, which is recorded.
+KERNELS: list[tuple[str, Law]] = [
+    *(
+        (f"row_weights_{num_tokens}_{dtype}", functools.partial(row_weights, num_tokens, dtype))
+        for num_tokens in (576, 2140, 8620, 34816)
+        for dtype in ("float32", "bfloat16")
+    ),
+    ("row_loss_50304", functools.partial(row_loss, 50304)),
+]
 
 
 def registered(tiny: bool) -> list[tuple[str, Law]]:

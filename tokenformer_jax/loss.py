@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from tokenformer_jax import row_kernels
 from tokenformer_jax.pattention import sum_outer
 from tokenformer_jax.sharding import constrain, platform, sum_over_batch
 
@@ -29,12 +30,23 @@ def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
     def local(h_BLD, targets_BL, weights_BL, table_VD):  # of the devices that share an example
         table_VD = constrain(table_VD, "vocab", None)
 
+        whole_rows = gradients and row_kernels.whole_rows()
+
+        def step(loss, h_BCD, dlogits_BCV, sums, shape):
+            dtable_DV = constrain(sum_outer(h_BCD, dlogits_BCV), None, "vocab")
+            dh_BCD = jnp.einsum("...v,vd->...d", dlogits_BCV, table_VD)
+            return (loss, sums[1] + dtable_DV), dh_BCD.reshape(shape)
+
         def add(sums, part):
             shape = part[0].shape
-            if platform() == "cpu":  # which computes in place where positions have one axis
+            if platform() == "cpu" or whole_rows:  # a CPU computes in place where positions have one axis
                 part = [x.reshape(-1, *x.shape[2:]) for x in part]
             h_BCD, targets_BC, weights_BC = part
             logits_BCV = jnp.einsum("...d,vd->...v", h_BCD, table_VD, preferred_element_type=jnp.float32)
+            if whole_rows:
+                nll_P, dlogits_BCV = row_kernels.softmax_loss(logits_BCV, targets_BC, weights_BC, h_BCD.dtype)
+                loss = sums[0] + jnp.sum(nll_P * weights_BC)
+                return step(loss, h_BCD, dlogits_BCV, sums, shape)
             target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
             max_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
             exp_BCV = jnp.exp(logits_BCV - max_BC1)
@@ -45,9 +57,7 @@ def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
                 return (loss,), ()
             is_target_BCV = targets_BC[..., None] == jnp.arange(len(table_VD))
             dlogits_BCV = ((exp_BCV / sum_BC1 - is_target_BCV) * weights_BC[..., None]).astype(h_BCD.dtype)
-            dtable_DV = constrain(sum_outer(h_BCD, dlogits_BCV), None, "vocab")
-            dh_BCD = jnp.einsum("...v,vd->...d", dlogits_BCV, table_VD)
-            return (loss, sums[1] + dtable_DV), dh_BCD.reshape(shape)
+            return step(loss, h_BCD, dlogits_BCV, sums, shape)
 
         parts = _parts(targets_BL.shape, len(table_VD))
         split = [x.reshape(x.shape[0], parts, -1, *x.shape[2:]).swapaxes(0, 1) for x in (h_BLD, targets_BL, weights_BL)]

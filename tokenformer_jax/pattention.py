@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from tokenformer_jax import row_kernels
 from tokenformer_jax.sharding import constrain, platform, sum_over_batch
 
 Gelu = Callable[[jax.Array], jax.Array]
@@ -118,13 +119,15 @@ def pattention(
     Returns:
       Outputs [..., E] in the inputs' dtype.
     """
-    return _attend(x_BLD, keys_ND, values_NE, jnp.float32(tau), scale_B1N, _How(normalizer, gelu, recompute))
+    fused = normalizer == "l2_norm_gelu" and scale_B1N is None and row_kernels.whole_rows()
+    return _attend(x_BLD, keys_ND, values_NE, jnp.float32(tau), scale_B1N, _How(normalizer, gelu, recompute, fused))
 
 
 class _How(NamedTuple):
     normalizer: str
     gelu: str
     recompute: bool
+    fused: bool = False
 
 
 def _gathered(tokens_ND: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -176,12 +179,32 @@ def _mix(weights_BLN: jax.Array, values_NE: jax.Array) -> jax.Array:
 def _attend_forward(x_BLD, keys_ND, values_NE, tau, scale_B1N, how):
     norm, gelu = NORMALIZERS[how.normalizer], GELUS[how.gelu]
     scores_BLN = _scores(x_BLD, _gathered(keys_ND, x_BLD.dtype))
-    s_BLN = scores_BLN.astype(jnp.float32)
-    total_BL1 = checkpoint_name(norm.total(s_BLN, gelu), "total")
-    weights_BLN = _weights(norm.first(s_BLN, total_BL1, gelu), total_BL1, tau, scale_B1N, how).astype(x_BLD.dtype)
+    if how.fused:
+        weights_BLN, total_BL1 = _fused_weights(scores_BLN, tau, how)
+    else:
+        s_BLN = scores_BLN.astype(jnp.float32)
+        total_BL1 = norm.total(s_BLN, gelu)
+        weights_BLN = _weights(norm.first(s_BLN, total_BL1, gelu), total_BL1, tau, scale_B1N, how).astype(x_BLD.dtype)
+    total_BL1 = checkpoint_name(total_BL1, "total")
     y_BLE = _mix(weights_BLN, _gathered(values_NE, x_BLD.dtype))
     kept = None if how.recompute else scores_BLN
     return y_BLE, (x_BLD, keys_ND, values_NE, tau, scale_B1N, total_BL1, kept)
+
+
+def _fused_weights(scores_BLN, tau, how):
+    def local(scores_BLN, tau):
+        w, total = row_kernels.weights(scores_BLN.reshape(-1, scores_BLN.shape[-1]), tau, how.gelu)
+        return (w.reshape(scores_BLN.shape), total.reshape(*scores_BLN.shape[:-1], 1)), ()
+
+    return sum_over_batch(local, (scores_BLN,), (tau,))[0]
+
+
+def _fused_gradient(scores_BLN, dweights_BLN, total_BL1, tau, how):
+    N = scores_BLN.shape[-1]
+    w, d = row_kernels.weights_gradient(
+        scores_BLN.reshape(-1, N), dweights_BLN.reshape(-1, N), total_BL1.reshape(-1), tau, how.gelu
+    )
+    return w.reshape(scores_BLN.shape), d.reshape(scores_BLN.shape)
 
 
 def _attend_backward(how, kept, dy_BLE):
@@ -192,6 +215,11 @@ def _attend_backward(how, kept, dy_BLE):
         keys_ND, values_NE = (constrain(tokens, "tokens", None) for tokens in (keys_ND, values_NE))
         if scores_BLN is None:
             scores_BLN = jnp.einsum("...d,nd->...n", x_BLD, keys_ND)
+        if how.fused:
+            dweights_BLN = jnp.einsum("...e,ne->...n", dy_BLE, values_NE)
+            weights_BLN, dscores_BLN = _fused_gradient(scores_BLN, dweights_BLN, total_BL1, tau, how)
+            sums = sum_outer(x_BLD, dscores_BLN), sum_outer(dy_BLE, weights_BLN)
+            return jnp.einsum("...n,nd->...d", dscores_BLN, keys_ND), sums
         s_BLN = scores_BLN.astype(jnp.float32)
         normed_BLN, first_backward = jax.vjp(lambda s, r: norm.first(s, r, gelu), s_BLN, total_BL1)
         second = functools.partial(_weights, tau=tau, scale_B1N=scale_B1N, how=how)

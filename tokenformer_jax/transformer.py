@@ -325,7 +325,10 @@ class LanguageModel(nnx.Module):
         carry = x_BLD, None if cache is None else (cache.key, cache.value)
         if layers is None:
             numbers = None if key is None and cache is None else jnp.arange(self.cfg.num_layers)
-            carry, _ = jax.lax.scan(layer, carry, (blocks, numbers))
+            # A loop on a GPU copies what its products leave for the gradient into arrays of all layers.
+            copies = platform() in ("gpu", "cuda") and cache is None and self.cfg.remat in ("none", "dots")
+            unroll = self.cfg.num_layers if copies else 1
+            carry, _ = jax.lax.scan(layer, carry, (blocks, numbers), unroll=unroll)
         else:
             for number, params in enumerate(layers):
                 carry, _ = layer(carry, (params, number))

@@ -19,14 +19,17 @@ from flax import nnx
 from benchmarks.accelerator_work import Figures, checkpoint_parts, config
 from benchmarks.step_time import random_batch
 from tests.helpers import DATA, golden_model, tiny_config
-from tokenformer_jax import row_kernels
-from tokenformer_jax.attention import blockwise_attention, causal_attention, kernel
-from tokenformer_jax.checkpoint import Checkpoints
-from tokenformer_jax.grow import LOGIT_BOUND, grow_state, measure
-from tokenformer_jax.pattention import GELUS, NORMALIZERS, pattention
-from tokenformer_jax.sharding import make_mesh, platform
-from tokenformer_jax.step import loss_sums, make_step, put_batch
-from tokenformer_jax.transformer import abstract_model, init_params, initial_tau
+from tokenformer_jax.devices.sharding import make_mesh, platform
+from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.growth.verify import LOGIT_BOUND, measure
+from tokenformer_jax.nn import row_kernels
+from tokenformer_jax.nn.attention import blockwise_attention, causal_attention
+from tokenformer_jax.nn.backends import attention_kernel
+from tokenformer_jax.nn.language import abstract_model, init_params, initial_tau
+from tokenformer_jax.nn.layers import GELUS
+from tokenformer_jax.nn.pattention import NORMALIZERS, pattention
+from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.training.step import loss_sums, make_step, put_batch
 
 Law = Callable[[], Figures]
 highest = functools.partial(jax.default_matmul_precision, "highest")
@@ -186,7 +189,7 @@ def bfloat16_against_float32(size: str, batch: int) -> Figures:
     }
 
 
-def attention_kernel(length: int) -> Figures:
+def attention(length: int) -> Figures:
     """The kernel that this device uses for bfloat16, forward and gradients, against the plain one in float32."""
     shape = (2, length, 4, 64)
     rng = np.random.default_rng(0)
@@ -202,7 +205,7 @@ def attention_kernel(length: int) -> Figures:
     with highest():
         theirs = both(blockwise_attention, "float32", q, k, v, dy)
     found = differences(ours, jax.device_get(theirs), 1.0)
-    which = kernel(platform(), shape, q.dtype)
+    which = attention_kernel(platform(), shape, q.dtype)
     return {"error": found["relative_to_largest"], "bound": 2e-2, "kernel": which, "absolute": found["absolute"]}
 
 
@@ -210,12 +213,10 @@ def row_weights(num_tokens: int, dtype: str) -> Figures:
     """Equation 5 and its gradient between the contractions, by the GPU's kernels, against the plain ones in float32."""
     rng = np.random.default_rng(0)
     scores, dweights = (jnp.asarray(rng.normal(size=(64, num_tokens)), dtype) for _ in range(2))
-    tau, normalizer, gelu = jnp.float32(num_tokens**0.5), NORMALIZERS["l2_norm_gelu"], GELUS["erf"]
-    interpret = platform() == "cpu"
+    tau, interpret = jnp.float32(num_tokens**0.5), platform() == "cpu"
 
     def plain(scores: jax.Array) -> jax.Array:
-        total = normalizer.total(scores, gelu)
-        return normalizer.second(normalizer.first(scores, total, gelu), total, tau, gelu)
+        return NORMALIZERS["l2_norm_gelu"](scores, tau, GELUS["erf"])
 
     weights, squares = jax.jit(lambda s: row_kernels.weights(s, tau, "erf", interpret))(scores)
     again, dscores = jax.jit(lambda s, d, r: row_kernels.weights_gradient(s, d, r, tau, "erf", interpret))(
@@ -268,7 +269,7 @@ def registered(tiny: bool) -> list[tuple[str, Law]]:
             for name in ("lm_2layer", "lm_rot8")
         ),
         ("growth", growth),
-        ("attention_kernel", functools.partial(attention_kernel, 128 if tiny else 1024)),
+        ("attention", functools.partial(attention, 128 if tiny else 1024)),
         ("resume", functools.partial(resume, None)),
         ("bfloat16_against_float32", functools.partial(bfloat16_against_float32, "tiny" if tiny else "124m", 2)),
     ]

@@ -14,11 +14,11 @@ def train_jax(talk: Talk, size: str, projection: str, batch: int, overrides: Fig
     import jax.numpy as jnp
 
     from benchmarks.step_time import random_batch
-    from tokenformer_jax.data import Batch
-    from tokenformer_jax.metrics import train_flops_per_token
-    from tokenformer_jax.sharding import make_mesh
-    from tokenformer_jax.step import make_step, put_batch
-    from tokenformer_jax.transformer import count_params
+    from tokenformer_jax.data.batches import Batch
+    from tokenformer_jax.devices.sharding import make_mesh
+    from tokenformer_jax.nn.layers import count_params
+    from tokenformer_jax.training.metrics import train_flops_per_token
+    from tokenformer_jax.training.step import make_step, put_batch
 
     cfg = config(size, projection, batch, overrides)
     imported = time.monotonic() - talk.began
@@ -70,7 +70,7 @@ def train_torch(talk: Talk, size: str, batch: int, overrides: Figures) -> None:
 
     from benchmarks import torch_tokenformer
     from benchmarks.step_time import random_batch
-    from tokenformer_jax.metrics import train_flops_per_token
+    from tokenformer_jax.training.metrics import train_flops_per_token
 
     cfg = config(size, "pattention", batch, overrides)
     on_gpu = torch.cuda.is_available()

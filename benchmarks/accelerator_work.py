@@ -105,7 +105,7 @@ def device(talk: Talk, tiny: bool) -> Figures:
     import jax
     import jax.numpy as jnp
 
-    from tokenformer_jax.metrics import environment, peak_flops
+    from tokenformer_jax.devices.hardware import environment, peak_flops
 
     here = jax.devices()[0]
     limit = (here.memory_stats() or {}).get("bytes_limit")
@@ -158,9 +158,10 @@ def decode(talk: Talk, size: str, batches: list[int], prompt: int, new: int) -> 
     import jax
     import jax.numpy as jnp
 
-    from tokenformer_jax.generate import Sampling, generate, make_decoder
-    from tokenformer_jax.metrics import train_flops_per_token
-    from tokenformer_jax.transformer import KVCache, init_params, initial_tau
+    from tokenformer_jax.evaluation.sampling import Sampling, generate, make_decoder
+    from tokenformer_jax.nn.attention import KVCache
+    from tokenformer_jax.nn.language import init_params, initial_tau
+    from tokenformer_jax.training.metrics import train_flops_per_token
 
     cfg = dataclasses.replace(config(size).model, context_length=prompt + new)
     how = Sampling(temperature=0.0)
@@ -229,8 +230,8 @@ class Position:
 
 
 def checkpoint_parts(cfg: Any) -> tuple[Any, Any, Any]:
-    from tokenformer_jax.checkpoint import Record
-    from tokenformer_jax.tokenizer import train_tokenizer
+    from tokenformer_jax.data.tokenizer import train_tokenizer
+    from tokenformer_jax.storage.record import Record
 
     return Position(), train_tokenizer(["key value query token"], 300), Record(dataclasses.asdict(cfg.model), "none", 1)
 
@@ -238,13 +239,13 @@ def checkpoint_parts(cfg: Any) -> tuple[Any, Any, Any]:
 def save(talk: Talk, size: str, grown: str, rounds: int) -> Figures:
     """Seconds of a save of the model with its moments, of reading it, and of growing it."""
     import jax
-    import numpy as np
 
-    from tokenformer_jax.checkpoint import Checkpoints
-    from tokenformer_jax.corpus import TokenSplit
-    from tokenformer_jax.grow import grow_model, grow_moments
-    from tokenformer_jax.sharding import make_mesh
-    from tokenformer_jax.step import make_step
+    from benchmarks.step_time import random_batch
+    from tokenformer_jax.devices.sharding import make_mesh
+    from tokenformer_jax.growth.grow import grow_state
+    from tokenformer_jax.growth.verify import measure
+    from tokenformer_jax.storage.checkpoints import Checkpoints
+    from tokenformer_jax.training.step import make_step
 
     cfg = config(size)
     step = make_step(cfg, make_mesh(cfg.mesh))
@@ -271,29 +272,29 @@ def save(talk: Talk, size: str, grown: str, rounds: int) -> Figures:
         checkpoints.close()
         del restored
     talk.partial(**found)
-    new_cfg = config(grown, overrides={"steps": cfg.steps + 1000})
+    new_cfg = config(grown, batch=1)
     new_step = make_step(new_cfg, step.mesh)
-    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, 5000).astype(np.uint16)
-    split = TokenSplit(tokens, 20_000, 1, 0, "none")
+    grow = jax.jit(
+        lambda state, key: grow_state(state, new_step.abstract_state, new_cfg.model, key, new_cfg.grow.recipe, 250),
+        out_shardings=jax.tree.map(lambda a: a.sharding, new_step.abstract_state),
+    )
     for name in ("first_growth", "growth")[:rounds]:
+        new = None  # frees the first one's memory
         began = time.perf_counter()
-        new, figures = grow_model(state, cfg, new_cfg, new_step, split)
-        jax.block_until_ready(new)
-        found[f"{name}_seconds"] = figures["seconds"] | {"all": time.perf_counter() - began}
-    began = time.perf_counter()
-    moments = jax.block_until_ready(grow_moments(state.opt_state, new_step, new_cfg.grow.recipe))
-    found["growth_moments_seconds"] = time.perf_counter() - began
-    del moments
-    checks = "max_logit_difference", "max_logit", "params_before", "params_after", "new_key_gradient_norm"
-    return found | {name: figures[name] for name in checks}
+        new = jax.block_until_ready(grow(state, jax.random.key(1)))
+        appended = time.perf_counter() - began
+        figures = measure(state, new, cfg, new_cfg, new_step, [random_batch(new_cfg)])
+        found[f"{name}_seconds"] = {"append": appended, "verify": time.perf_counter() - began - appended}
+    return found | {name: figures[name] for name in ("max_logit_difference", "max_logit", "new_key_gradient_norm")}
 
 
 def plan(talk: Talk, steps: list[Figures], topology: str) -> Figures:
     """What `plan` says of each step, compiled ahead of time; by a formula where there is no compiler for it."""
     import importlib.util
 
-    from tokenformer_jax.metrics import train_flops_per_token
-    from tokenformer_jax.plan import CHIPS, make_plan
+    from tokenformer_jax.devices.hardware import CHIPS
+    from tokenformer_jax.planning.plan import make_plan
+    from tokenformer_jax.training.metrics import train_flops_per_token
 
     chip = CHIPS[topology.split(":")[0]]
     there = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))

@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import math
@@ -42,14 +41,21 @@ from flax import nnx
 
 from benchmarks.growth_report import Frontier
 from configs import base
-from tokenformer_jax import attention
-from tokenformer_jax.config import Config, UserError, read_config
-from tokenformer_jax.data import Batch
-from tokenformer_jax.grow import LOGIT_BOUND, grow_state
-from tokenformer_jax.metrics import environment, replace_file, train_flops_per_token
-from tokenformer_jax.recipes import RECIPES
-from tokenformer_jax.step import TauRamp, TrainState, init_state, loss_sums, make_optimizer
-from tokenformer_jax.transformer import abstract_model, count_params
+from tokenformer_jax.config import Config, read_config
+from tokenformer_jax.data.batches import Batch
+from tokenformer_jax.devices.hardware import environment
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import replace_file
+from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.growth.recipes import RECIPES
+from tokenformer_jax.growth.verify import LOGIT_BOUND
+from tokenformer_jax.nn import attention, row_kernels
+from tokenformer_jax.nn.language import abstract_model
+from tokenformer_jax.nn.layers import count_params
+from tokenformer_jax.training.metrics import train_flops_per_token
+from tokenformer_jax.training.schedule import make_optimizer
+from tokenformer_jax.training.state import TauRamp, TrainState, init_state
+from tokenformer_jax.training.step import loss_sums
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -439,11 +445,10 @@ def choose_kernels(setting: Setting, plain: bool) -> str:
             programs.pool.shutdown(cancel_futures=True)
 
     def without_kernels() -> None:
-        if importlib.util.find_spec("tokenformer_jax.row_kernels"):
-            importlib.import_module("tokenformer_jax.row_kernels").whole_rows = lambda *_: False  # type: ignore
+        row_kernels.apply = lambda: False
 
     def without_cudnn() -> None:
-        attention.kernel = lambda *_: "blockwise"  # type: ignore
+        attention.attention_kernel = lambda *_: "blockwise"  # type: ignore
 
     if plain:
         without_kernels()

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenformer_jax.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 SUFFIXES = frozenset(
     ".py .pyi .pyx .pxd .h .hh .hpp .hxx .cuh .cu .c .cc .cpp .cxx .inl .md .rst .txt .tex .sh .pl .pm .cmake .proto "

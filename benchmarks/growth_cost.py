@@ -34,16 +34,19 @@ import jax
 import jax.numpy as jnp
 
 from configs import ladder
-from tokenformer_jax.checkpoint import Checkpoints, Record, write_workdir
 from tokenformer_jax.config import Config, read_config
-from tokenformer_jax.corpus import prepare
-from tokenformer_jax.data import data_identity, train_batches
-from tokenformer_jax.grow import grow
-from tokenformer_jax.metrics import environment
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import TrainState, make_step
-from tokenformer_jax.tokenizer import train_tokenizer
-from tokenformer_jax.transformer import count_params
+from tokenformer_jax.data.batches import data_identity, train_batches
+from tokenformer_jax.data.tokenizer import train_tokenizer
+from tokenformer_jax.data.tokens import prepare
+from tokenformer_jax.devices.hardware import environment
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.files import replace_file
+from tokenformer_jax.growth.grow import grow
+from tokenformer_jax.nn.layers import count_params
+from tokenformer_jax.storage.checkpoints import Checkpoints, save_one
+from tokenformer_jax.storage.record import Record
+from tokenformer_jax.training.state import TrainState
+from tokenformer_jax.training.step import make_step
 
 TIME_BOUND, MEMORY_BOUND = 2.0, 1.3  # times the copy, and times the grown state
 REST = {"ladder": 30, "tiny": 0}  # seconds
@@ -80,10 +83,10 @@ def make(name: str, folder: Folder, processes: int) -> dict[str, Any]:
 
     state = TrainState(jnp.int32(cfg.steps), state.params, jax.tree.map(moment, state.opt_state), state.tau)
     record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
-    files = {"config.json": cfg.to_json()}
-    write_workdir(
-        folder / "source", cfg.steps, (state, train_batches(corpus.train, cfg), corpus.tokenizer, record), lambda: files
-    )
+    data = train_batches(corpus.train, cfg)
+    save_one(folder / "source" / "checkpoints", cfg.steps, state, data, corpus.tokenizer, record)
+    if jax.process_index() == 0:
+        replace_file(folder / "source" / "config.json", cfg.to_json())
     larger = config(name, "757m", folder, processes).model
     after = count_params(make_step(dataclasses.replace(cfg, model=larger), step.mesh).abstract_state.params)
     return {"params_before": count_params(state.params), "params_after": after, "environment": environment()}
@@ -145,7 +148,7 @@ def run_orbax(name: str, folder: Folder, processes: int) -> dict[str, Any]:
     os.sync()
     time.sleep(REST[name])
     began = time.monotonic()
-    write_workdir(folder / "copy", number, items, dict)
+    save_one(folder / "copy" / "checkpoints", number, *items)
     return {"seconds": restore + time.monotonic() - began, "restore": restore, "save": time.monotonic() - began}
 
 

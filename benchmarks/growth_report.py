@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from tokenformer_jax.metrics import replace_file
+from tokenformer_jax.files import replace_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -25,10 +25,14 @@ from absl import flags
 
 from benchmarks.growth_report import Record, report
 from configs import base
-from tokenformer_jax.config import Config, UserError, read_config, run_command, workdir_flag
-from tokenformer_jax.grow import grow
-from tokenformer_jax.metrics import read_metrics, replace_file, train_flops_per_token
-from tokenformer_jax.train import train
+from tokenformer_jax.cli import run_command, workdir_flag
+from tokenformer_jax.config import Config, read_config
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import replace_file
+from tokenformer_jax.growth.grow import grow
+from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage.metrics_file import read_metrics
+from tokenformer_jax.training.metrics import train_flops_per_token
 
 SEEDS = (0, 1, 2)
 FIRST_RATE = 4e-3  # where a search begins

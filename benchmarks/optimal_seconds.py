@@ -17,8 +17,9 @@ import jax
 
 from configs import ladder
 from tokenformer_jax.config import read_config
-from tokenformer_jax.metrics import replace_file, train_flops_per_token
-from tokenformer_jax.plan import devices_of, lower_step
+from tokenformer_jax.files import replace_file
+from tokenformer_jax.planning.plan import devices_of, lower_step
+from tokenformer_jax.training.metrics import train_flops_per_token
 
 FLAGS: dict[str, dict[str, str]] = {
     "default": {},

@@ -19,9 +19,10 @@ import matplotlib
 from absl import flags
 
 from configs import ladder, pile
-from tokenformer_jax.config import Config, read_config, run_command, workdir_flag
-from tokenformer_jax.metrics import replace_file
-from tokenformer_jax.plan import GB, make_plan
+from tokenformer_jax.cli import run_command, workdir_flag
+from tokenformer_jax.config import Config, read_config
+from tokenformer_jax.files import replace_file
+from tokenformer_jax.planning.plan import GB, make_plan
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

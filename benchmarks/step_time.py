@@ -33,11 +33,14 @@ from flax import nnx
 
 from configs import base
 from tokenformer_jax.config import Config, read_config
-from tokenformer_jax.data import Batch
-from tokenformer_jax.metrics import environment, replace_file, train_flops_per_token
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import loss_sums, make_step, put_batch
-from tokenformer_jax.transformer import abstract_model, count_params
+from tokenformer_jax.data.batches import Batch
+from tokenformer_jax.devices.hardware import environment
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.files import replace_file
+from tokenformer_jax.nn.language import abstract_model
+from tokenformer_jax.nn.layers import count_params
+from tokenformer_jax.training.metrics import train_flops_per_token
+from tokenformer_jax.training.step import loss_sums, make_step, put_batch
 
 MATRIX = 2048
 WARM = 4  # steps before those that count

@@ -31,16 +31,20 @@ import jax.numpy as jnp
 
 from benchmarks import step_time
 from configs import quickstart
-from tokenformer_jax.checkpoint import Checkpoints, Record, by_name
 from tokenformer_jax.config import Config, read_config
-from tokenformer_jax.corpus import prepare
-from tokenformer_jax.data import data_identity, train_batches
-from tokenformer_jax.fingerprint import fingerprints
-from tokenformer_jax.generate import Sampling, generate
-from tokenformer_jax.metrics import environment, replace_file, train_flops_per_token
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import make_step
-from tokenformer_jax.transformer import init_params, initial_tau
+from tokenformer_jax.data.batches import data_identity, train_batches
+from tokenformer_jax.data.tokens import prepare
+from tokenformer_jax.devices.hardware import environment
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.evaluation.sampling import Sampling, generate
+from tokenformer_jax.files import replace_file
+from tokenformer_jax.nn.language import init_params, initial_tau
+from tokenformer_jax.storage.arrays import by_name
+from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.storage.fingerprint import fingerprints
+from tokenformer_jax.storage.record import Record
+from tokenformer_jax.training.metrics import train_flops_per_token
+from tokenformer_jax.training.step import make_step
 
 ROUNDS = 3
 Figures = dict[str, Any]

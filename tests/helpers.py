@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from configs import base
 from tokenformer_jax.config import Config, read_config
-from tokenformer_jax.data import Batch
-from tokenformer_jax.metrics import read_metrics
+from tokenformer_jax.data.batches import Batch
+from tokenformer_jax.storage.metrics_file import read_metrics
 
 DATA = pathlib.Path(__file__).parent / "data"
 

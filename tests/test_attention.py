@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import assert_trees_equal
-from tokenformer_jax.attention import blockwise_attention, kernel, splash_attention
+from tokenformer_jax.nn.attention import blockwise_attention, splash_attention
+from tokenformer_jax.nn.backends import attention_kernel
 
 KERNELS = {
     "splash": functools.partial(splash_attention, interpret=True),
@@ -52,8 +53,8 @@ def test_blockwise_attention_in_bfloat16_is_as_close_to_float32_as_the_plain_one
 
 
 def test_the_kernel_is_chosen_by_platform_shape_and_dtype():
-    assert kernel("tpu", (8, 1024, 12, 64), jnp.bfloat16) == "splash"
-    assert kernel("tpu", (8, 1000, 12, 64), jnp.bfloat16) == "blockwise"
-    assert kernel("gpu", (8, 1024, 12, 64), np.dtype(jnp.bfloat16)) == "cudnn"
-    assert kernel("gpu", (8, 1024, 12, 64), jnp.float32) == "blockwise"
-    assert kernel("cpu", (8, 1024, 12, 64), jnp.bfloat16) == "blockwise"
+    assert attention_kernel("tpu", (8, 1024, 12, 64), jnp.bfloat16) == "splash"
+    assert attention_kernel("tpu", (8, 1000, 12, 64), jnp.bfloat16) == "blockwise"
+    assert attention_kernel("gpu", (8, 1024, 12, 64), np.dtype(jnp.bfloat16)) == "cudnn"
+    assert attention_kernel("gpu", (8, 1024, 12, 64), jnp.float32) == "blockwise"
+    assert attention_kernel("cpu", (8, 1024, 12, 64), jnp.bfloat16) == "blockwise"

@@ -12,8 +12,8 @@ import pytest
 
 from tests.commands import ROOT, call, call_well, complaint
 from tests.helpers import write_corpus
-from tokenformer_jax.checkpoint import Checkpoints
-from tokenformer_jax.tokenizer import tokenizer_from_json
+from tokenformer_jax.data.tokenizer import tokenizer_from_json
+from tokenformer_jax.storage.checkpoints import Checkpoints
 
 CONFIG = """
 from configs import base
@@ -46,6 +46,15 @@ def folder(tmp_path_factory):
     ):
         call_well(command, *args)
     return folder
+
+
+@pytest.mark.parametrize(
+    "preset", ["--config=quickstart:small", "--config quickstart:small", "--config=configs/quickstart.py"]
+)
+def test_a_preset_is_named_or_given_as_a_file(preset, folder):
+    flags = [*preset.split(), "--config.data.dataset=text_files", f"--config.data.path={folder}/text"]
+    line = complaint(call("train", *flags, f"--config.data.cache_dir={folder}/cache", f"--workdir={folder}/text"))
+    assert "holds other files and no run" in line  # the config was read
 
 
 def test_evaluate(folder):
@@ -201,6 +210,8 @@ WRONG = [
     ("train", "--config={f}/config.py:big", "--workdir is missing"),
     ("train", "--workdir={f}/w", "--config is missing"),
     ("train", "--config={f}/nothing.py --workdir={f}/w", "nothing.py"),
+    ("train", "--config=quickstart:tiny --workdir={f}/w", "quickstart.py:tiny: ValueError: variant 'tiny' must be"),
+    ("train", "--config=quickstrat:small --workdir={f}/w", "did you mean 'quickstart'"),
     ("train", "--config={f}/config.py --workdir={f}/text", "holds other files"),
     ("train", "--config={f}/config.py:grown --workdir={f}/small", "model.qkv_tokens = 12"),
     ("train", "--config={f}/config.py --workdir={f}/w --speed=9", "speed"),

@@ -8,8 +8,10 @@ import pytest
 
 from configs import ladder, pile, released, tpu, transformer
 from tokenformer_jax.config import read_config, validate
-from tokenformer_jax.ladder import check_growth, stages
-from tokenformer_jax.transformer import abstract_model, count_params
+from tokenformer_jax.growth.ladder import stages
+from tokenformer_jax.growth.recipes import check_growth
+from tokenformer_jax.nn.language import abstract_model
+from tokenformer_jax.nn.layers import count_params
 
 FILES = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 VARIANTS = {

@@ -15,23 +15,24 @@ from safetensors.numpy import save_file
 
 from tests.commands import call, call_well, complaint
 from tests.helpers import assert_trees_equal, golden_model, tiny_config, tiny_linear_config, write_corpus
-from tokenformer_jax import convert
-from tokenformer_jax.checkpoint import Checkpoints
-from tokenformer_jax.config import MeshConfig, UserError, load_config
-from tokenformer_jax.convert import (
+from tokenformer_jax.config import MeshConfig
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.growth.grow import grow
+from tokenformer_jax.nn.language import abstract_model
+from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage import state_dicts
+from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.storage.official import (
     check_tau,
     export_official,
     from_official,
     import_official,
     model_config,
-    read_state_dict,
     to_official,
-    write_state_dict,
 )
-from tokenformer_jax.evaluate import load_trained
-from tokenformer_jax.grow import grow
-from tokenformer_jax.train import train
-from tokenformer_jax.transformer import abstract_model
+from tokenformer_jax.storage.state_dicts import read_state_dict, write_state_dict
+from tokenformer_jax.storage.trained import load_trained
+from tokenformer_jax.storage.workdir import load_config
 
 EMBED = "sequential.0.word_embeddings.weight"
 KEYS = "sequential.3.attention.query.key_param_tokens"
@@ -136,9 +137,9 @@ def test_a_workdir_holds_all_that_a_run_needs(imported, folder):
 # Bits.
 
 
-@pytest.mark.parametrize("ending", convert.ENDINGS)
+@pytest.mark.parametrize("ending", state_dicts.ENDINGS)
 def test_import_export_import_keeps_every_bit(tmp_path, ending):
-    if ending in convert.TORCH_ENDINGS:
+    if ending in state_dicts.TORCH_ENDINGS:
         pytest.importorskip("torch")
     state_dict, _ = official()
     first = from_official(read_state_dict(write(tmp_path / f"theirs{ending}", state_dict)))
@@ -341,7 +342,7 @@ WRONG_FILES = [
 
 @pytest.mark.parametrize("name, make, names", WRONG_FILES, ids=[name for name, *_ in WRONG_FILES])
 def test_wrong_files_are_refused_in_one_line_and_run_no_code(tmp_path, name, make, names):
-    if pathlib.Path(name).suffix in convert.TORCH_ENDINGS:
+    if pathlib.Path(name).suffix in state_dicts.TORCH_ENDINGS:
         pytest.importorskip("torch")
     make(tmp_path / name)
     with pytest.raises(UserError) as error:

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from configs import base
-from tokenformer_jax import corpus as corpora
-from tokenformer_jax.config import Config, UserError, read_config
-from tokenformer_jax.corpus import Corpus, TokenSplit, prepare
-from tokenformer_jax.data import eval_batches
-from tokenformer_jax.tokenizer import train_tokenizer
+from tokenformer_jax.config import Config, read_config
+from tokenformer_jax.data.batches import eval_batches
+from tokenformer_jax.data.text import PythonSource, prepare_builder
+from tokenformer_jax.data.tokenizer import Tokenizer, train_tokenizer
+from tokenformer_jax.data.tokens import Corpus, TokenSplit, prepare
+from tokenformer_jax.errors import UserError
 
 WORDS = "one two three four five six seven eight nine ten".split()
 
@@ -66,7 +67,7 @@ def test_the_stream_is_the_documents_between_ends_of_text(tmp_path):
 
 
 def test_long_documents_are_encoded_in_pieces_that_join(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "_PIECE", 50)
+    monkeypatch.setattr("tokenformer_jax.data.tokens._PIECE", 50)
     (tmp_path / "texts").mkdir()
     texts = ["\n".join(WORDS * 20), "x" * 333, "short"]
     for i, text in enumerate(texts):
@@ -111,7 +112,7 @@ def test_changed_files_give_a_new_set_and_equal_files_the_cached_one(tmp_path, m
     folder = write_texts(tmp_path / "texts")
     first = prepare(make_config(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(corpora, "_make_corpus", None)  # calling it fails
+        patch.setattr("tokenformer_jax.data.tokens._make_corpus", None)  # calling it fails
         again = prepare(make_config(tmp_path))
         assert again.tokenizer.fingerprint == first.tokenizer.fingerprint
         np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
@@ -127,8 +128,8 @@ def test_reopening_imports_no_tfds(tmp_path):
     prepare(cfg)
     (tmp_path / "config.json").write_text(cfg.to_json())
     code = (
-        "import pathlib, sys; from tokenformer_jax.config import load_config; "
-        "from tokenformer_jax.corpus import prepare; "
+        "import pathlib, sys; from tokenformer_jax.storage.workdir import load_config; "
+        "from tokenformer_jax.data.tokens import prepare; "
         "prepare(load_config(pathlib.Path(sys.argv[1]))); assert 'tensorflow_datasets' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "config.json"], check=True)
@@ -142,7 +143,7 @@ def test_a_killed_preparation_is_redone(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpora.Tokenizer, "encode_batch", killed)
+        patch.setattr(Tokenizer, "encode_batch", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(cfg)
     assert [path.suffix for path in tmp_path.glob("cache/*/tokens-*")] == [".tmp"]
@@ -189,8 +190,8 @@ def test_two_processes_prepare_at_once(tmp_path):
     write_texts(tmp_path / "texts", 500)
     (tmp_path / "config.json").write_text(make_config(tmp_path).to_json())
     code = (
-        "import pathlib, sys; from tokenformer_jax.config import load_config; "
-        "from tokenformer_jax.corpus import prepare; "
+        "import pathlib, sys; from tokenformer_jax.storage.workdir import load_config; "
+        "from tokenformer_jax.data.tokens import prepare; "
         "print(prepare(load_config(pathlib.Path(sys.argv[1]))).train.num_tokens)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "config.json")]
@@ -213,7 +214,7 @@ def test_a_given_tokenizer_and_a_tokenizer_file_make_the_same_tokens(tmp_path):
 
 def test_python_source_is_the_library_without_its_tests(tmp_path):
     cfg = make_config(tmp_path, data__dataset="python_source")
-    one, two = (corpora.PythonSource(cfg.data) for _ in range(2))
+    one, two = (PythonSource(cfg.data) for _ in range(2))
     assert one.identity == two.identity and list(one.documents()) == list(two.documents())
     paths = [document.path for document in one.documents()]
     assert "argparse.py" in paths and not any("test" in pathlib.Path(p).parts for p in paths)
@@ -226,7 +227,7 @@ def test_python_source_is_the_library_without_its_tests(tmp_path):
 
 def prepared_tfds_set(folder: pathlib.Path, name: str) -> None:
     examples = [(i, {"text": f"{i} " + " ".join(WORDS), "path": "p"}) for i in range(40)]
-    corpora._prepare_builder(name, folder, {"train": iter(examples[:30]), "test": iter(examples[30:])})
+    prepare_builder(name, folder, {"train": iter(examples[:30]), "test": iter(examples[30:])})
 
 
 def test_a_tfds_set_by_name_with_split_syntax(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 
 from tests.commands import start
 from tests.helpers import assert_trees_equal, corpus_overrides, rows_of, tiny_config, write_config
-from tokenformer_jax.checkpoint import Checkpoints
-from tokenformer_jax.metrics import read_metrics
+from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.storage.metrics_file import read_metrics
 
 STEPS, RUNG = 40, 20
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny_config
-from tokenformer_jax.config import UserError
-from tokenformer_jax.corpus import TokenSplit
-from tokenformer_jax.data import Batch, eval_batches, keep_position, train_batches
+from tokenformer_jax.data.batches import Batch, eval_batches, keep_position, train_batches
+from tokenformer_jax.data.tokens import TokenSplit
+from tokenformer_jax.errors import UserError
 
 CFG = tiny_config(model__context_length=8, batch_size=4)
 

@@ -11,10 +11,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tokenformer_jax import fingerprint as module
-from tokenformer_jax.fingerprint import as_text, fingerprints, sealed, unsealed
-from tokenformer_jax.hlo import read_program
-from tokenformer_jax.plan import compile_step, devices_of
+from tokenformer_jax.files import sealed, unsealed
+from tokenformer_jax.planning.hlo import read_program
+from tokenformer_jax.planning.plan import compile_step, devices_of
+from tokenformer_jax.storage import fingerprint as module
+from tokenformer_jax.storage.fingerprint import as_text, fingerprints
 
 
 def of(x, shape=None):

@@ -13,16 +13,19 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tests.helpers import corpus_overrides, tiny_config
-from tokenformer_jax.checkpoint import Checkpoints
-from tokenformer_jax.config import UserError, load_config, read_config
-from tokenformer_jax.convert import from_official, model_config, read_state_dict, to_official
-from tokenformer_jax.corpus import prepare
-from tokenformer_jax.evaluate import load_trained
-from tokenformer_jax.ladder import stages
-from tokenformer_jax.metrics import read_metrics
-from tokenformer_jax.tokenizer import load_tokenizer, train_tokenizer
-from tokenformer_jax.train import train
-from tokenformer_jax.transformer import abstract_model
+from tokenformer_jax.config import read_config
+from tokenformer_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from tokenformer_jax.data.tokens import prepare
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.growth.ladder import stages
+from tokenformer_jax.nn.language import abstract_model
+from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.storage.metrics_file import read_metrics
+from tokenformer_jax.storage.official import from_official, model_config, to_official
+from tokenformer_jax.storage.state_dicts import read_state_dict
+from tokenformer_jax.storage.trained import load_trained
+from tokenformer_jax.storage.workdir import load_config
 
 TREE = dataclasses.asdict(tiny_config())
 KEYS = [(key,) for key in TREE] + [

@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from tests.helpers import tiny_config
-from tokenformer_jax.config import UserError
-from tokenformer_jax.generate import Sampling, generate, readable, sample
-from tokenformer_jax.tokenizer import train_tokenizer
-from tokenformer_jax.transformer import abstract_model, init_params, initial_tau
+from tokenformer_jax.data.tokenizer import train_tokenizer
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.evaluation.sampling import Sampling, generate, readable, sample
+from tokenformer_jax.nn.language import abstract_model, init_params, initial_tau
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 
 from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, tiny_config, tiny_linear_config
-from tokenformer_jax.checkpoint import Checkpoints
-from tokenformer_jax.config import UserError, load_config
-from tokenformer_jax.evaluate import load_trained
-from tokenformer_jax.grow import grow, grow_state, measure, verify
-from tokenformer_jax.ladder import check_growth
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import learning_rate, make_step, put_batch
-from tokenformer_jax.train import train
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.growth.grow import grow, grow_state
+from tokenformer_jax.growth.recipes import check_growth
+from tokenformer_jax.growth.verify import measure, verify
+from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.storage.trained import load_trained
+from tokenformer_jax.storage.workdir import load_config
+from tokenformer_jax.training.schedule import learning_rate
+from tokenformer_jax.training.step import make_step, put_batch
 
 GROWN = {"model__qkv_tokens": 48, "model__out_tokens": 56, "model__ffn_tokens": 200, "steps": 16}
 
@@ -244,7 +247,7 @@ def test_a_source_that_does_not_divide_by_the_mesh_is_named(source, tmp_path):
 def test_a_failed_check_writes_nothing(source, tmp_path, monkeypatch):
     small, workdir = source
     cfg = dataclasses.replace(tiny_config(**GROWN), data=small.data)
-    monkeypatch.setattr("tokenformer_jax.grow.LOGIT_BOUND", -1.0)
+    monkeypatch.setattr("tokenformer_jax.growth.verify.LOGIT_BOUND", -1.0)
     with pytest.raises(UserError, match="nothing was written"):
         grow(workdir, cfg, tmp_path / "grown")
     assert not list(tmp_path.iterdir())

@@ -11,10 +11,10 @@ from orbax.checkpoint import v1 as ocp
 
 from benchmarks import growth_cost
 from tests.helpers import tiny_config
-from tokenformer_jax.checkpoint import _storage
-from tokenformer_jax.grow import grow_state
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import make_step
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.storage.arrays import storage_context
+from tokenformer_jax.training.step import make_step
 
 BEFORE, AFTER = 256, 512  # tokens; everything else of the model is smaller than a shard of these
 
@@ -50,7 +50,7 @@ def test_no_device_holds_a_whole_array_that_is_sharded(recipe, fsdp, tensor):
 def test_a_stack_of_layers_is_stored_a_layer_at_a_time(tmp_path):
     """So that a reader of a part never needs the whole."""
     state = {"blocks": np.ones((3, 40, 8)), "embed": np.ones((40, 8))}
-    with _storage(state):
+    with storage_context(state):
         ocp.save(tmp_path / "saved", state)
     stored = ocp.metadata(tmp_path / "saved").metadata
     assert stored["blocks"].storage_metadata.chunk_shape == (1, 40, 8)

@@ -10,14 +10,17 @@ import pytest
 
 from tests.commands import call
 from tests.helpers import assert_trees_equal, corpus_overrides, tiny_config
-from tokenformer_jax.checkpoint import Checkpoints, DamagedError, by_name, write_workdir
-from tokenformer_jax.config import UserError, load_config
-from tokenformer_jax.evaluate import load_trained
-from tokenformer_jax.grow import grow
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.shrink import shrink
-from tokenformer_jax.step import make_step
-from tokenformer_jax.train import open_run, train
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.growth.grow import grow
+from tokenformer_jax.growth.shrink import shrink
+from tokenformer_jax.running.loop import train
+from tokenformer_jax.running.run import open_run
+from tokenformer_jax.storage.arrays import by_name
+from tokenformer_jax.storage.checkpoints import Checkpoints, DamagedError, save_one
+from tokenformer_jax.storage.trained import load_trained
+from tokenformer_jax.storage.workdir import load_config
+from tokenformer_jax.training.step import make_step
 
 OLD, NEW = 2, 4  # steps
 
@@ -33,7 +36,7 @@ def run(cfg, tmp_path_factory):
     """A run of 8 steps that was stopped at step 4, with checkpoints of the steps 2 and 4."""
     workdir = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tokenformer_jax.train.StopSignals.stop_after", lambda self, n: n == NEW)
+        patch.setattr("tokenformer_jax.running.signals.StopSignals.stop_after", lambda self, n: n == NEW)
         train(cfg, workdir)
     return workdir
 
@@ -211,7 +214,7 @@ def test_an_array_of_a_mesh_is_saved_with_the_fingerprint_that_one_device_comput
     sharded = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=2, fsdp=2, tensor=2))
     there = open_run(sharded, shutil.copytree(run, tmp_path / "run"))
     items = there.state, there.data, there.corpus.tokenizer, there.record
-    write_workdir(tmp_path / "again", NEW, items, dict)
+    save_one(tmp_path / "again" / "checkpoints", NEW, *items)
     saved = [Checkpoints(workdir / "checkpoints")._saved(NEW) for workdir in (run, tmp_path / "again")]
     assert saved[0] == saved[1] and len(saved[0]) == len(jax.tree.leaves(there.state))
 

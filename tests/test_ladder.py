@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 
 from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, rows_of, tiny_config
-from tokenformer_jax import train as train_module
-from tokenformer_jax.checkpoint import Checkpoints
-from tokenformer_jax.config import UserError
-from tokenformer_jax.evaluate import load_trained
-from tokenformer_jax.ladder import Plateau, stages
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import Frozen, make_step, put_batch
-from tokenformer_jax.train import train
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.growth.ladder import Plateau, stages
+from tokenformer_jax.growth.resize import Resize
+from tokenformer_jax.running.log import Log
+from tokenformer_jax.running.loop import train
+from tokenformer_jax.running.signals import StopSignals
+from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.storage.trained import load_trained
+from tokenformer_jax.training.schedule import Frozen
+from tokenformer_jax.training.step import make_step, put_batch
 
 RUNGS = (
     {"step": 6, "model": {"qkv_tokens": 32, "ffn_tokens": 128}, "mesh": {"fsdp": 4, "tensor": 2}},
@@ -68,15 +71,15 @@ def test_the_last_model_of_each_rung_is_kept_and_can_be_used(ladder):
 @pytest.mark.parametrize("kills", [(5, 11, 13), pytest.param((7, 15), marks=pytest.mark.slow)], ids=str)
 def test_a_run_killed_on_both_sides_of_a_rung_ends_the_same(ladder, tmp_path, monkeypatch, kills):
     cfg, whole = ladder
-    trained = train_module.Log.step
+    trained = Log.step
 
-    def step(log, n, metrics):
-        trained(log, n, metrics)
+    def step(log, n, figures):
+        trained(log, n, figures)
         if n in waiting:
             waiting.remove(n)
             raise Killed
 
-    monkeypatch.setattr(train_module.Log, "step", step)
+    monkeypatch.setattr(Log, "step", step)
     waiting = list(kills)
     for _ in kills:
         with pytest.raises(Killed):
@@ -89,14 +92,14 @@ def test_a_run_killed_on_both_sides_of_a_rung_ends_the_same(ladder, tmp_path, mo
 
 def test_a_run_stopped_in_a_growth_ends_the_same(ladder, tmp_path, monkeypatch):
     cfg, whole = ladder
-    grow_model = train_module.grow_model
+    apply = Resize.apply
 
     def killed(*args):
-        grow_model(*args)
+        apply(*args)
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train_module, "grow_model", killed)
+        patch.setattr(Resize, "apply", killed)
         train(cfg, tmp_path / "cut")
     train(cfg, tmp_path / "cut")
     assert rows_of(tmp_path / "cut") == rows_of(whole)
@@ -105,7 +108,7 @@ def test_a_run_stopped_in_a_growth_ends_the_same(ladder, tmp_path, monkeypatch):
 def test_a_signal_stops_on_a_rung_and_the_run_goes_on(ladder, tmp_path, monkeypatch):
     cfg, whole = ladder
     with monkeypatch.context() as patch:
-        patch.setattr(train_module.StopSignals, "stop_after", lambda self, n: n == 6)  # the very step of the growth
+        patch.setattr(StopSignals, "stop_after", lambda self, n: n == 6)  # the very step of the growth
         train(cfg, tmp_path / "cut")
     assert Checkpoints(tmp_path / "cut" / "checkpoints").steps[-1] == 6
     train(cfg, tmp_path / "cut")

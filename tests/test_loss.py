@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from tests.helpers import assert_trees_equal
-from tokenformer_jax import loss
-from tokenformer_jax.loss import cross_entropy
+from tokenformer_jax.nn import loss
+from tokenformer_jax.nn.loss import cross_entropy
 
 BATCH, DIM, VOCAB, CHUNK = 3, 16, 50, 48
 

@@ -13,15 +13,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.helpers import assert_trees_equal, random_batch, tiny_config
-from tokenformer_jax import step as step_module
-from tokenformer_jax.checkpoint import Checkpoints, Record
-from tokenformer_jax.config import MeshConfig, UserError
-from tokenformer_jax.generate import Sampling, generate
-from tokenformer_jax.hlo import device_groups, read_program
-from tokenformer_jax.pattention import pattention
-from tokenformer_jax.sharding import MESH_AXES, arrange, make_mesh, this_process
-from tokenformer_jax.step import make_step, put_batch
-from tokenformer_jax.tokenizer import train_tokenizer
+from tokenformer_jax.config import MeshConfig
+from tokenformer_jax.data.tokenizer import train_tokenizer
+from tokenformer_jax.devices.sharding import MESH_AXES, arrange, make_mesh, this_process
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.evaluation.sampling import Sampling, generate
+from tokenformer_jax.nn.pattention import pattention
+from tokenformer_jax.planning.hlo import device_groups, read_program
+from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.storage.record import Record
+from tokenformer_jax.training import step as step_module
+from tokenformer_jax.training.step import make_step, put_batch
 
 LENGTH = 11  # a prime: the size of whatever has positions divides by it, no other does
 CFG = tiny_config(

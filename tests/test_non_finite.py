@@ -10,13 +10,14 @@ import pytest
 
 from tests.commands import call_well
 from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, rows_of, tiny_config
-from tokenformer_jax import train as training
-from tokenformer_jax.checkpoint import Checkpoints
-from tokenformer_jax.config import UserError
-from tokenformer_jax.metrics import read_metrics
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import make_step, put_batch
-from tokenformer_jax.train import open_run, train
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.running.loop import train
+from tokenformer_jax.running.run import open_run
+from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.storage.metrics_file import read_metrics
+from tokenformer_jax.training.non_finite import what_is_bad
+from tokenformer_jax.training.step import make_step, put_batch
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def poison(cfg, tmp_path, monkeypatch):
                 batch = batch._replace(weights_BL=batch.weights_BL * np.float32(weight))
             return put_batch(step, batch)
 
-        monkeypatch.setattr(training, "put_batch", put)
+        monkeypatch.setattr("tokenformer_jax.running.loop.put_batch", put)
 
     return choose
 
@@ -124,7 +125,7 @@ def test_rolling_back_goes_on_behind_the_bad_batch_also_when_killed(cfg, tmp_pat
         return False
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("tokenformer_jax.train.StopSignals.stop_after", die)
+        patch.setattr("tokenformer_jax.running.signals.StopSignals.stop_after", die)
         train(cfg, tmp_path / "killed")
     train(cfg, tmp_path / "killed")
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "run")
@@ -137,18 +138,17 @@ def test_rolling_back_too_often_ends_the_run(cfg, tmp_path, poison):
 
 
 def test_a_spike_of_the_loss_counts_when_asked_for(cfg, tmp_path, poison, monkeypatch):
-    monkeypatch.setattr(training, "SPIKE_WINDOW", 4)
+    monkeypatch.setattr("tokenformer_jax.training.non_finite.SPIKE_WINDOW", 4)
+    monkeypatch.setattr("tokenformer_jax.running.run.SPIKE_WINDOW", 4)
     cfg = dataclasses.replace(cfg, loss_spike=3.0, non_finite="rollback")
     train(cfg, tmp_path / "smooth")
     assert not open_run(cfg, tmp_path / "smooth").record.rollbacks
-    real = training.Run.what_is_bad
 
-    def spiked(self, figures, norms):
-        peak = 4.0 if int(np.round(figures["loss"] * 1e6)) == spike else 0.0
-        return real(self, figures | {"loss": figures["loss"] + peak}, norms)
+    def spiked(loss, *others):
+        return what_is_bad(loss + (4.0 if int(np.round(loss * 1e6)) == spike else 0.0), *others)
 
     spike = next(int(np.round(row["loss"] * 1e6)) for row in rows_of(tmp_path / "smooth") if row["step"] == 7)
-    monkeypatch.setattr(training.Run, "what_is_bad", spiked)
+    monkeypatch.setattr("tokenformer_jax.running.loop.what_is_bad", spiked)
     train(cfg, tmp_path / "run")
     (rollback,) = open_run(cfg, tmp_path / "run").record.rollbacks
     assert (rollback["from"], rollback["to"]) == (7, 6) and "nats above" in rollback["why"]

@@ -10,14 +10,16 @@ import pytest
 from flax import nnx
 
 from tests.helpers import assert_trees_equal, random_batch, tiny_config, tiny_linear_config
-from tokenformer_jax.config import UserError
-from tokenformer_jax.convert import check_tau
-from tokenformer_jax.grow import grow_state
-from tokenformer_jax.model import TokenFormer
-from tokenformer_jax.pattention import GELUS, dropout, dropout_scale, pattention
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import TauRamp, TrainState, make_step, masks_key, put_batch
-from tokenformer_jax.transformer import abstract_model, init_params, initial_tau
+from tokenformer_jax.api import TokenFormer
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.nn.language import abstract_model, init_params, initial_tau
+from tokenformer_jax.nn.layers import GELUS, dropout, dropout_scale
+from tokenformer_jax.nn.pattention import pattention
+from tokenformer_jax.storage.official import check_tau
+from tokenformer_jax.training.state import TauRamp, TrainState
+from tokenformer_jax.training.step import make_step, masks_key, put_batch
 
 DROPPED = {"model__dropout": 0.2, "model__stochastic_depth": 0.3}
 SMALL = {"model__vocab_size": 64, "model__context_length": 8, "steps": 4}

@@ -10,14 +10,15 @@ from flax import nnx
 
 from tests.helpers import assert_trees_equal, random_batch, tiny_config, tiny_linear_config
 from tokenformer_jax import TokenFormer
-from tokenformer_jax.config import SIZES, UserError
-from tokenformer_jax.convert import check_tau
-from tokenformer_jax.grow import grow_state
-from tokenformer_jax.ladder import check_growth
-from tokenformer_jax.pattention import pattention
-from tokenformer_jax.shrink import check_shrinking, shrink_state
-from tokenformer_jax.step import loss_sums
-from tokenformer_jax.transformer import abstract_model, initial_tau
+from tokenformer_jax.config import SIZES
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.growth.recipes import check_growth
+from tokenformer_jax.growth.shrink import check_shrinking, shrink_state
+from tokenformer_jax.nn.language import abstract_model, initial_tau
+from tokenformer_jax.nn.pattention import pattention
+from tokenformer_jax.storage.official import check_tau
+from tokenformer_jax.training.step import loss_sums
 
 ODD = {"model__qkv_tokens": 21, "model__out_tokens": 37, "model__ffn_tokens": 93, "model__vocab_size": 304}
 PLAIN = tiny_config(**ODD)

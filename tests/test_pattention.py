@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import DATA
-from tokenformer_jax.pattention import NORMALIZERS, pattention
+from tokenformer_jax.nn.layers import GELUS, dropout_scale
+from tokenformer_jax.nn.pattention import NORMALIZERS, pattention, plain_pattention
 
 
 @pytest.mark.parametrize("normalizer", sorted(NORMALIZERS))
@@ -70,3 +71,18 @@ def test_a_position_alone_gives_what_it_gives_among_others(normalizer, num_token
         np.testing.assert_allclose(
             gradient_alone(dy[None, i : i + 1])[0][0, 0], gradient(dy)[0][i], rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("gelu", sorted(GELUS))
+@pytest.mark.parametrize("normalizer", sorted(NORMALIZERS))
+def test_the_written_out_gradient_is_that_of_the_plain_equation(normalizer, gelu, recompute):
+    shapes = (4, 6, 16), (24, 16), (24, 8), (4, 6, 8)
+    x, keys, values, dy = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    scale = dropout_scale(0.3, jax.random.key(9), (4, 1, 24))
+    fast = lambda *a: pattention(*a, 5.0, normalizer, gelu, scale_B1N=scale, recompute=recompute)  # noqa: E731
+    plain = lambda *a: plain_pattention(*a, 5.0, normalizer, gelu, scale)  # noqa: E731
+    (y, gradient), (expected, expected_gradient) = (jax.vjp(f, x, keys, values) for f in (fast, plain))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(gradient(dy), expected_gradient(dy), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 from tests.commands import call
 from tests.helpers import tiny_config
 from tokenformer_jax.config import MeshConfig
-from tokenformer_jax.hlo import read_program
-from tokenformer_jax.metrics import train_flops_per_token
-from tokenformer_jax.plan import alternatives, make_plan
-from tokenformer_jax.sharding import MESH_AXES, make_mesh
+from tokenformer_jax.devices.sharding import MESH_AXES, make_mesh
+from tokenformer_jax.planning.hlo import read_program
+from tokenformer_jax.planning.plan import alternatives, make_plan
+from tokenformer_jax.training.metrics import train_flops_per_token
 
 MESH = MeshConfig(slice=1, data=2, fsdp=2, tensor=2)
 SIZES = {axis: getattr(MESH, axis) for axis in MESH_AXES}

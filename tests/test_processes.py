@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from tests.helpers import assert_trees_equal, corpus_overrides, rows_of, tiny_config
-from tokenformer_jax.checkpoint import Checkpoints
-from tokenformer_jax.evaluate import load_trained
-from tokenformer_jax.metrics import read_metrics
-from tokenformer_jax.train import train
+from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.storage.metrics_file import read_metrics
+from tokenformer_jax.storage.trained import load_trained
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -146,7 +146,7 @@ def test_when_a_process_dies_the_other_says_which_and_ends_within_30_seconds(dea
 
 
 def test_when_a_process_fails_the_others_say_which_and_why(tmp_path):
-    command = "import os, time; from tokenformer_jax.config import run_command; "
+    command = "import os, time; from tokenformer_jax.cli import run_command; "
     command += "run_command(lambda: 1 / int(os.environ['JAX_PROCESS_ID']) and time.sleep(100))"
     pod = popen(tmp_path / "log", 1, "bash", "launch/local_pod.sh", "2", "python", "-c", command)
     assert finish(pod, 60) == 1
@@ -157,7 +157,7 @@ def test_when_a_process_fails_the_others_say_which_and_why(tmp_path):
 
 
 def test_processes_that_wait_for_one_that_died_before_it_joined_are_ended(tmp_path):
-    command = "import os, time; from tokenformer_jax.config import run_command; "
+    command = "import os, time; from tokenformer_jax.cli import run_command; "
     command += "os.environ['JAX_PROCESS_ID'] == '1' and os._exit(3); run_command(lambda: None)"
     launcher = ["env", "POD_GRACE=2", "bash", "launch/local_pod.sh", "3", "python", "-c", command]
     assert finish(popen(tmp_path / "log", 1, *launcher), 60) == 3

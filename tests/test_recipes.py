@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from tests.helpers import assert_trees_equal, random_batch, tiny_config
-from tokenformer_jax.config import CHOICES, UserError
-from tokenformer_jax.grow import grow_state, measure, verify
-from tokenformer_jax.ladder import check_growth
-from tokenformer_jax.recipes import RECIPES
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import make_step, put_batch
+from tokenformer_jax.config import CHOICES
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.growth.recipes import RECIPES, check_growth
+from tokenformer_jax.growth.verify import measure, verify
+from tokenformer_jax.training.step import make_step, put_batch
 
 DOUBLED = {"model__qkv_tokens": 48, "model__out_tokens": 80, "model__ffn_tokens": 192, "steps": 16}
 UNEVEN = {"model__qkv_tokens": 48, "model__out_tokens": 100, "model__ffn_tokens": 128, "steps": 16}
@@ -177,9 +178,9 @@ import sys
 
 import jax
 from tests.helpers import tiny_config
-from tokenformer_jax.grow import grow_state
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import make_step
+from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.training.step import make_step
 
 small, large = tiny_config(), tiny_config(model__qkv_tokens=96, model__out_tokens=96, model__ffn_tokens=256)
 before, after = (make_step(cfg, make_mesh(cfg.mesh)) for cfg in (small, large))

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from tests.helpers import assert_trees_equal, corpus_overrides, tiny_config, tiny_linear_config
-from tokenformer_jax.checkpoint import Checkpoints
-from tokenformer_jax.config import UserError
-from tokenformer_jax.evaluate import load_trained
-from tokenformer_jax.grow import grow, grow_state
-from tokenformer_jax.model import TokenFormer
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.shrink import check_shrinking, most_useful, shrink, shrink_state
-from tokenformer_jax.step import TauRamp, TrainState, make_step
-from tokenformer_jax.train import train
+from tokenformer_jax.api import TokenFormer
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.growth.grow import grow, grow_state
+from tokenformer_jax.growth.shrink import check_shrinking, most_useful, shrink, shrink_state
+from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.storage.trained import load_trained
+from tokenformer_jax.training.state import TauRamp, TrainState
+from tokenformer_jax.training.step import make_step
 
 SIZES = {"model__qkv_tokens": 64, "model__out_tokens": 80, "model__ffn_tokens": 192}
 

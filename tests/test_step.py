@@ -8,9 +8,11 @@ import pytest
 from flax import nnx
 
 from tests.helpers import assert_trees_equal, random_batch, tiny_config, tiny_linear_config
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import TauRamp, decayed, learning_rate, loss_sums, make_step, put_batch
-from tokenformer_jax.transformer import abstract_model, initial_tau
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.nn.language import abstract_model, initial_tau
+from tokenformer_jax.training.schedule import decayed, learning_rate
+from tokenformer_jax.training.state import TauRamp
+from tokenformer_jax.training.step import loss_sums, make_step, put_batch
 
 
 def train(cfg, steps=3):

@@ -9,11 +9,12 @@ import pytest
 
 from tests.commands import call, call_well, complaint
 from tests.helpers import corpus_overrides, rows_of, tiny_config, write_config
-from tokenformer_jax.checkpoint import Checkpoints
-from tokenformer_jax.config import UserError
-from tokenformer_jax.lock import only_writer
-from tokenformer_jax.metrics import MetricsWriter
-from tokenformer_jax.train import open_run, train
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.running.loop import train
+from tokenformer_jax.running.run import open_run
+from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.storage.metrics_file import MetricsWriter
+from tokenformer_jax.storage.workdir import only_writer
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_a_workdir_that_vanishes_ends_the_run(cfg, tmp_path, monkeypatch):
             (tmp_path / "run").rename(tmp_path / "elsewhere")
         return False
 
-    monkeypatch.setattr("tokenformer_jax.train.StopSignals.stop_after", vanish)
+    monkeypatch.setattr("tokenformer_jax.running.signals.StopSignals.stop_after", vanish)
     with pytest.raises(UserError, match=r"run/checkpoints: (is gone|a checkpoint cannot be written)"):
         train(cfg, tmp_path / "run")
     left = tmp_path / "run" / "checkpoints"  # Orbax may begin to make it
@@ -118,8 +119,8 @@ def test_a_clock_that_jumps_changes_nothing(cfg, whole, tmp_path, monkeypatch):
     run = []
     with monkeypatch.context() as patch:
         patch.setattr("time.time", lambda: real() + offset[0])
-        patch.setattr("tokenformer_jax.train.open_run", lambda *args: run.append(open_run(*args)) or run[0])
-        patch.setattr("tokenformer_jax.train.StopSignals.stop_after", jump)
+        patch.setattr("tokenformer_jax.running.loop.open_run", lambda *args: run.append(open_run(*args)) or run[0])
+        patch.setattr("tokenformer_jax.running.signals.StopSignals.stop_after", jump)
         train(cfg, tmp_path / "run")
     assert rows_of(tmp_path / "run") == rows_of(whole)
 

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from tokenformer_jax.config import UserError
-from tokenformer_jax.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, tokenizer_from_json, train_tokenizer
+from tokenformer_jax.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, tokenizer_from_json, train_tokenizer
+from tokenformer_jax.errors import UserError
 
 TEXTS = ["the cat sat on the mat\n" * 3, "def f(x):\n    return x\n", "naïve café, 東京, 🙂"]
 
@@ -37,7 +37,7 @@ def test_text_that_spells_the_special_token_is_text(tokenizer):
 
 def test_training_is_deterministic_over_processes(tokenizer):
     code = (
-        "from tests.test_tokenizer import TEXTS; from tokenformer_jax.tokenizer import train_tokenizer; "
+        "from tests.test_tokenizer import TEXTS; from tokenformer_jax.data.tokenizer import train_tokenizer; "
         "print(train_tokenizer(TEXTS, 300).fingerprint)"
     )
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 
 from tests.helpers import assert_trees_equal, corpus_overrides, rows_of, tiny_config, write_corpus
-from tokenformer_jax.checkpoint import Checkpoints, Record
-from tokenformer_jax.config import UserError, load_config
-from tokenformer_jax.metrics import read_metrics
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import make_step
-from tokenformer_jax.tokenizer import train_tokenizer
-from tokenformer_jax.train import train
+from tokenformer_jax.data.tokenizer import train_tokenizer
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.storage.metrics_file import read_metrics
+from tokenformer_jax.storage.record import Record
+from tokenformer_jax.storage.workdir import load_config
+from tokenformer_jax.training.step import make_step
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_run_learns_and_leaves_what_the_design_says(cfg, whole):
 def test_stopped_and_resumed_run_is_bit_identical(cfg, whole, tmp_path, monkeypatch, step):
     """Also where the stop falls on a step whose evaluation is still due."""
     with monkeypatch.context() as patch:
-        patch.setattr("tokenformer_jax.train.StopSignals.stop_after", lambda self, n: n == step)
+        patch.setattr("tokenformer_jax.running.signals.StopSignals.stop_after", lambda self, n: n == step)
         train(cfg, tmp_path)
     assert Checkpoints(tmp_path / "checkpoints").steps[-1] == step
     train(cfg, tmp_path)
@@ -93,7 +95,7 @@ def test_run_killed_after_a_checkpoint_drops_the_rows_it_repeats(cfg, whole, tmp
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "__init__", remember)
-        patch.setattr("tokenformer_jax.train.StopSignals.stop_after", die)
+        patch.setattr("tokenformer_jax.running.signals.StopSignals.stop_after", die)
         with pytest.raises(Killed):
             train(cfg, tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:

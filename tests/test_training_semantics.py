@@ -9,9 +9,9 @@ from scipy.special import erf
 
 from tests.helpers import golden_model, random_batch, tiny_config
 from tokenformer_jax.config import Config
-from tokenformer_jax.grow import grow_state
-from tokenformer_jax.sharding import make_mesh
-from tokenformer_jax.step import make_step, put_batch
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.training.step import make_step, put_batch
 
 # Measured: metrics 4e-6, parameters and moments 1e-5 (see `largest_error`), where this file in float32 is off by 2e-5
 # itself, and our code with every float32 made float64 by 4e-14. Slips in the optimizer, τ or gelu make 5e-4 or more.

@@ -10,15 +10,10 @@ import pytest
 from flax import nnx
 
 from tests.helpers import DATA, golden_model, tiny_config, tiny_linear_config
-from tokenformer_jax.pattention import pattention
-from tokenformer_jax.transformer import (
-    KVCache,
-    abstract_model,
-    init_params,
-    initial_tau,
-    layer_norm,
-    rotary,
-)
+from tokenformer_jax.nn.attention import KVCache
+from tokenformer_jax.nn.language import abstract_model, init_params, initial_tau
+from tokenformer_jax.nn.layers import layer_norm, rotary
+from tokenformer_jax.nn.pattention import pattention
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -9,11 +9,13 @@ import importlib
 from typing import Any
 
 _FACE = {
-    "TokenFormer": "model",
-    "Sampling": "generate",
+    "TokenFormer": "api",
+    "Pattention": "nn.pattention",
+    "pattention": "nn.pattention",
+    "Sampling": "evaluation.sampling",
     "Config": "config",
     "ModelConfig": "config",
-    "UserError": "config",
+    "UserError": "errors",
     "read_config": "config",
 }
 __all__ = list(_FACE)

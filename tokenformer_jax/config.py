@@ -3,31 +3,17 @@
 `configs/base.py` explains every key; this file says their types and what values would do.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import json
-import logging as stdlib_logging
-import os
-import pathlib
-import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
-
-from tokenformer_jax.fingerprint import parse_json, sealed, unsealed
-from tokenformer_jax.processes import Others
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import sealed
 
 SIZES = ("qkv_tokens", "out_tokens", "ffn_tokens")  # keys of the model that say counts of parameter tokens
-
-
-class UserError(Exception):
-    """A mistake that its user can mend. Commands print its one line and exit with code 2."""
-
-    exit_code = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,26 +146,6 @@ def read_config(tree: Mapping[str, Any], source: str = "config") -> Config:
     return cfg
 
 
-def load_config(path: pathlib.Path) -> Config:
-    """Reads the `config.json` of a workdir. Raises UserError when it is missing, damaged or not a config."""
-    try:
-        text = path.read_text()
-        tree = parse_json(text)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; is {path.parent} the --workdir of a training run?") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON config ({error})") from None
-    if isinstance(tree, dict) and "checksum" in tree:
-        try:
-            tree = unsealed(text)
-        except ValueError:
-            raise UserError(
-                f"{path}: has changed since it was written; if that was meant, delete its checksum, and if not, the "
-                "--config of the run would do: train writes it anew"
-            ) from None
-    return read_config(tree, str(path))
-
-
 def read_model(tree: Mapping[str, Any], source: str) -> ModelConfig:
     """The model's part of a config, as a checkpoint's record holds it."""
     return _read_dataclass(ModelConfig, tree, source)
@@ -194,7 +160,7 @@ def _read_dataclass(cls: Any, tree: Any, where: str) -> Any:
     tree = later | dict(tree)
     for key in tree:
         if key not in types:
-            raise UserError(f"{where}: unknown key {key!r}{_suggest(key, types)}")
+            raise UserError(f"{where}: unknown key {key!r}{suggest(key, types)}")
     values = {}
     for key, kind in types.items():
         if key not in tree:
@@ -219,7 +185,7 @@ def _read_groups(value: Any, name: str) -> tuple[dict[str, Any], ...]:
     return tuple(json.loads(json.dumps(group, default=dict)) for group in value)  # plain dicts all through
 
 
-def _suggest(key: str, known: Any) -> str:
+def suggest(key: str, known: Any) -> str:
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -234,8 +200,6 @@ def _divisors(n: int, near: int) -> str:
     divisors = sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - near))
     return " or ".join(map(str, sorted(divisors[:2])))
 
-
-LOCK = ".lock"  # in a folder that a command writes
 
 # How to compute and to train, not what: they may change from run to run.
 FREE_MODEL_KEYS = ("dropout", "stochastic_depth", "dtype", "remat")
@@ -367,118 +331,3 @@ def _require_divisible(
     near = " or ".join(str(n) for n in (below, above) if n)
     would = f"{near} would do{way_out}" if near else f"a {divisor_key} that divides it would do"
     raise UserError(f"{key} = {value!r}: must divide by {divisor_key} = {divisor}; {would}")
-
-
-def config_flag() -> Callable[[], Config]:
-    """Defines `--config=FILE[:variant]` with `--config.key=value` overrides; returns its reader."""
-    holder = config_flags.DEFINE_config_file(
-        "config", None, "the config file, as FILE or FILE:variant", lock_config=True
-    )
-
-    def read() -> Config:
-        with _config_errors():
-            tree = holder.value
-            if tree is None:
-                raise UserError("--config is missing; --config=configs/quickstart.py:small would do")
-            if not isinstance(tree, ConfigDict):
-                len(tree)  # a file that failed to load stands in for itself and raises its own error here
-            return read_config(tree.to_dict())
-
-    return read
-
-
-@contextlib.contextmanager
-def _config_errors() -> Iterator[None]:
-    """Turns what a wrong `--config…` flag raises into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except flags.Error as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        if "flag 'config." in lines[0]:
-            raise UserError("--config is missing: it must stand before what overrides its keys") from None
-        if len(lines) > 1:  # the file raised: its traceback
-            lines = [lines[0].split(": Error")[0].removeprefix("flag ") + ": " + lines[-1]]
-        raise UserError(lines[0]) from None
-    except Exception as error:
-        given = [arg.split("=")[0].lstrip("-") for arg in sys.argv[1:] if arg.lstrip("-").startswith("config.")]
-        known = _key_names(Config)
-        for name in (arg.removeprefix("config.") for arg in given):
-            if name not in known:
-                raise UserError(f"--config.{name}: unknown key{_suggest(name, known)}") from None
-        file = next((arg for arg in sys.argv[1:] if arg.lstrip("-").startswith("config=")), "--config")
-        raise UserError(f"{file}: cannot be used ({type(error).__name__}: {error})") from None
-
-
-def _key_names(cls: Any, prefix: str = "") -> list[str]:
-    names = []
-    for key, kind in typing.get_type_hints(cls).items():
-        names += _key_names(kind, f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else [prefix + key]
-    return names
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command's `main` under absl: a UserError becomes one line on stderr and exit code 2.
-
-    Defines `--distributed`, with which the command is one process of several.
-    """
-    distributed = flags.DEFINE_boolean(
-        "distributed",
-        False,
-        "this is one process of several: found out on TPU VMs, Slurm, Open MPI and Kubernetes; elsewhere told by "
-        "JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID",
-    )
-
-    def parse(argv: list[str]) -> list[str]:
-        with _config_errors():
-            extra = flags.FLAGS(argv)
-            if len(extra) > 1:
-                raise UserError(f"{extra[1]}: not a flag; flags are written --name=value")
-            return extra
-
-    def guarded(_: list[str]) -> None:
-        with _join_processes() if distributed.value else contextlib.nullcontext():
-            main()
-
-    logging.set_verbosity(logging.FATAL)  # Orbax logs what is handled here; --verbosity=0 shows it
-    sys.unraisablehook = lambda _: None  # nor what its destructors raise after a save that failed
-    stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)  # the same errors, a second time
-    try:
-        app.run(guarded, flags_parser=parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
-
-
-def _join_processes() -> Others:
-    numbers = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
-    if not all(number is None or number.isdecimal() for number in numbers):
-        raise UserError(f"JAX_NUM_PROCESSES, JAX_PROCESS_ID = {numbers}: must be two numbers, such as 2 and 0")
-    count, index = (None if number is None else int(number) for number in numbers)
-    try:
-        return Others(count, index)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--distributed: the processes did not find each other ({reason})") from None
-
-
-def workdir_flag(name: str = "workdir", help_text: str = "the run's directory") -> Callable[[], pathlib.Path]:
-    """Defines a required flag that holds a directory; returns its reader."""
-    holder = flags.DEFINE_string(name, None, help_text)
-
-    def read() -> pathlib.Path:
-        if not holder.value:
-            raise UserError(f"--{name} is missing: {help_text}")
-        return pathlib.Path(os.path.expanduser(holder.value))
-
-    return read
-
-
-def require_empty(workdir: pathlib.Path, why: str) -> None:
-    """Raises a UserError unless the directory is new or empty."""
-    if workdir.exists() and (not workdir.is_dir() or any(path.name != LOCK for path in workdir.iterdir())):
-        raise UserError(f"--workdir={workdir}: {why}; name a new or an empty directory")

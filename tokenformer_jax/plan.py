@@ -1,6 +1,6 @@
 """What a pod would do with a config: its real training step, compiled ahead of time for a pod that need not be there.
 
-python -m tokenformer_jax.plan --config=configs/ladder.py:1b4_mesh --config.mesh.fsdp=16 --topology=v5e:4x4
+python -m tokenformer_jax.plan --config=ladder:1b4_mesh --config.mesh.fsdp=16 --topology=v5e:4x4
 
 Reports, for each device: what memory holds and whether it fits; the FLOPs of the model by formula, those of the
 compiled program's contractions and its traffic, loops counted out; what it exchanges with other devices; and the times
@@ -8,359 +8,52 @@ that these take at least. Leaves plan.json and plan.png. Needs libtpu, about 2 G
 (--topology=h100:8) it needs what requirements-gpu.txt installs, and no GPU.
 """
 
-import dataclasses
-import importlib.metadata
-import importlib.util
 import json
-import math
-import os
 import pathlib
-import re
 import sys
-import tempfile
-import time
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import matplotlib
 from absl import flags
-from jax.experimental import topologies
 
-from tokenformer_jax.config import Config, UserError, config_flag, run_command
-from tokenformer_jax.data import Batch
-from tokenformer_jax.hlo import Program, read_program
-from tokenformer_jax.metrics import replace_file, train_flops_per_token
-from tokenformer_jax.sharding import MESH_AXES, make_mesh
-from tokenformer_jax.step import make_step
-from tokenformer_jax.transformer import count_params
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-GB = 1e9
-
-
-class Chip(NamedTuple):
-    """One chip, from its vendor's data sheet."""
-
-    flops: float  # dense bfloat16, a second
-    memory: float  # bytes
-    bandwidth: float  # bytes a second, of the memory
-    network: float  # bytes a second that reach it over all its links to other chips of the slice
-
-
-CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1.228e12, 300e9),
-    "v5e": Chip(197e12, 16 * 2**30, 0.819e12, 200e9),
-    "v5p": Chip(459e12, 95 * 2**30, 2.765e12, 600e9),
-    "v6e": Chip(918e12, 32 * 2**30, 1.640e12, 400e9),
-    "tpu7x": Chip(2307e12, 192 * 2**30, 7.380e12, 1200e9),
-    "h100": Chip(989e12, 84929347584, 3.352e12, 450e9),  # SXM; the network is NVLink
-}
-# What XLA asks a GPU for when it compiles, and has to be told where there is none.
-GPU_TARGETS = {
-    "h100": """
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  l2_cache_size: 52428800 memory_bandwidth: 3352320000000 device_memory_size: 84929347584
-}
-platform_name: "CUDA" runtime_version { major: 12 minor: 8 } dnn_version_info { major: 9 minor: 7 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-}
-# JAX's attention kernels: how many L x L products each makes, of which causality leaves half.
-KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-KERNEL_PRODUCTS |= {"dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5}
-STRONGER_REMAT = {"none": "projections", "dots": "projections", "projections": "full"}
-
-
-def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
-    """The devices of a topology such as "v5e:4x4" or "h100:2x8", which need not be present, and what each is.
-
-    Raises:
-      UserError: there is no such topology, or no compiler for it.
-    """
-    name, _, shape = topology.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)?" if name in GPU_TARGETS else r"\d+(x\d+){1,2}", shape):
-        raise UserError(
-            f"--topology={topology}: must be one of {', '.join(CHIPS)}, a colon and a shape; v5e:4x4, or h100:2x8 for "
-            "two hosts of eight GPUs, would do"
-        )
-    if name in GPU_TARGETS:
-        return _gpus(name, f"{slices}x{shape}" if "x" in shape else f"{slices}x1x{shape}"), CHIPS[name]
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("--topology: needs the TPU compiler; pip install libtpu would do")
-    # libtpu asks a machine's metadata for its TPU, locks it, and complains; here is none.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4"} | dict.fromkeys(
-        ("TPU_STDERR_LOG_LEVEL", "TPU_MIN_LOG_LEVEL"), "4"
-    )
-    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    if name == "v4":  # whose two cores JAX takes as one device
-        options["chip_config_name"] = "megacore"
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-    except Exception as error:  # libtpu tells of a wrong shape by several kinds
-        raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from None
-    chip, cores = CHIPS[name], len(devices) // (slices * math.prod(int(n) for n in shape.split("x")))
-    return list(devices), Chip(*(quantity / cores for quantity in chip))
-
-
-def _gpus(name: str, shape: str) -> list[Any]:
-    """Of slices x hosts x GPUs."""
-    try:
-        found = topologies.get_topology_desc(
-            platform="cuda", topology_name=name, topology=shape, target_config=GPU_TARGETS[name]
-        )
-    except NotImplementedError:
-        raise UserError("--topology: needs the GPU compiler; pip install -r requirements-gpu.txt would do") from None
-    return list(found.devices)
-
-
-def lower_step(cfg: Config, devices: list[Any]) -> tuple[jax.stages.Lowered, dict[str, float]]:
-    """The config's training step for those devices, and the bytes of its state on each.
-
-    Raises:
-      UserError: the mesh is not one of all devices.
-    """
-    size = math.prod(getattr(cfg.mesh, axis) for axis in MESH_AXES)
-    if size != len(devices):
-        raise UserError(
-            f"mesh: is of {size} devices, but the topology has {len(devices)}; --config.mesh.fsdp={len(devices)} "
-            "and 1 for the others would do"
-        )
-    step = make_step(cfg, make_mesh(cfg.mesh, devices))
-    shape = cfg.batch_size, cfg.model.context_length
-    dtypes = dict.fromkeys(Batch._fields, jnp.int32) | {"weights_BL": jnp.float32}
-    arrays: Any = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=step.batch) for name, dtype in dtypes.items()}
-    batch = Batch(**arrays)
-    state = step.abstract_state
-    held = {"parameters": state.params, "moments": state.opt_state}
-    return step.train.lower(state, batch), {name: _bytes_on_a_device(tree) for name, tree in held.items()}
-
-
-def _bytes_on_a_device(tree: Any) -> float:
-    leaves = jax.tree.leaves(tree)
-    return float(sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves))
-
-
-def compile_step(lowered: jax.stages.Lowered) -> tuple[Any, str]:
-    """The sizes and the text of a program.
-
-    The text is the compiler's own: jaxlib can't print what libtpu knows of newer chips (its asynchronous copies).
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        (path,) = pathlib.Path(folder).glob("*after_optimizations.txt")
-        return compiled.memory_analysis(), path.read_text()
-
-
-def make_plan(cfg: Config, topology: str, slices: int = 1) -> dict[str, Any]:
-    """Compiles a config's step for a topology, and reports what each device does in it.
-
-    Returns:
-      What plan.json holds: bytes, FLOPs and seconds of one device and one step. Where the program does not fit into the
-      memory, there is no more than that.
-
-    Raises:
-      UserError: as `devices_of` and `lower_step`.
-    """
-    devices, chip = devices_of(topology, slices)
-    began = time.monotonic()
-    plan: dict[str, Any] = {
-        "topology": topology,
-        "slices": slices,
-        "devices": len(devices),
-        "mesh": {axis: getattr(cfg.mesh, axis) for axis in MESH_AXES},
-        "batch_size": cfg.batch_size,
-        "accumulation": cfg.accumulation,
-        "context_length": cfg.model.context_length,
-        "remat": cfg.model.remat,
-        "dtype": cfg.model.dtype,
-        "packages": _versions("jax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
-        "chip": chip._asdict(),
-    }
-    lowered, held = lower_step(cfg, devices)
-    try:
-        sizes, text = compile_step(lowered)
-    except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
-            raise
-        held["activations, gradients, buffers"] = float(needed[1]) * 2**30
-        memory = held | {"total": sum(held.values()), "limit": float(needed[2]) * 2**30}
-        return plan | {"fits": False, "memory": memory}
-    held["activations, gradients, buffers"] = float(sizes.temp_size_in_bytes)
-    held["batch and program"] = float(
-        sizes.argument_size_in_bytes - held["parameters"] - held["moments"] + sizes.generated_code_size_in_bytes
-    )
-    total = sum(held.values())
-    program = read_program(text, plan["mesh"])
-    tokens = cfg.batch_size * cfg.model.context_length / len(devices)
-    return plan | {
-        "compile_seconds": round(time.monotonic() - began, 1),
-        "fits": total <= chip.memory,
-        "memory": held | {"total": total, "limit": chip.memory},
-        "model_flops": tokens * train_flops_per_token(cfg.model),
-        "model_parameters": count_params(make_step(cfg, make_mesh(cfg.mesh, devices)).abstract_state.params),
-        **costs(program, cfg, chip, tokens * train_flops_per_token(cfg.model)),
-    }
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    """Of those that are installed."""
-    return {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in packages}
-
-
-def costs(program: Program, cfg: Config, chip: Chip, model_flops: float) -> dict[str, Any]:
-    """What a compiled program does on a device, and the least time that it takes."""
-    kernels, kernel_flops = program.kernels, 0.0
-    rows = cfg.batch_size // cfg.accumulation // cfg.mesh.batch_shards
-    product = rows * cfg.model.context_length**2 * cfg.model.embed_dim / cfg.mesh.tensor  # the causal half
-    for name, count in kernels.items():
-        products = next((n for prefix, n in KERNEL_PRODUCTS.items() if name.startswith(prefix)), 0)
-        kernel_flops += count * products * product
-    contractions = [o for o in program.operations if o.flops]
-    flops = sum(o.flops * o.count for o in contractions)
-    traffic = sum(o.bytes * o.count for o in program.operations)
-    received = sum(c.received * c.count for c in program.collectives)
-    seconds = {
-        "compute": (flops + kernel_flops) / chip.flops,
-        "memory": traffic / chip.bandwidth,
-        "network": received / chip.network,
-        "one operation after another": kernel_flops / chip.flops
-        + sum(o.count * max(o.flops / chip.flops, o.bytes / chip.bandwidth) for o in program.operations),
-    }
-    best = model_flops / chip.flops
-    seen: dict[tuple[str, tuple[str, ...], str], dict[str, Any]] = {}
-    for c in program.collectives:
-        row = seen.setdefault((c.kind, c.axes, c.shape), dataclasses.asdict(c) | {"count": 0})
-        row["count"] += c.count
-    return {
-        "contraction_flops": flops,
-        "kernel_flops": kernel_flops,
-        "kernels": kernels,
-        "contraction_bytes": sum(o.bytes * o.count for o in contractions),
-        "bytes": traffic,
-        "received_bytes": received,
-        "collectives": sorted(seen.values(), key=lambda row: -row["received"] * row["count"]),
-        "seconds": seconds,
-        "mfu_at_most": best / max(seconds["compute"], seconds["memory"], seconds["network"]),
-        "mfu_one_after_another": best / (seconds["one operation after another"] + seconds["network"]),
-    }
-
-
-def alternatives(cfg: Config) -> list[tuple[str, Config]]:
-    """Gentler ways to the same step, and the flags that ask for them: more rematerialisation, then smaller parts."""
-    found = []
-    remat = cfg.model.remat
-    while remat in STRONGER_REMAT:
-        remat = STRONGER_REMAT[remat]
-        model = dataclasses.replace(cfg.model, remat=remat)
-        found.append((f"--config.model.remat={remat}", dataclasses.replace(cfg, model=model)))
-    strongest = found[-1][1] if found else cfg
-    prefix = f"{found[-1][0]} " if found else ""
-    parts = cfg.accumulation * 2
-    while cfg.batch_size % (parts * cfg.mesh.batch_shards) == 0:
-        found.append((f"{prefix}--config.accumulation={parts}", dataclasses.replace(strongest, accumulation=parts)))
-        parts *= 2
-    return found
-
-
-def describe(plan: dict[str, Any]) -> str:
-    """The plan for people."""
-    memory = plan["memory"]
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "1"
-    lines = [
-        f"{plan['topology']}, slices {plan['slices']}: {plan['devices']} devices, mesh {mesh}; "
-        f"{plan['batch_size']} x {plan['context_length']} tokens a step in {plan['accumulation']} parts, "
-        f"remat {plan['remat']}",
-        "",
-        "memory of a device, GB",
-        *(f"  {name:<34}{size / GB:>9.2f}" for name, size in memory.items()),
-    ]
-    verdict = "fits" if plan["fits"] else "DOES NOT FIT"
-    if "seconds" not in plan:
-        return "\n".join([*lines, f"  {verdict}"])
-    seconds = plan["seconds"]
-    lines += [
-        f"  {verdict}",
-        "",
-        "a device and a step",
-        f"  {'model FLOPs':<34}{plan['model_flops']:>9.3g}",
-        f"  {'FLOPs of contractions':<34}{plan['contraction_flops']:>9.3g}",
-        f"  {'FLOPs of attention kernels':<34}{plan['kernel_flops']:>9.3g}",
-        f"  {'memory traffic, GB':<34}{plan['bytes'] / GB:>9.1f}",
-        f"  {'received from other devices, GB':<34}{plan['received_bytes'] / GB:>9.2f}",
-        "",
-        "collectives                                    times  GB each",
-        *(
-            f"  {row['kind']:<16}{'+'.join(row['axes']):<12}{row['shape']:<20}"
-            f"{row['count']:>4}  {row['bytes'] / GB:>9.4f}"
-            for row in plan["collectives"][:12]
-        ),
-        "",
-        "least time, s",
-        *(f"  {name:<34}{value:>9.4f}" for name, value in seconds.items()),
-        f"MFU at most {plan['mfu_at_most']:.0%}, were all three hidden behind the longest; "
-        f"{plan['mfu_one_after_another']:.0%} with one operation after another and no exchange hidden",
-    ]
-    return "\n".join(lines)
-
-
-def draw(plan: dict[str, Any], path: pathlib.Path) -> None:
-    """Memory against what a device has, and the least times."""
-    figure, axes = plt.subplots(1, 2 if "seconds" in plan else 1, figsize=(10, 3.2), squeeze=False)
-    left, memory = 0.0, plan["memory"]
-    parts = {name: size for name, size in memory.items() if name not in ("total", "limit")} or memory
-    for name, size in parts.items():
-        if name != "limit":
-            axes[0, 0].barh(0, size / GB, left=left / GB, label=name)
-            left += size
-    axes[0, 0].axvline(memory["limit"] / GB, color="black", linestyle="--", label="the device has")
-    axes[0, 0].set(yticks=[], xlabel="GB a device", title=f"{plan['topology']}, {plan['devices']} devices")
-    axes[0, 0].legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
-    if "seconds" in plan:
-        names = list(plan["seconds"])
-        axes[0, 1].barh(names, list(plan["seconds"].values()))
-        axes[0, 1].axvline(plan["model_flops"] / plan["chip"]["flops"], color="black", linestyle="--")
-        axes[0, 1].set(xlabel="s a step; dashed: the model's FLOPs at the peak rate", title="least time")
-        axes[0, 1].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+from tokenformer_jax.cli import config_flag, run_command
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import replace_file
+from tokenformer_jax.planning.plan import alternatives, describe, draw, make_plan
 
 
 def main() -> None:
-    jax.config.update("jax_platforms", "cpu")
-    cfg, out = _CONFIG(), pathlib.Path(_OUT.value)
-    if not _TOPOLOGY.value:
-        raise UserError("--topology is missing; --topology=v5e:4x4 would do")
-    print("compiling; it takes some minutes", file=sys.stderr, flush=True)
-    plan = make_plan(cfg, _TOPOLOGY.value, _SLICES.value)
-    if not plan["fits"] and _SUGGEST.value:
-        for asked, other in alternatives(cfg):
-            print(f"does not fit; trying {asked}", file=sys.stderr, flush=True)
-            if make_plan(other, _TOPOLOGY.value, _SLICES.value)["fits"]:
-                plan["would_fit"] = asked
-                break
-    print(describe(plan))
-    if not plan["fits"] and _SUGGEST.value:
-        print(f"{plan['would_fit']} would fit" if "would_fit" in plan else "nothing tried fits: take a larger topology")
-    replace_file(out / "plan.json", json.dumps(plan, indent=1) + "\n")
-    draw(plan, out / "plan.png")
+    config = config_flag()
+    topology = flags.DEFINE_string("topology", "", "what to plan for: v5e:4x4, v5p:4x4x4, h100:2x8 (hosts x GPUs), …")
+    slices = flags.DEFINE_integer("slices", 1, "so many of it, connected by the slower network (mesh.slice)")
+    suggest = flags.DEFINE_bool("suggest", True, "where it does not fit, look for what would")
+    folder = flags.DEFINE_string("out", ".", "directory for plan.json and plan.png")
+
+    def plan() -> None:
+        jax.config.update("jax_platforms", "cpu")
+        cfg, out = config(), pathlib.Path(folder.value)
+        if not topology.value:
+            raise UserError("--topology is missing; --topology=v5e:4x4 would do")
+        print("compiling; it takes some minutes", file=sys.stderr, flush=True)
+        found = make_plan(cfg, topology.value, slices.value)
+        if not found["fits"] and suggest.value:
+            for asked, other in alternatives(cfg):
+                print(f"does not fit; trying {asked}", file=sys.stderr, flush=True)
+                if make_plan(other, topology.value, slices.value)["fits"]:
+                    found["would_fit"] = asked
+                    break
+        print(describe(found))
+        if not found["fits"] and suggest.value:
+            fits = (
+                f"{found['would_fit']} would fit"
+                if "would_fit" in found
+                else "nothing tried fits: take a larger topology"
+            )
+            print(fits)
+        replace_file(out / "plan.json", json.dumps(found, indent=1) + "\n")
+        draw(found, out / "plan.png")
+
+    run_command(plan)
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flag()
-    _TOPOLOGY = flags.DEFINE_string("topology", "", "what to plan for: v5e:4x4, v5p:4x4x4, h100:2x8 (hosts x GPUs), …")
-    _SLICES = flags.DEFINE_integer("slices", 1, "so many of it, connected by the slower network (mesh.slice)")
-    _SUGGEST = flags.DEFINE_bool("suggest", True, "where it does not fit, look for what would")
-    _OUT = flags.DEFINE_string("out", ".", "directory for plan.json and plan.png")
-    run_command(main)
+    main()

@@ -1,0 +1,218 @@
+"""What all commands share: flags, the runner, exit codes, and how a process joins others."""
+
+import contextlib
+import dataclasses
+import logging as stdlib_logging
+import os
+import pathlib
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from tokenformer_jax.config import (
+    Config,
+    read_config,
+    suggest,
+)
+from tokenformer_jax.devices.distributed import Others
+from tokenformer_jax.errors import UserError
+
+_PRESETS = pathlib.Path(__file__).parent / "configs"
+
+
+def config_flag() -> Callable[[], Config]:
+    """Defines `--config=FILE[:variant]` with `--config.key=value` overrides; returns its reader.
+
+    FILE is a path, or the name of a preset in `tokenformer_jax/configs`.
+    """
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "the config file, as FILE or FILE:variant", lock_config=True
+    )
+
+    def read() -> Config:
+        with _config_errors():
+            tree = holder.value
+            if tree is None:
+                raise UserError("--config is missing; --config=configs/quickstart.py:small would do")
+            return read_config(tree.to_dict())  # what a file that failed to load left raises its error here
+
+    return read
+
+
+def _with_paths(argv: list[str]) -> list[str]:
+    """The arguments, with the path of a preset that --config names without one: `pile:150m`."""
+    argv = list(argv)
+    for i, arg in enumerate(argv):
+        flag, equals, value = arg.partition("=")
+        if flag in ("--config", "-config"):
+            if equals:
+                argv[i] = f"{flag}={_path_of_preset(value)}"
+            elif i + 1 < len(argv):
+                argv[i + 1] = _path_of_preset(argv[i + 1])
+    return argv
+
+
+def _path_of_preset(value: str) -> str:
+    name, colon, variant = value.partition(":")
+    if not name.isidentifier() or os.path.exists(name):
+        return value
+    presets = sorted(path.stem for path in _PRESETS.glob("*.py") if path.stem != "__init__")
+    if name not in presets:
+        raise UserError(
+            f"--config={value}: no preset {name!r}{suggest(name, presets)}; use one of {', '.join(presets)}, or a file"
+        )
+    return f"{_PRESETS / name}.py{colon}{variant}"
+
+
+def config_or_flags(*names: str) -> Callable[[str], Config | dict[str, Any]]:
+    """Defines `--config`, beside flags of these names that say what is needed without it.
+
+    Returns its reader: of a source's name it makes the config or, without one, the flags' values.
+    """
+    config = config_flag()
+
+    def read(source: str) -> Config | dict[str, Any]:
+        said = {name: flags.FLAGS[name] for name in names}
+        if not flags.FLAGS["config"].present:
+            for name, flag in said.items():
+                if flag.value is None:
+                    raise UserError(
+                        f"--{name} is missing: {source} does not say it; --config=FILE:variant would do too"
+                    )
+            return {name: flag.value for name, flag in said.items()}
+        for name, flag in said.items():
+            if flag.present:
+                raise UserError(f"--{name}={flag.value}: --config says it already; --config.model.{name} overrides it")
+        return config()
+
+    return read
+
+
+@contextlib.contextmanager
+def _config_errors() -> Iterator[None]:
+    """Turns what a wrong `--config…` flag raises into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except flags.Error as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        if "flag 'config." in lines[0]:
+            raise UserError("--config is missing: it must stand before what overrides its keys") from None
+        if len(lines) > 1:  # the file raised: its traceback
+            lines = [lines[0].split(": Error")[0].removeprefix("flag ") + ": " + lines[-1]]
+        raise UserError(lines[0].replace(f"{_PRESETS}/", "")) from None
+    except Exception as error:
+        given = [arg.split("=")[0].lstrip("-") for arg in sys.argv[1:] if arg.lstrip("-").startswith("config.")]
+        known = key_names(Config)
+        for name in (arg.removeprefix("config.") for arg in given):
+            if name not in known:
+                raise UserError(f"--config.{name}: unknown key{suggest(name, known)}") from None
+        file = next((arg for arg in sys.argv[1:] if arg.lstrip("-").startswith("config=")), "--config")
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines()[-1].strip()
+        raise UserError(f"{file}: cannot be used ({type(cause).__name__}: {reason})") from None
+
+
+def key_names(cls: Any, prefix: str = "") -> list[str]:
+    names = []
+    for key, kind in typing.get_type_hints(cls).items():
+        names += key_names(kind, f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else [prefix + key]
+    return names
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command's `main` under absl: a UserError becomes one line on stderr and exit code 2.
+
+    Defines `--distributed`, with which the command is one process of several.
+    """
+    distributed = flags.DEFINE_boolean(
+        "distributed",
+        False,
+        "this is one process of several: found out on TPU VMs, Slurm, Open MPI and Kubernetes; elsewhere told by "
+        "JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    )
+
+    def parse(argv: list[str]) -> list[str]:
+        with _config_errors():
+            extra = flags.FLAGS(_with_paths(argv))
+            if len(extra) > 1:
+                raise UserError(f"{extra[1]}: not a flag; flags are written --name=value")
+            return extra
+
+    def guarded(_: list[str]) -> None:
+        with _join_processes() if distributed.value else contextlib.nullcontext():
+            main()
+
+    logging.set_verbosity(logging.FATAL)  # Orbax logs what is handled here; --verbosity=0 shows it
+    sys.unraisablehook = lambda _: None  # nor what its destructors raise after a save that failed
+    stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)  # the same errors, a second time
+    try:
+        app.run(guarded, flags_parser=parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def _join_processes() -> Others:
+    numbers = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+    if not all(number is None or number.isdecimal() for number in numbers):
+        raise UserError(f"JAX_NUM_PROCESSES, JAX_PROCESS_ID = {numbers}: must be two numbers, such as 2 and 0")
+    count, index = (None if number is None else int(number) for number in numbers)
+    try:
+        return Others(count, index)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--distributed: the processes did not find each other ({reason})") from None
+
+
+def workdir_flag(name: str = "workdir", help_text: str = "the run's directory") -> Callable[[], pathlib.Path]:
+    """Defines a required flag that holds a directory; returns its reader."""
+    holder = flags.DEFINE_string(name, None, help_text)
+
+    def read() -> pathlib.Path:
+        if not holder.value:
+            raise UserError(f"--{name} is missing: {help_text}")
+        return pathlib.Path(os.path.expanduser(holder.value))
+
+    return read
+
+
+def mesh_flag() -> Any:
+    """Defines `--mesh=slice,data,fsdp,tensor`, where slice may be left out; returns its reader."""
+    holder = flags.DEFINE_string("mesh", None, "[slice,]data,fsdp,tensor; by default the run's own, or a single device")
+
+    def read() -> tuple[int, ...] | None:
+        if holder.value is None:
+            return None
+        sizes = [int(part) if part.isdecimal() else 0 for part in holder.value.split(",")]
+        if len(sizes) not in (3, 4) or min(sizes) < 1:
+            raise UserError(f"--mesh={holder.value}: must be sizes slice,data,fsdp,tensor, such as 1,1,1,1")
+        return (1,) * (4 - len(sizes)) + tuple(sizes)
+
+    return read
+
+
+def examples_flag() -> Callable[[], range | None]:
+    """Defines `--examples=first:end`; returns its reader."""
+    holder = flags.DEFINE_string("examples", None, "first:end, of training in its order, to be shown with their losses")
+
+    def read() -> range | None:
+        if holder.value is None:
+            return None
+        numbers = holder.value.split(":")
+        if len(numbers) != 2 or not all(n.isascii() and n.isdecimal() and len(n) < 16 for n in numbers):
+            raise UserError(f"--examples={holder.value}: must be two numbers, first:end, such as 0:8")
+        examples = range(*map(int, numbers))
+        if not examples:
+            raise UserError(f"--examples={holder.value}: are none; the second number is the one after the last")
+        return examples
+
+    return read

@@ -1,0 +1,1 @@
+"""The presets: --config=NAME:variant; base explains every key."""

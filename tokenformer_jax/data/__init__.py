@@ -1,0 +1,1 @@
+"""The data: tokenizer, sources of text, the prepared tokens, batches."""

@@ -1,0 +1,110 @@
+"""Byte-level BPE, through the `tokenizers` library."""
+
+import functools
+import hashlib
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tokenformer_jax.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+_KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+_SMALLEST = 257  # END_OF_TEXT and the 256 bytes
+
+
+class Tokenizer:
+    """Text to ids and back. Text never encodes to a special token, even where it spells one out.
+
+    Raises:
+      UserError: none of the vocabulary's tokens is known to end a text.
+    """
+
+    def __init__(self, bpe: tokenizers.Tokenizer, source: str = "tokenizer"):
+        bpe.no_truncation()  # a tokenizer.json may ask for both; a corpus wants neither
+        bpe.no_padding()
+        bpe.encode_special_tokens = True  # not saved in the JSON
+        self._bpe = bpe
+        ends = [bpe.token_to_id(token) for token in _KNOWN_ENDS]
+        found = next((end for end in ends if end is not None), None)
+        if found is None:
+            raise UserError(f"{source}: has no token that ends a text; one of {', '.join(_KNOWN_ENDS)} would do")
+        self.end_of_text: int = found
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One above the largest id: the rows that an embedding needs at least."""
+        return 1 + max(self._bpe.get_vocab(with_added_tokens=True).values())
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Names this tokenizer: equal for equal ones, on any machine."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+    def encode(self, text: str) -> list[int]:
+        return self._bpe.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes on all cores."""
+        return [encoding.ids for encoding in self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Special tokens show as they are spelled; bytes that are no UTF-8 show as U+FFFD."""
+        return self._bpe.decode(list(ids), skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        """The text of a `tokenizer.json`."""
+        return self._bpe.to_str()
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a BPE over all 256 bytes, so that decode(encode(text)) == text for any text; END_OF_TEXT has id 0.
+
+    Deterministic. A small corpus gives fewer than `vocab_size` tokens.
+
+    Raises:
+      UserError: `vocab_size` has no room for the bytes.
+    """
+    if vocab_size < _SMALLEST:
+        raise UserError(f"model.vocab_size = {vocab_size}: must be at least {_SMALLEST}, the bytes and {END_OF_TEXT}")
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return Tokenizer(bpe)
+
+
+def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+    """Reads a `tokenizer.json` of Hugging Face's `tokenizers`, such as GPT-NeoX-20B's.
+
+    Raises:
+      UserError: the file is missing, unreadable or no tokenizer.
+    """
+    source = f"data.tokenizer = {str(path)!r}"
+    try:
+        text = pathlib.Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"{source}: cannot be read ({reason}); a tokenizer.json would do") from None
+    return tokenizer_from_json(text, source)
+
+
+def tokenizer_from_json(text: str, source: str = "tokenizer") -> Tokenizer:
+    """The inverse of `Tokenizer.to_json`; `source` is what an error names.
+
+    Raises:
+      UserError: the text is no tokenizer.
+    """
+    try:
+        bpe = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{source}: not a tokenizer ({error}); a tokenizer.json would do") from None
+    return Tokenizer(bpe, source)

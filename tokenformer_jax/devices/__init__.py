@@ -1,0 +1,1 @@
+"""The devices: joining processes, sharding over a mesh, and what the chips can do."""

@@ -1,0 +1,94 @@
+"""Loss, perplexity and bits per byte of a model on a split."""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+
+from tokenformer_jax.config import Config
+from tokenformer_jax.data.batches import eval_batches, training_examples
+from tokenformer_jax.data.tokens import Corpus, TokenSplit, prepare
+from tokenformer_jax.devices.sharding import this_process
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import replace_file
+from tokenformer_jax.storage.trained import Trained
+from tokenformer_jax.training.metrics import Progress
+from tokenformer_jax.training.state import TrainState
+from tokenformer_jax.training.step import Step, put_batch
+
+
+def evaluate_split(
+    step: Step, state: TrainState, split: TokenSplit, cfg: Config, *, max_batches: int = 0, progress: bool = False
+) -> dict[str, float]:
+    """Evaluates every token of a split once (or `max_batches` batches spread over it).
+
+    Returns:
+      `loss` in nats a token, `perplexity` = exp(loss), `bits_per_byte` of the UTF-8 text, and `tokens` predicted.
+    """
+    batches = eval_batches(
+        split,
+        cfg.batch_size // cfg.accumulation,
+        cfg.model.context_length,
+        max_batches=max_batches,
+        **this_process(step.mesh),
+    )
+    bar = Progress(0, len(batches), "batch") if progress else None
+    sums: list[Any] = []
+    for i, batch in enumerate(batches):
+        sums.append(step.evaluate(state, put_batch(step, batch)))
+        if bar and i:  # one behind, so that the devices stay busy
+            jax.block_until_ready(sums[i - 1])
+            bar.update(i + 1)
+    if bar:
+        bar.close()
+    host = jax.device_get(sums)
+    nll, tokens = (math.fsum(float(row[name]) for row in host) for name in ("nll", "weights"))
+    loss = nll / tokens
+    tokens_per_byte = (split.num_tokens - 1) / split.num_bytes  # the first token has nothing that predicts it
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss / math.log(2) * tokens_per_byte,
+        "tokens": tokens,
+    }
+
+
+def choose_split(corpus: Corpus, name: str) -> TokenSplit:
+    splits = {"train": corpus.train, "validation": corpus.validation}
+    if name not in splits:
+        raise UserError(f"--split={name}: must be one of {', '.join(splits)}")
+    return splits[name]
+
+
+def evaluate_run(run: Trained, workdir: pathlib.Path, split_name: str) -> None:
+    """Evaluates a run on a split, prints the result and writes it to WORKDIR/eval.json."""
+    split = choose_split(prepare(run.cfg, run.tokenizer), split_name)
+    figures = evaluate_split(run.step, run.state, split, run.cfg, progress=True)
+    result = {
+        "split": split_name,
+        "step": run.step_number,
+        "params": run.num_params,
+        "trained_tokens": run.record.tokens,
+        "train_flops": run.record.train_flops,
+        **figures,
+    }
+    if jax.process_index() == 0:
+        replace_file(workdir / "eval.json", json.dumps(result, indent=2) + "\n")
+        print(
+            f"step {run.step_number}, {run.num_params:,} parameters, {figures['tokens']:,.0f} tokens of the "
+            f"{split_name} split: loss {figures['loss']:.4f} nats, perplexity {figures['perplexity']:.3f}, "
+            f"{figures['bits_per_byte']:.4f} bits per byte"
+        )
+
+
+def show_examples(run: Trained, examples: range) -> None:
+    """Prints the loss and the text of training examples, such as those of a step whose loss was not finite."""
+    split = prepare(run.cfg, run.tokenizer).train
+    batches = training_examples(split, run.cfg, examples, **this_process(run.step.mesh))
+    for example, batch in zip(examples, batches, strict=True):
+        sums = jax.device_get(run.step.evaluate(run.state, put_batch(run.step, batch)))
+        if jax.process_index() == 0:  # the first row is its own
+            print(f"--- example {example}, loss {sums['nll'] / sums['weights']:.4f} nats")
+            print(run.tokenizer.decode(batch.tokens_BL[0].tolist()), flush=True)

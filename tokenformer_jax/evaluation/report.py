@@ -1,0 +1,78 @@
+"""Compares runs: a table of their evaluations, and a plot of validation loss against training FLOPs."""
+
+import pathlib
+from typing import Any
+
+import matplotlib
+
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.storage.metrics_file import Row, read_metrics
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def read_run(workdir: pathlib.Path) -> tuple[list[Row], list[Row]]:
+    """The evaluations of a run and its growths. Raises UserError where it has no evaluation."""
+    try:
+        rows = read_metrics(workdir)
+    except OSError:
+        raise UserError(f"{workdir}: no metrics.jsonl here; is it the directory of a training run?") from None
+    evaluations = [row for row in rows if "eval_loss" in row]
+    if not evaluations:
+        raise UserError(f"{workdir}/metrics.jsonl: no evaluation yet")
+    return evaluations, [row for row in rows if "growth" in row and row["growth"]["from"] != row["growth"]["to"]]
+
+
+def summarise(name: str, workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """A run's evaluations on both sides of each growth, and its last one."""
+    evaluations, growths = read_run(workdir)
+    chosen = []
+    for number, growth in enumerate(growths, 1):
+        at_growth = [row for row in evaluations if row["step"] == growth["step"]]
+        which = f" {number}" if len(growths) > 1 else ""
+        for row in at_growth:
+            side = "right after" if row["params"] == growth["params"] else "before"
+            chosen.append((f"{name}, {side} growth{which}", row))
+    chosen.append((name, evaluations[-1]))
+    if len(evaluations) == 1:
+        chosen = chosen[-1:]
+    keys = ("step", "params", "train_flops", "eval_loss", "eval_perplexity", "eval_bits_per_byte")
+    return [{"run": label} | {key: row[key] for key in keys} for label, row in chosen]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows, aligned."""
+    width = max(len(row["run"]) for row in rows)
+    head = f"{'run':<{width}}  {'step':>7}  {'parameters':>13}  {'train FLOPs':>11}  {'val. loss':>9}"
+    lines = [f"{head}  {'perplexity':>10}  {'bits/byte':>9}"]
+    for row in rows:
+        lines.append(
+            f"{row['run']:<{width}}  {row['step']:>7,}  {row['params']:>13,}  {row['train_flops']:>11.3e}  "
+            f"{row['eval_loss']:>9.4f}  {row['eval_perplexity']:>10.2f}  {row['eval_bits_per_byte']:>9.4f}"
+        )
+    return "\n".join(lines)
+
+
+def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
+    """Validation loss against cumulative training FLOPs, a line a run, with a star at each growth."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, workdir in runs.items():
+        rows, growths = read_run(workdir)
+        (line,) = axes.plot(
+            [row["train_flops"] for row in rows],
+            [row["eval_loss"] for row in rows],
+            marker="o",
+            markersize=3,
+            label=f"{name} ({rows[-1]['params'] / 1e6:.2f}M parameters)",
+        )
+        for growth in growths:
+            evaluated = (row["eval_loss"] for row in rows if row["step"] == growth["step"])
+            place = growth["train_flops"], next(evaluated, growth["growth"]["loss_after"])
+            axes.plot(*place, marker="*", markersize=12, color=line.get_color())
+            axes.annotate(f"{growth['params'] / 1e6:.2f}M", place, xytext=(4, 8), textcoords="offset points")
+    axes.set(xlabel="cumulative training FLOPs", ylabel="validation loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,166 @@
+"""Samples text from a model, with a KV cache."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.nn.attention import KVCache, UnstackedKVCache
+from tokenformer_jax.nn.backends import stacks_layers_to_decode
+from tokenformer_jax.nn.language import abstract_model
+from tokenformer_jax.nn.layers import Params
+from tokenformer_jax.nn.transformer import Tau, unstack
+from tokenformer_jax.storage.trained import Trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def check(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature = {self.temperature}: must be 0 (greedy) or above")
+        if self.top_k < 0:
+            raise UserError(f"top_k = {self.top_k}: must be 0 (off) or above")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p}: must be above 0 and at most 1 (off)")
+
+
+def sample(logits_BV: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
+    """Draws token ids [B] from float32 logits [B, V]: temperature, then top-k, then top-p (nucleus)."""
+    if how.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1)
+    logits_BV = logits_BV / how.temperature
+    if 0 < how.top_k < logits_BV.shape[-1]:
+        kth_B1 = jax.lax.top_k(logits_BV, how.top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+    if how.top_p < 1:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        probabilities_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
+        kept_BV = jnp.where(before_BV < how.top_p, sorted_BV, jnp.inf)  # the most likely one is always kept
+        logits_BV = jnp.where(logits_BV < jnp.min(kept_BV, axis=-1, keepdims=True), -jnp.inf, logits_BV)
+    return jax.random.categorical(key, logits_BV, axis=-1)
+
+
+@functools.cache
+def make_decoder(
+    cfg: ModelConfig, how: Sampling, num_ids: int | None = None
+) -> Callable[[Params, Tau, jax.Array, KVCache, jax.Array], tuple[jax.Array, KVCache]]:
+    """A compiled function: (params, τ, tokens [B, L], cache, key) -> next tokens [B], cache.
+
+    The blocks' parameters are stacked, or a list, from `unstack`. The cache is donated. Of the vocabulary only the
+    first `num_ids` are drawn: the rest may be padding.
+    """
+    graphdef, _, _ = abstract_model(cfg)
+
+    def decode(params: Params, tau: Tau, tokens_BL: jax.Array, cache: KVCache, key: jax.Array):
+        layers = params["blocks"] if isinstance(params["blocks"], list) else None
+        if layers:
+            params = params | {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *layers)}  # which nothing reads
+        model = nnx.merge(graphdef, params)
+        x_BLD, cache = model.features(tokens_BL, tau, cache=cache, layers=layers)
+        logits_BV = model.logits(x_BLD[:, -1:])[:, 0]
+        return sample(logits_BV[:, :num_ids], key, how), cache
+
+    return jax.jit(decode, donate_argnums=3)
+
+
+def generate(
+    cfg: ModelConfig,
+    params: Params,
+    tau: Tau,
+    prompt_BL: jax.Array,
+    max_tokens: int,
+    *,
+    how: Sampling,
+    seed: int = 0,
+    num_ids: int | None = None,
+) -> Iterator[jax.Array]:
+    """Yields the next token ids [B] one position at a time, at most `max_tokens`; the same seed gives the same text.
+
+    Raises:
+      UserError: where prompt and continuation are longer than the context the model was trained on.
+    """
+    batch, length = prompt_BL.shape
+    if max_tokens < 1:
+        raise UserError(f"max_tokens = {max_tokens}: must be 1 or above")
+    if length + max_tokens > cfg.context_length:
+        raise UserError(
+            f"max_tokens = {max_tokens}: with a prompt of {length} tokens that is longer than the model's context of "
+            f"{cfg.context_length}; {max(cfg.context_length - length, 0)} would do"
+        )
+    decode = make_decoder(cfg, how, num_ids)
+    key = jax.random.key(seed)
+    kind: Any = KVCache
+    if not stacks_layers_to_decode():
+        kind = UnstackedKVCache
+        params = params | {"blocks": unstack(params["blocks"])}
+
+    def stream() -> Iterator[jax.Array]:
+        tokens_BL, cache = prompt_BL, kind.empty(cfg, batch, length + max_tokens)
+        for i in range(max_tokens):
+            tokens_B, cache = decode(params, tau, tokens_BL, cache, jax.random.fold_in(key, i))
+            yield tokens_B
+            tokens_BL = tokens_B[:, None]
+
+    return stream()
+
+
+def readable(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
+    """The text of ids as they come; a character that takes several is held back until it is whole."""
+    seen: list[int] = []
+    shown = ""
+    for token in ids:
+        seen.append(token)
+        text = decode(seen)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield decode(seen)[len(shown) :]
+
+
+def print_samples(run: Trained, text: str, max_tokens: int, samples: int, how: Sampling, seed: int) -> None:
+    """Prints continuations of a text: a single one as it comes, several when all have ended."""
+    tokenizer, end = run.tokenizer, run.tokenizer.end_of_text
+    text = text.encode(errors="surrogateescape").decode(errors="replace")  # a shell passes any bytes
+    prompt_BL = jnp.tile(jnp.asarray([end, *tokenizer.encode(text)], jnp.int32), (samples, 1))
+    stream = generate(
+        run.cfg.model,
+        run.state.params,
+        run.state.tau_now(),
+        prompt_BL,
+        max_tokens,
+        how=how,
+        seed=seed,
+        num_ids=tokenizer.vocab_size,
+    )
+    with jax.set_mesh(run.step.mesh):
+        if samples == 1:
+            print(text, end="")
+            ids = itertools.takewhile(lambda token: token != end, (int(tokens_B[0]) for tokens_B in stream))
+            for piece in readable(tokenizer.decode, ids):
+                print(piece, end="", flush=True)
+            print()
+            return
+        rows, ended = [], np.zeros(samples, bool)
+        for tokens_B in stream:
+            rows.append(np.asarray(tokens_B))
+            ended |= rows[-1] == end
+            if ended.all():
+                break
+    for i, column in enumerate(np.stack(rows, axis=1).tolist()):
+        continuation = list(itertools.takewhile(lambda token: token != end, column))
+        print(f"--- sample {i + 1} ---\n{text}{tokenizer.decode(continuation)}")

@@ -1,0 +1,61 @@
+"""Files that appear whole or not at all, and JSON that can tell when it has changed."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from tokenformer_jax.errors import UserError
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON holds; ValueError for anything else, also where it is nested too deep to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def sealed(tree: dict[str, Any]) -> str:
+    """JSON text of a dict, with a checksum of all of it as its last entry."""
+    return json.dumps(tree | {"checksum": _checksum(tree)}, indent=2) + "\n"
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """The dict that `sealed` wrote. Raises ValueError where it has changed."""
+    tree = parse_json(text)
+    if not isinstance(tree, dict) or tree.pop("checksum", None) != _checksum(tree):
+        raise ValueError("its checksum differs")
+    return tree
+
+
+def _checksum(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]
+
+
+def replace_file(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all. Raises UserError where it can't be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, wait: bool = True) -> Iterator[None]:
+    """Holds a file's lock, which the system frees when its holder dies, however it does.
+
+    Raises:
+      BlockingIOError: another process holds it, and this one does not wait.
+      OSError: the file cannot be opened, or its file system has no locks.
+    """
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield

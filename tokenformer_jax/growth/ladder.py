@@ -1,0 +1,95 @@
+"""A ladder: one run that grows on its way. Its rungs change the config, from their step on.
+
+config.rungs = (
+    dict(step=600_000, model=dict(qkv_tokens=2176, out_tokens=2176, ffn_tokens=8704)),
+    dict(step=660_000, model=dict(qkv_tokens=4864, …), optimizer=dict(peak_learning_rate=3e-4), batch_size=1024),
+)
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from tokenformer_jax.config import Config, read_config, validate
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.growth.recipes import check_growth
+
+RUNG_KEYS = (
+    "model optimizer grow mesh batch_size accumulation log_every eval_every eval_batches checkpoint_every"
+).split()
+
+
+def stages(cfg: Config) -> list[Config]:
+    """The plain configs of a run, in order: the first as `cfg` says, and one a rung, which keeps what it doesn't name.
+
+    `steps` of a stage is the step at which the next one begins, or the run ends; a learning-rate schedule spans it.
+
+    Raises:
+      UserError: names the rung and the key that cannot be.
+    """
+    steps: list[Any] = [*(rung.get("step") for rung in cfg.rungs), cfg.steps]
+    tree = dataclasses.asdict(cfg) | {"rungs": (), "steps": steps[0]}
+    result: list[Config] = []
+    for number, end in enumerate(steps):
+        try:
+            began = steps[number - 1] if number else 0
+            if type(end) is not int or end <= began:
+                name = "steps" if number == len(cfg.rungs) else f"rungs[{number}].step"
+                raise UserError(f"{name} = {end!r}: must be a step after {began}, where the stage before begins")
+            if number:
+                tree = _changed(tree, cfg.rungs[number - 1])
+            stage = read_config(tree | {"steps": end})
+            if number:
+                _check_rung(result[-1], stage, end - began)
+            result.append(stage)
+        except UserError as error:
+            raise UserError(f"rungs[{number - 1}]: {error}" if number else str(error)) from None
+    return result
+
+
+def _changed(tree: dict[str, Any], rung: dict[str, Any]) -> dict[str, Any]:
+    for key, value in rung.items():
+        if key == "step":
+            continue
+        if key not in RUNG_KEYS:
+            raise UserError(f"key {key!r} cannot change on the way; step, {', '.join(RUNG_KEYS)} can")
+        tree = tree | {key: tree[key] | value if isinstance(value, Mapping) else value}
+    return tree
+
+
+def _check_rung(before: Config, stage: Config, length: int) -> None:
+    check_growth(before.model, stage.model, stage.grow.recipe)
+    if before.model.tokens == stage.model.tokens:
+        raise UserError("model: no token count changes; a rung makes one larger, such as model.ffn_tokens")
+    try:
+        validate(dataclasses.replace(stage, model=before.model))
+    except UserError as error:
+        raise UserError(f"the model that is to grow: {error}") from None
+    if not stage.grow.restart_schedule:
+        raise UserError("grow.restart_schedule = False: each rung has a learning-rate schedule of its own; use True")
+    warmup = stage.optimizer.warmup_steps
+    if warmup >= length:
+        raise UserError(f"optimizer.warmup_steps = {warmup}: must be below the rung's {length} steps")
+
+
+def shifted(stage: Config, planned_start: int, start: int) -> Config:
+    """The stage, as long as planned, for a rung that began at `start` since the loss had stopped falling."""
+    return dataclasses.replace(stage, steps=start + stage.steps - planned_start)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plateau:
+    """Whether the validation loss of a stage still falls."""
+
+    step: int = 0  # of the last evaluation
+    best_loss: float | None = None
+    stale: int = 0  # evaluations since that did not improve on it
+
+    def after(self, step: int, loss: float, min_improvement: float) -> "Plateau":
+        if self.best_loss is None or loss <= self.best_loss - min_improvement:
+            return Plateau(step, loss)
+        return Plateau(step, self.best_loss, self.stale + 1)
+
+    def reached(self, patience: int) -> bool:
+        """Whether so many evaluations in a row brought nothing; never with a patience of 0."""
+        return 0 < patience <= self.stale

@@ -1,0 +1,265 @@
+"""The one way from a model to its successor of other token counts: `grow`, `shrink` and the next rung of a run go it.
+
+The parameters first, which are compared with the former ones before anything is kept; then Adam's moments, for which
+the former parameters make room; then the record. On a mesh each device works on its own part of every array.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from tokenformer_jax.config import Config, ModelConfig, validate
+from tokenformer_jax.data.batches import data_identity, keep_position, train_batches
+from tokenformer_jax.data.tokens import TokenSplit, prepare
+from tokenformer_jax.devices.hardware import peak_host_bytes
+from tokenformer_jax.devices.sharding import constrain, make_mesh, this_process
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import parse_json, replace_file
+from tokenformer_jax.growth.figures import size_figures
+from tokenformer_jax.growth.ladder import stages
+from tokenformer_jax.storage.checkpoints import Checkpoints, save_one
+from tokenformer_jax.storage.record import Record
+from tokenformer_jax.storage.trained import newest_good, open_checkpoint
+from tokenformer_jax.storage.workdir import new_workdir, require_empty
+from tokenformer_jax.training.state import TrainState
+from tokenformer_jax.training.step import Step, make_step
+
+RECORDED = "recipe", "max_logit_difference", "max_logit", "loss_before", "loss_after"  # figures that checkpoints keep
+
+
+class Source(Protocol):
+    """Where a former state is. Each part is asked for once, the parameters first."""
+
+    def model(self, step: Step) -> TrainState:
+        """The state without moments, sharded as `step` asks for."""
+
+    def moments(self, step: Step) -> Any:
+        """The optimizer state, filled up with zeros to the shapes that `step` asks for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InCheckpoint:
+    checkpoints: Checkpoints
+    number: int
+
+    def model(self, step: Step) -> TrainState:
+        return TrainState(**self.checkpoints.restore(self.number, step.abstract_state.without_moments()), opt_state=())
+
+    def moments(self, step: Step) -> Any:
+        wanted = {"opt_state": step.abstract_state.opt_state}
+        return self.checkpoints.restore(self.number, wanted, padded=True)["opt_state"]
+
+
+class InMemory:
+    """A state that is given up for its successor: each array is freed once the larger one is there."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.parameters: TrainState | None = state._replace(opt_state=())
+        self.opt_state = state.opt_state
+
+    def model(self, step: Step) -> TrainState:
+        state, self.parameters = self.parameters, None
+        return jax.device_put(state, jax.tree.map(lambda a: a.sharding, step.abstract_state._replace(opt_state=())))
+
+    def moments(self, step: Step) -> Any:
+        def larger(old: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
+            if old.shape == new.shape:
+                return jax.device_put(old, new.sharding)
+            padded = jax.jit(lambda x: pad(x, new), out_shardings=new.sharding)(old)
+            padded.block_until_ready()
+            old.delete()
+            return padded
+
+        with jax.set_mesh(step.mesh):
+            return jax.tree.map(larger, self.opt_state, step.abstract_state.opt_state)
+
+
+def pad(old: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
+    """The array with zeros appended, up to the new shape.
+
+    Tokens are sharded, and an appended one moves all borders between devices. So each device first gets all tokens of
+    fewer columns, in one exchange, and appends to those; padding in place would gather whole columns on all of them.
+    """
+    if old.shape == new.shape:
+        return old
+    widths = [(0, after - before) for before, after in zip(old.shape, new.shape, strict=True)]
+    return by_columns(jnp.pad(by_columns(old), widths))
+
+
+def by_columns(x_LND: jax.Array) -> jax.Array:
+    return constrain(x_LND, None, None, "columns")
+
+
+class Change(Protocol):
+    """What growing and shrinking do each in its own way."""
+
+    file: str  # of a successor's workdir, which holds the figures
+    verb: str
+    recipe: str
+    ramps: bool  # τ goes to that of a newborn model
+
+    def check(self, old: ModelConfig, new: ModelConfig) -> None:
+        """Raises a UserError where the old model cannot become the new one."""
+
+    def model(self, resize: "Resize", old: TrainState) -> tuple[TrainState, Any]:
+        """The new state without moments, and what `moments` must know of the old one."""
+
+    def compare(self, resize: "Resize", old: TrainState, new: TrainState, validation: TokenSplit) -> dict[str, Any]:
+        """Figures of the two models. Raises a UserError where the new one is not what it must be."""
+
+    def moments(self, resize: "Resize", source: Source, known: Any) -> Any:
+        """The new optimizer state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resize:
+    """A model that becomes another at a step of its run, on the other one's mesh."""
+
+    change: Change
+    number: int  # of the step
+    cfg: Config
+    old_cfg: Config  # the same with the old model
+    step: Step
+    old_step: Step
+
+    @property
+    def ramp_steps(self) -> int:
+        """Over which τ may go to that of a newborn model; 0 where it stays."""
+        if self.cfg.model.tau_tokens:
+            return 0
+        return math.ceil(self.cfg.grow.tau_ramp * (self.cfg.steps - self.number))
+
+    def apply(self, source: Source, validation: TokenSplit) -> tuple[TrainState, dict[str, Any]]:
+        """The new state, and the figures that `grow.json` or `shrink.json` hold.
+
+        Raises:
+          UserError: the new model is not what it must be.
+        """
+        seconds: dict[str, float] = {}
+        with timed(seconds, "restore"):
+            old = source.model(self.old_step)
+        with timed(seconds, self.change.verb), jax.set_mesh(self.step.mesh):
+            new, known = jax.block_until_ready(self.change.model(self, old))
+        with timed(seconds, "verify"):
+            compared = self.change.compare(self, old, new, validation)
+        figures = {
+            "step": self.number,
+            "recipe": self.change.recipe,
+            "tau_ramp_steps": self.ramp_steps if self.change.ramps else 0,
+            "tokens_before": self.old_cfg.model.tokens,
+            "tokens_after": self.cfg.model.tokens,
+            **size_figures(old, new),
+            **compared,
+        }
+        del old  # the moments need its memory
+        with timed(seconds, "restore"), jax.set_mesh(self.step.mesh):
+            opt_state = self.change.moments(self, source, known)
+        return new._replace(opt_state=opt_state), figures | {"seconds": seconds}
+
+    def record(self, record: Record, figures: dict[str, Any]) -> Record:
+        """The old model's record, with what the new one changes in it."""
+        growth = {"step": self.number, "from": figures["tokens_before"], "to": figures["tokens_after"]}
+        growth |= {name: figures[name] for name in RECORDED if name in figures}
+        return dataclasses.replace(
+            record,
+            model=dataclasses.asdict(self.cfg.model),
+            batch_size=self.cfg.batch_size,
+            growth=[*record.growth, growth],
+            plateau={},
+        )
+
+
+def resize_run(
+    change: Change, source: pathlib.Path, cfg: Config, workdir: pathlib.Path, number: int | None = None
+) -> dict[str, Any]:
+    """Makes a new workdir out of the newest (or given) checkpoint of `source`, with the config's token counts.
+
+    Where the config has rungs of its own, `train` climbs them later. The target appears whole or not at all; the source
+    is only read.
+
+    Returns:
+      What `grow.json` or `shrink.json` holds.
+
+    Raises:
+      UserError: the two models do not fit, the target is taken, a check fails, or the checkpoint is damaged; nothing is
+        written then. Without `number` a damaged one is passed over, which is told.
+    """
+    return newest_good(source, number, lambda found: resize_checkpoint(change, source, cfg, workdir, found))
+
+
+def resize_checkpoint(
+    change: Change, source: pathlib.Path, cfg: Config, workdir: pathlib.Path, number: int
+) -> dict[str, Any]:
+    """Resizes that checkpoint, as `resize_run` does."""
+    first = stages(cfg)[0]
+    source_cfg, checkpoints, record = open_checkpoint(source, number)
+    old_cfg = dataclasses.replace(first, model=source_cfg.model)
+    check_successor(change, old_cfg, first, workdir, number)
+    if first.grow.restart_schedule:
+        record = dataclasses.replace(record, schedule_start=number)
+    step = make_step(first, make_mesh(first.mesh), record.schedule_start)
+    resize = Resize(change, number, first, old_cfg, step, make_step(old_cfg, step.mesh))
+    tokenizer = checkpoints.tokenizer(number)
+    corpus = prepare(first, tokenizer)
+    state, figures = resize.apply(InCheckpoint(checkpoints, number), corpus.validation)
+
+    data = train_batches(corpus.train, first, **this_process(step.mesh))
+    identity = data_identity(corpus.train, first)
+    if record.data == identity:  # other data begin at their beginning
+        checkpoints.restore_data(number, data)
+        keep_position(data, record.batch_size, first.batch_size)
+    checkpoints.close()
+    record = dataclasses.replace(resize.record(record, figures), data=identity, rung=0)
+    seconds = figures["seconds"]
+    with new_workdir(workdir) as folder:
+        with timed(seconds, "write"):
+            save_one(folder / "checkpoints", number, state, data, tokenizer, record)
+        figures = {"source": str(source), **figures, "peak_host_bytes": peak_host_bytes()}
+        if jax.process_index() == 0:
+            replace_file(folder / "config.json", cfg.to_json())
+            replace_file(folder / change.file, json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def check_successor(change: Change, old_cfg: Config, cfg: Config, workdir: pathlib.Path, number: int) -> None:
+    """Raises a UserError where the two do not fit, or the target is taken."""
+    change.check(old_cfg.model, cfg.model)
+    for name in ("grow.json", "shrink.json"):
+        if (workdir / name).exists():
+            raise UserError(f"--workdir={workdir}: {_what_is_there(workdir / name)}; train goes on with it")
+    require_empty(workdir, "holds something already")
+    if cfg.steps <= number:
+        raise UserError(f"steps = {cfg.steps}: the source was trained for {number} already; a larger number would do")
+    validate(old_cfg)  # the source, too, must divide by the mesh
+    warmup, left = cfg.optimizer.warmup_steps, cfg.steps - number
+    if cfg.grow.restart_schedule and warmup >= left:
+        raise UserError(
+            f"optimizer.warmup_steps = {warmup}: must be below the {left} "
+            f"steps from the source's {number} to steps = {cfg.steps}"
+        )
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Adds the seconds that a phase takes; it must wait for what it computes."""
+    began = time.monotonic()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - began
+
+
+def _what_is_there(path: pathlib.Path) -> str:
+    try:
+        made = parse_json(path.read_text())
+        return (
+            f"holds a model of {made['params_after']:,} parameters, made from step {made['step']} of {made['source']}"
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return "holds a run already"

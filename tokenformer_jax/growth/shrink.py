@@ -1,0 +1,151 @@
+"""Shrinking: parameter tokens are dropped, the least useful of each layer and projection first.
+
+A token's usefulness is ‖kᵢ‖·‖vᵢ‖, the product of its key's and its value's length: its score grows with the one, what
+that adds to the output with the other. It needs no data, and is exactly zero for what `zero_keys`, `isometric`,
+`random_keys` and `zero_padding` have just appended; of equally useful tokens the latest go first. So a rung dropped
+right after a lossless growth gives back the former parameters and moments, bit for bit. Not after `split`, which
+divides the former values, nor after `released`, which is not lossless. (Half the tokens of quickstart's grown model,
+trained, cost 0.12 nats a token; chosen by first-order estimates of the loss on data 0.25, at random 1.7 to 2.0.)
+
+A Pattention normalises its scores: with fewer of them the weights that stay would grow. They keep their size if τ falls
+as ‖K x‖ does, which for inputs x that point everywhere alike is by √(Σ‖k‖² of the tokens kept / Σ‖k‖² of all), taken
+over all layers. That gives back the former τ, too: the factor is 1 after `zero_keys`, and former τ / τ after
+`isometric`. From there τ is ramped to that of a newborn model of so many tokens, as after growth.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tokenformer_jax.config import SIZES, Config, ModelConfig
+from tokenformer_jax.data.tokens import TokenSplit
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.evaluation.perplexity import evaluate_split
+from tokenformer_jax.growth.recipes import check_same_but_sizes
+from tokenformer_jax.growth.resize import Resize, Source, resize_run
+from tokenformer_jax.nn.language import initial_tau
+from tokenformer_jax.nn.layers import Params
+from tokenformer_jax.training.state import TauRamp, TrainState
+from tokenformer_jax.training.step import Step
+
+SAME_TAU = 1e-5  # relative; a τ so close to its target is that, but for rounding
+
+
+def shrink(source: pathlib.Path, cfg: Config, workdir: pathlib.Path, step_number: int | None = None) -> dict[str, Any]:
+    """Shrinks a checkpoint of `source` to the config's token counts, into a new workdir, as `resize_run` says.
+
+    The counts may be a former rung's or any others.
+    """
+    return resize_run(Shrinking(), source, cfg, workdir, step_number)
+
+
+class Shrinking:
+    """The `resize.Change` that drops parameter tokens."""
+
+    file = "shrink.json"
+    verb = "drop"
+    recipe = "shrink"
+    ramps = True
+
+    def check(self, old: ModelConfig, new: ModelConfig) -> None:
+        check_shrinking(old, new)
+
+    def model(self, resize: Resize, old: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+        abstract, cfg = resize.step.abstract_state._replace(opt_state=()), resize.cfg.model
+        drop = jax.jit(
+            lambda state: shrink_state(state, cfg, resize.ramp_steps),
+            out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
+        )
+        return drop(old), jax.jit(kept_tokens, static_argnums=1)(old.params, cfg)
+
+    def compare(self, resize: Resize, old: TrainState, new: TrainState, validation: TokenSplit) -> dict[str, float]:
+        """Both models on the same batches of the validation split, those that `train` evaluates on."""
+
+        def loss(step: Step, state: TrainState, cfg: Config) -> float:
+            return evaluate_split(step, state, validation, cfg, max_batches=cfg.eval_batches)["loss"]
+
+        return {
+            "loss_before": loss(resize.old_step, old, resize.old_cfg),
+            "loss_after": loss(resize.step, new, resize.cfg),
+        }
+
+    def moments(self, resize: Resize, source: Source, known: dict[str, jax.Array]) -> Any:
+        shardings = jax.tree.map(lambda a: a.sharding, resize.step.abstract_state.opt_state)
+        return jax.jit(pick, out_shardings=shardings)(source.moments(resize.old_step), known)
+
+
+def check_shrinking(old: ModelConfig, new: ModelConfig) -> None:
+    """Raises a UserError unless `new` is `old` with fewer parameter tokens."""
+    check_same_but_sizes(old, new, "shrinking")
+    if new.projection == "linear":
+        raise UserError("model.projection = 'linear': a plain Transformer has no parameter tokens to drop")
+    if new.normalizer == "softmax":
+        raise UserError("model.normalizer = 'softmax': has no norm that τ could follow; l2_norm_gelu would do")
+    for size in SIZES:
+        before, after = (getattr(model.padding_counted(), size) for model in (old, new))
+        if not 0 < after <= before:
+            raise UserError(f"model.{size} = {after}: the source has {before}; --shrink takes from 1 to that many")
+    if old.tokens == new.tokens:
+        raise UserError(f"model.ffn_tokens = {new.ffn_tokens}: --shrink drops none, as the source has no token more")
+
+
+def usefulness(tokens: Params) -> jax.Array:
+    """‖kᵢ‖·‖vᵢ‖ of each token of a projection, [L, N]."""
+    return jnp.linalg.norm(tokens["keys"], axis=-1) * jnp.linalg.norm(tokens["values"], axis=-1)
+
+
+def most_useful(tokens: Params, count: int) -> jax.Array:
+    """The `count` most useful tokens of each layer, in their order; of equals the first. Integers [L, count]."""
+    return jnp.sort(jax.lax.top_k(usefulness(tokens), count)[1], axis=1)
+
+
+def shrink_state(state: TrainState, cfg: ModelConfig, ramp_steps: int) -> TrainState:
+    """Drops parameter tokens and their moments; a pure function, to be jitted with the smaller state's shardings.
+
+    Where tokens are sharded, each device gathers those of all to pick its own.
+
+    Args:
+      state: of the larger model; its optimizer state may be an empty tuple.
+      cfg: the smaller model's config.
+      ramp_steps: steps over which τ goes to `initial_tau(cfg)`; 0 keeps it for good.
+    """
+    kept = kept_tokens(state.params, cfg)
+    tau = dict(state.tau)
+    for name, count in cfg.tokens.items():
+        keys_LND = state.params["blocks"][name]["keys"]
+        if cfg.tau_tokens or keys_LND.shape[1] == count:  # τ is fixed, or nothing is dropped
+            continue
+        power_LN = jnp.sum(jnp.square(keys_LND), axis=-1)
+        layers_L1 = jnp.arange(len(power_LN))[:, None]
+        # What is dropped is summed, not what is kept: where that has no power τ stays, to the bit.
+        dropped = jnp.sum(power_LN.at[layers_L1, kept[name]].set(0.0)) / jnp.maximum(jnp.sum(power_LN), 1e-30)
+        target = jnp.float32(initial_tau(cfg)[name])
+        start = state.tau[name].at(state.step) * jnp.sqrt(1 - dropped)
+        start = jnp.where(jnp.abs(start - target) <= SAME_TAU * target, target, start)
+        tau[name] = TauRamp(start, target if ramp_steps else start, state.step, state.step + ramp_steps)
+    return TrainState(state.step, pick(state.params, kept), pick(state.opt_state, kept), tau)
+
+
+def kept_tokens(params: Params, cfg: ModelConfig) -> dict[str, jax.Array]:
+    """The tokens of each projection that stay, [L, count]."""
+    return {name: most_useful(params["blocks"][name], count) for name, count in cfg.tokens.items()}
+
+
+def pick(tree: Any, kept: dict[str, jax.Array]) -> Any:
+    """Parameters, or an optimizer state that holds such, with the kept tokens only."""
+
+    def is_params(part: Any) -> bool:
+        return isinstance(part, dict) and "blocks" in part
+
+    def of_params(part: Any) -> Any:
+        if not is_params(part):
+            return part
+        blocks = {
+            name: jax.tree.map(lambda x_LND, n=name: jnp.take_along_axis(x_LND, kept[n][:, :, None], axis=1), tokens)
+            for name, tokens in part["blocks"].items()
+        }
+        return part | {"blocks": blocks}
+
+    return jax.tree.map(of_params, tree, is_leaf=is_params)

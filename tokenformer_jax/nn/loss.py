@@ -1,0 +1,89 @@
+"""Next-token losses from the last hidden states, a chunk of positions at a time: all logits never exist at once."""
+
+import jax
+import jax.numpy as jnp
+
+from tokenformer_jax.devices.sharding import constrain, sum_over_batch
+from tokenformer_jax.nn import row_kernels
+from tokenformer_jax.nn.backends import positions_in_a_row, sum_outer
+
+LOGITS = 2**28  # of a device, at most, that are held at once
+
+# The gradient is made along with the loss, chunk by chunk, so that no logits are computed twice. The softmax is written
+# out, since optax's loss and jax.nn.softmax would each add up the exponentials. On GPUs that have whole rows of logits
+# `row_kernels` compute both.
+
+
+@jax.custom_vjp
+def cross_entropy(h_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+    """The weighted sum over positions of -log softmax(h tableᵀ)[target], in nats, a float32 scalar.
+
+    Args:
+      h_BLD: what enters the output projection, in the computation's dtype.
+      table_VD: float32 output projection.
+      targets_BL: int32.
+      weights_BL: float32; they are data, and get no gradient.
+    """
+    return _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=False)[0]
+
+
+def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
+    def local(h_BLD, targets_BL, weights_BL, table_VD):  # of the devices that share an example
+        table_VD = constrain(table_VD, "vocab", None)
+
+        def add(sums, part):
+            shape = part[0].shape
+            h_BCD, targets_BC, weights_BC = positions_in_a_row(*part)
+            logits_BCV = jnp.einsum("...d,vd->...v", h_BCD, table_VD, preferred_element_type=jnp.float32)
+            if gradients and row_kernels.apply():
+                nll_BC, dlogits_BCV = _by_rows(logits_BCV, targets_BC, weights_BC, h_BCD.dtype)
+            else:
+                nll_BC, dlogits_BCV = _nll_and_gradient(logits_BCV, targets_BC, weights_BC, h_BCD.dtype)
+            loss = sums[0] + jnp.sum(nll_BC * weights_BC)
+            if not gradients:
+                return (loss,), ()
+            dtable_DV = constrain(sum_outer(h_BCD, dlogits_BCV), None, "vocab")
+            dh_BCD = jnp.einsum("...v,vd->...d", dlogits_BCV, table_VD)
+            return (loss, sums[1] + dtable_DV), dh_BCD.reshape(shape)
+
+        parts = _parts(targets_BL.shape, len(table_VD))
+        split = [x.reshape(x.shape[0], parts, -1, *x.shape[2:]).swapaxes(0, 1) for x in (h_BLD, targets_BL, weights_BL)]
+        sums = (jnp.float32(0), jnp.zeros(table_VD.shape[::-1], jnp.float32))[: 1 + gradients]
+        sums, dh_PBCD = jax.lax.scan(add, sums, split)
+        return dh_PBCD.swapaxes(0, 1).reshape(h_BLD.shape) if gradients else (), sums
+
+    table_VD = constrain(table_VD.astype(h_BLD.dtype), "vocab", None)
+    dh_BLD, (loss, *dtable_DV) = sum_over_batch(local, (h_BLD, targets_BL, weights_BL), (table_VD,))
+    return loss, (dh_BLD, [constrain(d.T, "vocab", "embed") for d in dtable_DV])
+
+
+def _nll_and_gradient(logits_BCV, targets_BC, weights_BC, dtype):
+    """-log softmax(logits)[target], and the gradient of its weighted sum to the logits."""
+    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    max_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
+    exp_BCV = jnp.exp(logits_BCV - max_BC1)
+    sum_BC1 = jnp.sum(exp_BCV, axis=-1, keepdims=True)
+    nll_BC = (max_BC1 + jnp.log(sum_BC1))[..., 0] - target_BC
+    is_target_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])
+    return nll_BC, ((exp_BCV / sum_BC1 - is_target_BCV) * weights_BC[..., None]).astype(dtype)
+
+
+def _by_rows(logits_BCV, targets_BC, weights_BC, dtype):
+    logits_PV = logits_BCV.reshape(-1, logits_BCV.shape[-1])
+    nll_P, dlogits_PV = row_kernels.softmax_loss(logits_PV, targets_BC.reshape(-1), weights_BC.reshape(-1), dtype)
+    return nll_P.reshape(targets_BC.shape), dlogits_PV.reshape(logits_BCV.shape)
+
+
+def _parts(shape: tuple[int, int], vocab_size: int) -> int:
+    """In how many equal parts the positions [B, L] are worked through, so that each has LOGITS logits at most."""
+    batch, length = shape
+    fits = (n for n in range(1, length) if length % n == 0 and batch * length // n * vocab_size <= LOGITS)
+    return next(fits, length)
+
+
+def _backward(kept, dloss):
+    dh_BLD, (dtable_VD,) = kept
+    return (dh_BLD * dloss).astype(dh_BLD.dtype), dtable_VD * dloss, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)

@@ -1,0 +1,88 @@
+"""What a run reports: rows of metrics, progress and evaluations. It decides nothing; the loop says when."""
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Iterator
+
+import jax
+
+from tokenformer_jax.devices.hardware import peak_flops
+from tokenformer_jax.nn.layers import count_params
+from tokenformer_jax.running.run import Run
+from tokenformer_jax.storage.metrics_file import MetricsWriter, Row
+from tokenformer_jax.training.metrics import Progress, train_flops_per_token
+from tokenformer_jax.training.non_finite import BadStep
+
+
+class Log:
+    """Of one stage of a run, from its start on."""
+
+    def __init__(self, run: Run, workdir: pathlib.Path):
+        self.run, self.workdir = run, workdir
+        self.writer = MetricsWriter(workdir, run.start, count_params(run.state.params))
+        self.progress = Progress(run.start, run.cfg.steps)
+        self.restart_clock(run.start)
+        for rollback in run.record.rollbacks:
+            if rollback["to"] <= run.start < rollback["from"]:  # later rows were dropped
+                self.writer.write(run.figures(run.start) | {"step": rollback["from"], "rollback": rollback})
+                self.say(f"rolled back from step {rollback['from']} to step {rollback['to']}: {rollback['why']}")
+        used = f", on {run.step.mesh.size} of {jax.device_count()} devices" if jax.device_count() > 1 else ""
+        self.say(
+            f"{count_params(run.state.params):,} parameters, {run.corpus.train.num_tokens:,} training tokens, "
+            f"from step {run.start} to step {run.cfg.steps}{used}"
+        )
+
+    def restart_clock(self, n: int) -> None:
+        """Speed is measured from the end of step n on."""
+        self.last_step, self.last_time = n, time.monotonic()
+
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """For what does not count as training's time."""
+        began = time.monotonic()
+        yield
+        self.last_time += time.monotonic() - began
+
+    def step(self, n: int, figures: dict[str, float]) -> None:
+        """The figures of step n, and the speed since those before."""
+        cfg = self.run.cfg
+        tokens = (n - self.last_step) * cfg.batch_size * cfg.model.context_length
+        speed = tokens / (time.monotonic() - self.last_time)
+        self.restart_clock(n)
+        peak = peak_flops(self.run.step.mesh.size)
+        utilisation = {"mfu": speed * train_flops_per_token(cfg.model) / peak} if peak else {}
+        self.writer.write(self.run.figures(n) | figures | {"tokens_per_second": speed} | utilisation)
+        shown = {name: figures[name] for name in ("loss", "learning_rate")}
+        self.progress.update(n, **shown, tokens_per_second=speed, **utilisation)
+
+    def skipped(self, bad: BadStep) -> None:
+        self.writer.write(self.run.figures(bad.step) | {"skipped": {"examples": bad.examples, "why": bad.why}})
+        self.say(f"step {bad.step} is skipped: {bad.why}")
+
+    def evaluation(self, n: int, figures: dict[str, float]) -> None:
+        self.write_once(self.run.figures(n) | {f"eval_{name}": value for name, value in figures.items()}, "eval_loss")
+        self.say(
+            f"step {n}: validation loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}, "
+            f"{figures['bits_per_byte']:.4f} bits per byte"
+        )
+
+    def holds_evaluation(self, n: int) -> bool:
+        """Whether an earlier start wrote the evaluation of step n."""
+        return self.writer.holds(self.run.figures(n), "eval_loss")
+
+    def growth(self) -> None:
+        """The growth that the run starts from, as a row."""
+        self.write_once(self.run.figures(self.run.start) | {"growth": self.run.record.growth[-1]}, "growth")
+
+    def write_once(self, row: Row, name: str) -> None:
+        """Writes a row unless an earlier start did: what a run starts from may be told again."""
+        if row["step"] != self.run.start or not self.writer.holds(row, name):
+            self.writer.write(row)
+
+    def say(self, line: str) -> None:
+        self.progress.say(line)
+
+    def close(self) -> None:
+        self.writer.close()
+        self.progress.close()

@@ -1,0 +1,227 @@
+"""A run in progress: how it is opened, taken up again, rolled back and brought to its next rung."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import sys
+
+import grain
+import jax
+
+from tokenformer_jax.config import FREE_MODEL_KEYS, Config, read_model
+from tokenformer_jax.data.batches import data_identity, keep_position, train_batches
+from tokenformer_jax.data.tokens import Corpus, prepare
+from tokenformer_jax.devices.hardware import environment
+from tokenformer_jax.devices.sharding import make_mesh, this_process
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import replace_file
+from tokenformer_jax.growth.figures import describe_growth
+from tokenformer_jax.growth.grow import Growing
+from tokenformer_jax.growth.ladder import Plateau, shifted, stages
+from tokenformer_jax.growth.resize import InMemory, Resize
+from tokenformer_jax.nn.layers import count_params
+from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.storage.metrics_file import Row
+from tokenformer_jax.storage.record import Record
+from tokenformer_jax.storage.workdir import load_config, require_empty
+from tokenformer_jax.training.metrics import train_flops_per_token
+from tokenformer_jax.training.non_finite import SPIKE_WINDOW, BadStep
+from tokenformer_jax.training.schedule import Frozen
+from tokenformer_jax.training.state import TrainState
+from tokenformer_jax.training.step import Step, make_step
+
+
+def check_workdir(cfg: Config, workdir: pathlib.Path) -> None:
+    """Raises a UserError where the workdir holds a run of another model, or something else."""
+    path = workdir / "config.json"
+    if path.exists():
+        try:
+            theirs = load_config(path).model
+        except UserError as error:
+            if not (workdir / "checkpoints").is_dir():
+                raise
+            if jax.process_index() == 0:
+                print(f"warning: {error}", file=sys.stderr)
+            return  # each checkpoint holds its model, too
+        for key, ours in dataclasses.asdict(cfg.model).items():
+            if getattr(theirs, key) != ours and key not in FREE_MODEL_KEYS:
+                raise UserError(
+                    f"model.{key} = {ours!r}: {workdir} holds a run with {getattr(theirs, key)!r}; "
+                    "use that, name another --workdir, or grow it"
+                )
+    else:
+        require_empty(workdir, "holds other files and no run")
+
+
+@dataclasses.dataclass
+class Run:
+    """A run in progress, on one rung of its ladder. Below `record` is what changes, with `state` and `data`."""
+
+    plan: list[Config]  # of all stages
+    cfg: Config  # of this one
+    start: int  # steps that were done before
+    step: Step
+    state: TrainState
+    data: grain.DatasetIterator
+    corpus: Corpus
+    checkpoints: Checkpoints
+    record: Record  # as of `start`
+    plateau: Plateau = dataclasses.field(default_factory=Plateau)
+    skipped: int = 0  # steps in a row that were not finite
+
+    def __post_init__(self) -> None:
+        self.losses = collections.deque(self.record.losses, SPIKE_WINDOW)
+        self.first_batch = self.data.get_state()["next_index"]
+
+    def examples(self, n: int) -> tuple[int, int]:
+        """The batch of step n: its first example in the order of training, and the one after its last."""
+        batch = self.first_batch + n - self.start - 1
+        return batch * self.cfg.batch_size, (batch + 1) * self.cfg.batch_size
+
+    @property
+    def is_last(self) -> bool:
+        return self.record.rung + 1 == len(self.plan)
+
+    def figures(self, n: int) -> Row:
+        """Where the run stands after step n."""
+        tokens = (n - self.start) * self.cfg.batch_size * self.cfg.model.context_length
+        return {
+            "step": n,
+            "tokens": self.record.tokens + tokens,
+            "params": count_params(self.step.abstract_state.params),
+            "train_flops": self.record.train_flops + tokens * train_flops_per_token(self.cfg.model),
+        }
+
+    def record_at(self, n: int) -> Record:
+        now = self.figures(n)
+        return dataclasses.replace(
+            self.record,
+            tokens=now["tokens"],
+            train_flops=now["train_flops"],
+            plateau=dataclasses.asdict(self.plateau),
+            losses=list(self.losses) if self.cfg.loss_spike else [],
+        )
+
+    def save(self, n: int) -> None:
+        self.checkpoints.save(n, self.state, self.data, self.corpus.tokenizer, self.record_at(n))
+
+
+def open_run(cfg: Config, workdir: pathlib.Path) -> Run:
+    """Starts a run in an empty workdir, or takes it up where its newest checkpoint left it."""
+    plan = stages(cfg)
+    for stage in plan:
+        make_mesh(stage.mesh)  # now, rather than in days: a rung's mesh may not be
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoints_kept)
+    run = resume(plan, workdir, checkpoints) if checkpoints.steps else begin(plan, checkpoints)
+    if jax.process_index() == 0:
+        replace_file(workdir / "config.json", cfg.to_json())
+        replace_file(workdir / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    return run
+
+
+def begin(plan: list[Config], checkpoints: Checkpoints) -> Run:
+    cfg = plan[0]
+    step = make_step(cfg, make_mesh(cfg.mesh))
+    corpus = prepare(cfg)
+    record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
+    state = step.init(jax.random.key(cfg.seed))
+    data = train_batches(corpus.train, cfg, **this_process(step.mesh))
+    return Run(plan, cfg, 0, step, state, data, corpus, checkpoints, record)
+
+
+def resume(plan: list[Config], workdir: pathlib.Path, checkpoints: Checkpoints) -> Run:
+    """Takes a run up at its newest good checkpoint; damaged ones are set aside, which is said."""
+    run = checkpoints.newest_good(None, lambda step: resume_at(step, plan, workdir, checkpoints))
+    for step in checkpoints.steps:
+        if step > run.start or not checkpoints.is_listed(step):
+            aside = checkpoints.set_aside(step)
+            if jax.process_index() == 0:
+                print(f"warning: the damaged checkpoint of step {step} was moved to {aside}", file=sys.stderr)
+    checkpoints.kept_for_good |= {growth["step"] for growth in run.record.growth}
+    return run
+
+
+def resume_at(start: int, plan: list[Config], workdir: pathlib.Path, checkpoints: Checkpoints) -> Run:
+    """Takes a run up at a checkpoint."""
+    record = checkpoints.record(start)
+    cfg = stage_of(plan, record, workdir)
+    last = record.growth[-1] if record.growth else None
+    frozen = frozen_tokens(cfg, last["step"], last["from"], last["to"]) if last else None
+    step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, frozen)
+    corpus = prepare(cfg, checkpoints.tokenizer(start))
+    identity = data_identity(corpus.train, cfg)
+    if record.data != identity:
+        raise UserError(
+            f"config.data or config.seed: {workdir} was trained on {record.data}, and this is {identity}; "
+            "use those, or go on with these in a new workdir, made from this one by grow"
+        )
+    data = train_batches(corpus.train, cfg, **this_process(step.mesh))
+    state = checkpoints.restore(start, step.abstract_state)
+    checkpoints.restore_data(start, data)
+    keep_position(data, record.batch_size, cfg.batch_size)
+    record = dataclasses.replace(record, batch_size=cfg.batch_size)
+    return Run(plan, cfg, start, step, state, data, corpus, checkpoints, record, Plateau(**record.plateau))
+
+
+def stage_of(plan: list[Config], record: Record, workdir: pathlib.Path) -> Config:
+    """The stage that a checkpoint belongs to; raises a UserError where the config has another model there."""
+    rung = record.rung
+    if rung >= len(plan):
+        raise UserError(f"config.rungs: lists {len(plan) - 1} rungs, but {workdir} has climbed {rung} already")
+    stage = plan[rung]
+    climbed = read_model(record.model, str(workdir))
+    for key, ours in dataclasses.asdict(stage.model).items():
+        if (theirs := getattr(climbed, key)) != ours and key not in FREE_MODEL_KEYS:
+            where = f"rungs[{rung - 1}].model.{key}" if rung else f"model.{key}"
+            raise UserError(f"{where} = {ours!r}: {workdir} has climbed to {theirs!r} there; use that")
+    return shifted(stage, plan[rung - 1].steps, record.growth[-1]["step"]) if rung else stage
+
+
+def frozen_tokens(cfg: Config, step: int, before: dict[str, int], after: dict[str, int]) -> Frozen | None:
+    """What does not learn for a while after a growth at `step`, if the config says so."""
+    if not cfg.grow.freeze_steps:
+        return None
+    return Frozen({name: n for name, n in before.items() if after[name] > n}, step + cfg.grow.freeze_steps)
+
+
+def roll_back(run: Run, workdir: pathlib.Path, bad: BadStep) -> Run:
+    """Goes on from the newest checkpoint, with the examples after the bad step's.
+
+    Raises the BadStep where the config does not want it, or too often was not enough. A run that is stopped before
+    its next checkpoint comes by the same bad step again, and goes the same way.
+    """
+    rollbacks = [*run.record.rollbacks, {"from": bad.step, "examples": bad.examples, "why": bad.why}]
+    if run.cfg.non_finite != "rollback" or len(rollbacks) > run.cfg.non_finite_limit:
+        raise bad
+    run.checkpoints.wait()
+    checkpoints, plan = run.checkpoints, run.plan
+    run.state = None  # type: ignore[assignment]  # before another is read
+    run = resume(plan, workdir, checkpoints) if checkpoints.steps else begin(plan, checkpoints)
+    rollbacks[-1]["to"] = run.start
+    run.data.set_state({"next_index": -(-bad.examples[1] // run.cfg.batch_size)})
+    return dataclasses.replace(run, record=dataclasses.replace(run.record, rollbacks=rollbacks))
+
+
+def next_rung(run: Run) -> Run:
+    """Grows the model to the next rung, on that one's mesh, and goes on from the same example.
+
+    Nothing is saved: a run that is stopped before its next checkpoint starts from the former rung's last one, which is
+    kept for good, and grows again to the same state.
+    """
+    n, rung = int(run.state.step), run.record.rung + 1
+    cfg = shifted(run.plan[rung], run.plan[rung - 1].steps, n)
+    old_cfg = dataclasses.replace(cfg, model=run.cfg.model)
+    step = make_step(cfg, make_mesh(cfg.mesh), n, frozen_tokens(cfg, n, old_cfg.model.tokens, cfg.model.tokens))
+    resize = Resize(Growing(cfg.grow.recipe), n, cfg, old_cfg, step, make_step(old_cfg, step.mesh))
+    source = InMemory(run.state)
+    run.state = None  # type: ignore[assignment]  # so that its arrays can go as the larger ones come
+    state, figures = resize.apply(source, run.corpus.validation)
+    if jax.process_index() == 0:
+        print(describe_growth(figures), file=sys.stderr)
+    record = dataclasses.replace(resize.record(run.record_at(n), figures), schedule_start=n, rung=rung)
+    data = train_batches(run.corpus.train, cfg, **this_process(step.mesh))
+    data.set_state(run.data.get_state())
+    keep_position(data, run.cfg.batch_size, cfg.batch_size)
+    run.checkpoints.kept_for_good.add(n)
+    return Run(run.plan, cfg, n, step, state, data, run.corpus, run.checkpoints, record)

@@ -1,0 +1,1 @@
+"""Storage: workdirs, checkpoints, trained runs, official weights."""

@@ -1,0 +1,123 @@
+"""The folder of a run: one writer, whole or not at all."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from tokenformer_jax.config import (
+    Config,
+    read_config,
+)
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import locked, parse_json, unsealed
+
+
+def load_config(path: pathlib.Path) -> Config:
+    """Reads the `config.json` of a workdir. Raises UserError when it is missing, damaged or not a config."""
+    try:
+        text = path.read_text()
+        tree = parse_json(text)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; is {path.parent} the --workdir of a training run?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON config ({error})") from None
+    if isinstance(tree, dict) and "checksum" in tree:
+        try:
+            tree = unsealed(text)
+        except ValueError:
+            raise UserError(
+                f"{path}: has changed since it was written; if that was meant, delete its checksum, and if not, the "
+                "--config of the run would do: train writes it anew"
+            ) from None
+    return read_config(tree, str(path))
+
+
+LOCK = ".lock"  # in a folder that a command writes
+
+
+def require_empty(workdir: pathlib.Path, why: str) -> None:
+    """Raises a UserError unless the directory is new or empty."""
+    if workdir.exists() and (not workdir.is_dir() or any(path.name != LOCK for path in workdir.iterdir())):
+        raise UserError(f"--workdir={workdir}: {why}; name a new or an empty directory")
+
+
+@contextlib.contextmanager
+def only_writer(folder: pathlib.Path) -> Iterator[None]:
+    """Makes this command, with all of its processes, the only one that writes a folder, which is made if need be.
+
+    The lock ends with its process, however that does. A file system that has no locks is used without, which is told.
+
+    Raises:
+      UserError: another command holds the folder, and which; or it cannot be written.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    lock = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, wait=False))
+        except BlockingIOError:
+            writer = lock.read_text().strip() or "another process"
+            raise UserError(f"{folder}: is written by {writer}; let it end") from None
+        except OSError as error:
+            print(f"warning: {folder} cannot be locked ({error.strerror}): start nothing else there", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            lock.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing was begun
+                    lock.unlink()
+                    folder.rmdir()
+
+
+def clear(folder: pathlib.Path) -> None:
+    """Empties a folder that this command is the only writer of."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def new_workdir(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Makes a workdir that appears whole or not at all, out of what is written to the folder that it yields.
+
+    All processes enter it together. `workdir` is new or empty.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    workdir = workdir.resolve()
+    partial = workdir.with_name(f".{workdir.name}.partial")
+    first = jax.process_index() == 0
+    with only_writer(partial):
+        try:
+            if first:
+                clear(partial)  # of a process that was killed
+            multihost_utils.sync_global_devices("workdir begun")
+            yield partial
+            if first:
+                (workdir / LOCK).unlink(missing_ok=True)
+                os.replace(partial, workdir)
+            multihost_utils.sync_global_devices("workdir made")
+        except OSError as error:
+            raise UserError(f"{workdir}: cannot be written ({error.strerror or error})") from None
+        finally:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)

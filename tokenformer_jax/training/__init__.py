@@ -1,0 +1,1 @@
+"""Training: the state, the step, its schedule and its figures."""

@@ -1,0 +1,208 @@
+"""One training step: the loss, its gradient and the update, compiled and sharded for a mesh."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from tokenformer_jax.config import Config
+from tokenformer_jax.data.batches import Batch
+from tokenformer_jax.devices.hardware import give_back_memory
+from tokenformer_jax.devices.sharding import batch_sharding, constrain, replicated, shardings, with_shardings
+from tokenformer_jax.nn.language import abstract_model
+from tokenformer_jax.nn.layers import Key, Params, subkey
+from tokenformer_jax.nn.loss import cross_entropy
+from tokenformer_jax.nn.transformer import Tau
+from tokenformer_jax.training.non_finite import if_finite
+from tokenformer_jax.training.schedule import Frozen, freeze, learning_rate, make_optimizer
+from tokenformer_jax.training.state import TrainState, init_state
+
+Metrics = dict[str, jax.Array]
+Loss = Callable[[Params, Tau, Batch, Key], tuple[jax.Array, jax.Array]]  # sums of losses and of weights
+MASKS = 2**31  # folded into the seed for dropout; no step, which the keys of growth fold in, is that large
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+    """A jitted function that is always called, and lowered, under a mesh."""
+
+    function: Any
+    mesh: Mesh
+
+    def __call__(self, *args: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.function(*args)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        with jax.set_mesh(self.mesh):
+            return self.function.lower(*args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What `make_step` compiles for a config on a mesh. All functions take and give sharded arrays."""
+
+    abstract_state: TrainState  # ShapeDtypeStructs with shardings
+    init: Callable[[jax.Array], TrainState]  # PRNG key -> state
+    train: OnMesh  # (state, Batch) -> state, metrics; donates the state, and does not learn from what is not finite
+    evaluate: Callable[[TrainState, Batch], Metrics]  # sums of nll (nats) and weights; needs no opt_state
+    batch: NamedSharding  # of every array of a Batch
+    mesh: Mesh
+
+    def compile(self, state: TrainState, batch: Batch) -> None:
+        """Compiles `train` before it is called, and gives the memory back that this took."""
+        self.train.lower(state, batch).compile()
+        give_back_memory()
+
+
+def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0, frozen: Frozen | None = None) -> Step:
+    """Compiles (on first use) the functions that train this config on this mesh.
+
+    Args:
+      cfg: the config; only its sizes and rates matter.
+      mesh: from `sharding.make_mesh`.
+      schedule_start: the step from which the learning-rate schedule counts.
+      frozen: tokens that do not learn up to some step.
+    """
+    graphdef, _, param_axes = abstract_model(cfg.model)
+    schedule = learning_rate(cfg.optimizer, cfg.steps, schedule_start)
+    optimizer = make_optimizer(cfg.optimizer, schedule)
+
+    def init(key: jax.Array) -> TrainState:
+        return init_state(cfg.model, optimizer, key)
+
+    def loss(params: Params, tau: Tau, batch: Batch, key: Key = None) -> tuple[jax.Array, jax.Array]:
+        return loss_sums(nnx.merge(graphdef, params), tau, batch, cfg.data.mask_documents, key)
+
+    def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = masks_key(cfg, state.step)
+        mean, grads = mean_gradients(loss, state, batch, key, cfg.accumulation)
+        update = functools.partial(clipped_update, optimizer, cfg.optimizer.clip_norm, frozen)
+        return update_state(state, mean, grads, schedule, update)
+
+    def evaluate(state: TrainState, batch: Batch) -> Metrics:
+        nll, weights = loss(state.params, state.tau_now(), batch)
+        return {"nll": nll, "weights": weights}
+
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    of_state, batch, whole = (
+        state_shardings(abstract, mesh, param_axes, optimizer),
+        batch_sharding(mesh),
+        replicated(mesh),
+    )
+    jitted_train = jax.jit(train, in_shardings=(of_state, batch), out_shardings=(of_state, whole), donate_argnums=0)
+    return Step(
+        abstract_state=with_shardings(abstract, of_state),
+        init=OnMesh(jax.jit(init, out_shardings=of_state), mesh),
+        train=OnMesh(jitted_train, mesh),
+        evaluate=OnMesh(jax.jit(evaluate, out_shardings=whole), mesh),
+        batch=batch,
+        mesh=mesh,
+    )
+
+
+def state_shardings(
+    abstract: TrainState, mesh: Mesh, param_axes: Any, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Where a state's arrays live: moments as their parameters, all else on every device."""
+    of_params, whole = shardings(abstract.params, mesh, param_axes), replicated(mesh)
+    of_moments = optax.tree.map_params(
+        optimizer, lambda _, s: s, abstract.opt_state, of_params, transform_non_params=lambda _: whole
+    )
+    return jax.tree.map(lambda _: whole, abstract)._replace(params=of_params, opt_state=of_moments)
+
+
+def loss_sums(model: Any, tau: Tau, batch: Batch, mask_documents: bool, key: Key = None) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of next-token losses in nats over the padded vocabulary, and the sum of weights.
+
+    With a key the model drops out; without, it is deterministic.
+    """
+    segments_BL = batch.segments_BL if mask_documents else None
+    x_BLD, _ = model.features(batch.tokens_BL, tau, segments_BL=segments_BL, key=key)
+    with jax.named_scope("loss"):
+        nll = cross_entropy(model.final_norm(x_BLD, key), model.embed[...], batch.targets_BL, batch.weights_BL)
+    return nll, jnp.sum(batch.weights_BL)
+
+
+def sum_losses(logits_BLV: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of the losses that logits have, in nats, and the sum of weights."""
+    loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
+    return jnp.sum(loss_BL * batch.weights_BL), jnp.sum(batch.weights_BL)
+
+
+def masks_key(cfg: Config, step: jax.Array | int) -> Key:
+    """The key of a step's dropout, a function of the seed and the step alone; None where nothing is dropped."""
+    if cfg.model.dropout == cfg.model.stochastic_depth == 0:
+        return None
+    return subkey(subkey(jax.random.key(cfg.seed), MASKS), step)
+
+
+def mean_gradients(loss: Loss, state: TrainState, batch: Batch, key: Key, parts: int) -> tuple[jax.Array, Params]:
+    """The mean loss over the batch's real tokens and its gradient, worked through in so many parts."""
+    total, tau = jnp.maximum(jnp.sum(batch.weights_BL), 1.0), state.tau_now()
+    of_part = jax.value_and_grad(lambda params, part, key: loss(params, tau, part, key)[0] / total)
+    if parts == 1:
+        return of_part(state.params, batch, subkey(key, 0))
+
+    def add(sums: Any, inputs: tuple[Batch, Any]) -> tuple[Any, None]:
+        part, number = inputs
+        return jax.tree.map(jnp.add, sums, of_part(state.params, part, subkey(key, number))), None
+
+    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+    numbers = None if key is None else jnp.arange(parts)
+    return jax.lax.scan(add, zeros, (jax.tree.map(lambda x: split_rows(x, parts), batch), numbers))[0]
+
+
+def split_rows(x_BL: jax.Array, parts: int) -> jax.Array:
+    """[B, L] -> [parts, B / parts, L]; strided, so that each device splits its own rows."""
+    x = x_BL.reshape(x_BL.shape[0] // parts, parts, *x_BL.shape[1:]).swapaxes(0, 1)
+    return constrain(x, None, "batch", None)
+
+
+def update_state(
+    state: TrainState, mean: jax.Array, grads: Params, schedule: optax.Schedule, update: Callable[..., Any]
+) -> tuple[TrainState, Metrics]:
+    """The state after a step with this mean loss and gradient, which learns where both are finite, and its metrics."""
+    squares = jnp.stack([jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)])
+    norm = jnp.sqrt(jnp.sum(squares))
+    with jax.named_scope("optimizer"):
+        finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+        learn = functools.partial(update, norm, state.step)
+        params, opt_state = if_finite(finite, learn, state.params, state.opt_state, grads)
+    metrics = {
+        "loss": mean,
+        "grad_norm": norm,
+        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        "grad_norms": jnp.sqrt(squares),
+    }
+    return TrainState(state.step + 1, params, opt_state, state.tau), metrics
+
+
+def clipped_update(
+    optimizer: optax.GradientTransformation,
+    clip_norm: float,
+    frozen: Frozen | None,
+    norm: jax.Array,
+    step: jax.Array,
+    params: Params,
+    opt_state: optax.OptState,
+    grads: Params,
+) -> tuple[Params, optax.OptState]:
+    """The optimizer's step with the gradient, of this norm, clipped to `clip_norm`; frozen tokens stay."""
+    scale = clip_norm / jnp.maximum(norm, clip_norm)
+    updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * scale, grads), opt_state, params)
+    if frozen is not None:
+        updates = freeze(updates, step, frozen)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def put_batch(step: Step, batch: Batch) -> Batch:
+    """This process's rows of a global batch -> arrays sharded over the mesh."""
+    with jax.transfer_guard_host_to_device("allow"):  # the one transfer of a step that is meant
+        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(step.batch, rows), batch)

@@ -12,7 +12,7 @@ FLOORS = """
     configs: base quickstart pile ladder released tpu transformer
     devices: distributed hardware sharding
     data: tokenizer text tokens batches
-    nn: backends layers pattention_vjp pattention attention transformer loss language
+    nn: backends layers row_kernels pattention_vjp pattention attention transformer loss language
     training: metrics language tasks state schedule non_finite step
     storage: fingerprint workdir record arrays metrics_file checkpoints trained state_dicts official
     evaluation: perplexity sampling report

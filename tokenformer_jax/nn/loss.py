@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from tokenformer_jax.devices.sharding import constrain, sum_over_batch
+from tokenformer_jax.nn import row_kernels
 from tokenformer_jax.nn.backends import positions_in_a_row, sum_outer
 
 LOGITS = 2**28  # of a device, at most, that are held at once
 
 # The gradient is made along with the loss, chunk by chunk, so that no logits are computed twice. The softmax is written
-# out, since optax's loss and jax.nn.softmax would each add up the exponentials.
+# out, since optax's loss and jax.nn.softmax would each add up the exponentials. On GPUs that have whole rows of logits
+# `row_kernels` compute both.
 
 
 @jax.custom_vjp
@@ -33,16 +35,13 @@ def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
             shape = part[0].shape
             h_BCD, targets_BC, weights_BC = positions_in_a_row(*part)
             logits_BCV = jnp.einsum("...d,vd->...v", h_BCD, table_VD, preferred_element_type=jnp.float32)
-            target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-            max_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
-            exp_BCV = jnp.exp(logits_BCV - max_BC1)
-            sum_BC1 = jnp.sum(exp_BCV, axis=-1, keepdims=True)
-            nll_BC = (max_BC1 + jnp.log(sum_BC1))[..., 0] - target_BC
+            if gradients and row_kernels.apply():
+                nll_BC, dlogits_BCV = _by_rows(logits_BCV, targets_BC, weights_BC, h_BCD.dtype)
+            else:
+                nll_BC, dlogits_BCV = _nll_and_gradient(logits_BCV, targets_BC, weights_BC, h_BCD.dtype)
             loss = sums[0] + jnp.sum(nll_BC * weights_BC)
             if not gradients:
                 return (loss,), ()
-            is_target_BCV = targets_BC[..., None] == jnp.arange(len(table_VD))
-            dlogits_BCV = ((exp_BCV / sum_BC1 - is_target_BCV) * weights_BC[..., None]).astype(h_BCD.dtype)
             dtable_DV = constrain(sum_outer(h_BCD, dlogits_BCV), None, "vocab")
             dh_BCD = jnp.einsum("...v,vd->...d", dlogits_BCV, table_VD)
             return (loss, sums[1] + dtable_DV), dh_BCD.reshape(shape)
@@ -56,6 +55,23 @@ def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
     table_VD = constrain(table_VD.astype(h_BLD.dtype), "vocab", None)
     dh_BLD, (loss, *dtable_DV) = sum_over_batch(local, (h_BLD, targets_BL, weights_BL), (table_VD,))
     return loss, (dh_BLD, [constrain(d.T, "vocab", "embed") for d in dtable_DV])
+
+
+def _nll_and_gradient(logits_BCV, targets_BC, weights_BC, dtype):
+    """-log softmax(logits)[target], and the gradient of its weighted sum to the logits."""
+    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    max_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
+    exp_BCV = jnp.exp(logits_BCV - max_BC1)
+    sum_BC1 = jnp.sum(exp_BCV, axis=-1, keepdims=True)
+    nll_BC = (max_BC1 + jnp.log(sum_BC1))[..., 0] - target_BC
+    is_target_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])
+    return nll_BC, ((exp_BCV / sum_BC1 - is_target_BCV) * weights_BC[..., None]).astype(dtype)
+
+
+def _by_rows(logits_BCV, targets_BC, weights_BC, dtype):
+    logits_PV = logits_BCV.reshape(-1, logits_BCV.shape[-1])
+    nll_P, dlogits_PV = row_kernels.softmax_loss(logits_PV, targets_BC.reshape(-1), weights_BC.reshape(-1), dtype)
+    return nll_P.reshape(targets_BC.shape), dlogits_PV.reshape(logits_BCV.shape)
 
 
 def _parts(shape: tuple[int, int], vocab_size: int) -> int:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from tokenformer_jax.devices.sharding import constrain, sum_over_batch
+from tokenformer_jax.nn import row_kernels
 from tokenformer_jax.nn.backends import product_with_keys, product_with_values, sum_outer
 from tokenformer_jax.nn.layers import GELUS, Gelu, inverse_norm
 
@@ -66,6 +67,10 @@ class How(NamedTuple):
     gelu: str
     recompute: bool
 
+    def by_rows(self, scale_B1N: jax.Array | None) -> bool:
+        """Whether `row_kernels` compute it."""
+        return self.normalizer == "l2_norm_gelu" and scale_B1N is None and row_kernels.apply()
+
 
 def _gathered(tokens_ND: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Stored tokens as they are computed with: cast first, so that what fsdp gathers is in the computation's dtype."""
@@ -85,33 +90,58 @@ def _weights(normed_BLN, total_BL1, tau, scale_B1N, how: How) -> jax.Array:
 def _attend_forward(x_BLD, keys_ND, values_NE, tau, scale_B1N, how):
     norm, gelu = STAGES[how.normalizer], GELUS[how.gelu]
     scores_BLN = product_with_keys(x_BLD, _gathered(keys_ND, x_BLD.dtype))
-    s_BLN = scores_BLN.astype(jnp.float32)
-    total_BL1 = checkpoint_name(norm.total(s_BLN, gelu), "total")
-    weights_BLN = _weights(norm.first(s_BLN, total_BL1, gelu), total_BL1, tau, scale_B1N, how).astype(x_BLD.dtype)
+    if how.by_rows(scale_B1N):
+        local = functools.partial(_weights_by_rows, how=how)  # of one device
+        (weights_BLN, total_BL1), _ = sum_over_batch(local, (scores_BLN,), (tau,))
+        total_BL1 = checkpoint_name(total_BL1, "total")
+    else:
+        s_BLN = scores_BLN.astype(jnp.float32)
+        total_BL1 = checkpoint_name(norm.total(s_BLN, gelu), "total")
+        weights_BLN = _weights(norm.first(s_BLN, total_BL1, gelu), total_BL1, tau, scale_B1N, how).astype(x_BLD.dtype)
     y_BLE = product_with_values(weights_BLN, _gathered(values_NE, x_BLD.dtype))
     kept = None if how.recompute else scores_BLN
     return y_BLE, (x_BLD, keys_ND, values_NE, tau, scale_B1N, total_BL1, kept)
 
 
+def _weights_by_rows(scores_BLN, tau, *, how):
+    weights_PN, squares_P = row_kernels.weights(scores_BLN.reshape(-1, scores_BLN.shape[-1]), tau, how.gelu)
+    return (weights_PN.reshape(scores_BLN.shape), squares_P.reshape(*scores_BLN.shape[:-1], 1)), ()
+
+
+def _gradient_by_rows(scores_BLN, dweights_BLN, total_BL1, tau, scale_B1N, how):
+    """The weights, and the scores' gradient."""
+    scores_PN, dweights_PN = (x.reshape(-1, x.shape[-1]) for x in (scores_BLN, dweights_BLN))
+    both = row_kernels.weights_gradient(scores_PN, dweights_PN, total_BL1.reshape(-1), tau, how.gelu)
+    return tuple(x_PN.reshape(scores_BLN.shape) for x_PN in both)
+
+
+def _gradient_in_stages(scores_BLN, dweights_BLN, total_BL1, tau, scale_B1N, how):
+    """The same by XLA, with any normaliser."""
+    dtype, norm, gelu = scores_BLN.dtype, STAGES[how.normalizer], GELUS[how.gelu]
+    s_BLN = scores_BLN.astype(jnp.float32)
+    normed_BLN, first_backward = jax.vjp(lambda s, r: norm.first(s, r, gelu), s_BLN, total_BL1)
+    second = functools.partial(_weights, tau=tau, scale_B1N=scale_B1N, how=how)
+    weights_BLN, second_backward = jax.vjp(second, normed_BLN, total_BL1)
+    dnormed_BLN, dtotal_BL1 = second_backward(dweights_BLN.astype(jnp.float32))
+    ds_BLN, more_BL1 = first_backward(dnormed_BLN.astype(dtype).astype(jnp.float32))
+    ds_BLN += norm.total_gradient(dtotal_BL1 + more_BL1, s_BLN, total_BL1, gelu)
+    return weights_BLN.astype(dtype), ds_BLN.astype(dtype)
+
+
 def _attend_backward(how, kept, dy_BLE):
     x_BLD, keys_ND, values_NE, tau, scale_B1N, total_BL1, scores_BLN = kept
-    dtype, norm, gelu = x_BLD.dtype, STAGES[how.normalizer], GELUS[how.gelu]
+    dtype = x_BLD.dtype
 
     def gradients(x_BLD, dy_BLE, total_BL1, scores_BLN, scale_B1N, keys_ND, values_NE, tau):
         keys_ND, values_NE = (constrain(tokens, "tokens", None) for tokens in (keys_ND, values_NE))
         if scores_BLN is None:
             scores_BLN = jnp.einsum("...d,nd->...n", x_BLD, keys_ND)
-        s_BLN = scores_BLN.astype(jnp.float32)
-        normed_BLN, first_backward = jax.vjp(lambda s, r: norm.first(s, r, gelu), s_BLN, total_BL1)
-        second = functools.partial(_weights, tau=tau, scale_B1N=scale_B1N, how=how)
-        weights_BLN, second_backward = jax.vjp(second, normed_BLN, total_BL1)
-        dnormed_BLN, dtotal_BL1 = second_backward(jnp.einsum("...e,ne->...n", dy_BLE, values_NE).astype(jnp.float32))
-        ds_BLN, more_BL1 = first_backward(dnormed_BLN.astype(dtype).astype(jnp.float32))
-        ds_BLN += norm.total_gradient(dtotal_BL1 + more_BL1, s_BLN, total_BL1, gelu)
-        dscores_BLN = ds_BLN.astype(dtype)
+        dweights_BLN = jnp.einsum("...e,ne->...n", dy_BLE, values_NE)
+        gradient = _gradient_by_rows if how.by_rows(scale_B1N) else _gradient_in_stages
+        weights_BLN, dscores_BLN = gradient(scores_BLN, dweights_BLN, total_BL1, tau, scale_B1N, how)
         sums = (
             constrain(sum_outer(x_BLD, dscores_BLN), None, "tokens"),
-            constrain(sum_outer(dy_BLE, weights_BLN.astype(dtype)), None, "tokens"),
+            constrain(sum_outer(dy_BLE, weights_BLN), None, "tokens"),
         )
         return jnp.einsum("...n,nd->...d", dscores_BLN, keys_ND), sums
 

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.devices.sharding import constrain
 from tokenformer_jax.nn.attention import Cache, cached_attention, causal_attention
+from tokenformer_jax.nn.backends import unrolls_layers
 from tokenformer_jax.nn.layers import (
     MLP,
     Key,
@@ -174,8 +175,10 @@ def run_blocks(
         run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
     carry = x_BLD, cache
     if layers is None:
-        numbers = None if key is None and cache is None else jnp.arange(len(jax.tree.leaves(stacked)[0]))
-        carry, _ = jax.lax.scan(run, carry, (stacked, numbers))
+        num_layers = len(jax.tree.leaves(stacked)[0])
+        numbers = None if key is None and cache is None else jnp.arange(num_layers)
+        unroll = num_layers if cache is None and unrolls_layers(remat) else 1
+        carry, _ = jax.lax.scan(run, carry, (stacked, numbers), unroll=unroll)
     else:
         for number, params in enumerate(layers):
             carry, _ = run(carry, (params, number))

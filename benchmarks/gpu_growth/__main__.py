@@ -14,7 +14,6 @@ that it saved. Leaves gpu_growth.json and .png in the workdir, and prints tables
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import itertools
 import json
@@ -29,7 +28,7 @@ from benchmarks.gpu_growth.data import ROOTS, prepare
 from benchmarks.gpu_growth.plan import LINEAGES, SETTINGS, marks, runs_of, whole_budget
 from benchmarks.gpu_growth.programs import Programs
 from benchmarks.gpu_growth.report import report
-from benchmarks.gpu_growth.training import OutOfTime, Trainer, say
+from benchmarks.gpu_growth.training import Trainer, say
 from tokenformer_jax.devices.hardware import environment
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.nn.layers import count_params
@@ -44,14 +43,15 @@ def study(args: argparse.Namespace) -> None:
     if args.rates:
         small, middle, large = map(float, args.rates.split(","))
         setting = dataclasses.replace(setting, rates=(small, middle, large))
+    fit = lineages[: args.fit]
     data.mkdir(parents=True, exist_ok=True)
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(args.workdir.absolute() / "compiled"))
     programs = Programs(setting)
-    for n, part in itertools.product(reversed(setting.tokens), ("train", "evaluate", "init")):
-        programs.start(part, n)
-    for lineage in lineages[: args.fit]:
-        for before, after in itertools.pairwise(lineage.sizes):
+    if not (args.workdir / "gpu_growth.json").exists():  # else most are not needed
+        for n, part in itertools.product(reversed(setting.tokens), ("train", "evaluate", "init")):
+            programs.start(part, n)
+        for lineage, (before, after) in ((each, pair) for each in fit for pair in itertools.pairwise(each.sizes)):
             programs.start("grow", setting.tokens[before], setting.tokens[after], lineage.recipe)
     if not (data / "data.json").exists():
         folders = [sysconfig.get_path("stdlib")] if args.size == "tiny" else ROOTS
@@ -61,22 +61,18 @@ def study(args: argparse.Namespace) -> None:
     say(f"data: {figures['train']['documents']:,} documents, {figures['train']['tokens'] / 1e6:.1f}M tokens")
 
     if "plan" not in trainer.tree:
-        concurrent.futures.wait(programs.futures.values())  # what compiles keeps the device from what is measured
+        for key in programs.futures:  # what still compiles keeps the device from what is measured
+            programs(*key)
         say(f"compiled: {json.dumps(programs.seconds)}")
         step_seconds = {n: trainer.measure(n) for n in reversed(setting.tokens)}
         say("measured: " + ", ".join(f"n = {n}: {1e3 * s:.2f} ms a step" for n, s in step_seconds.items()))
-        left = deadline - time.monotonic() - RUN_SECONDS * sum(len(each.budgets) for each in lineages[: args.fit])
+        left = deadline - time.monotonic() - RUN_SECONDS * sum(len(each.budgets) for each in fit)
         limit = enough - 3 * setting.chunk  # by as much the rounding to chunks may exceed it
-        flops, by = whole_budget(setting, lineages[: args.fit], step_seconds, max(left, 1.0), limit)
-        sizes = {
-            n: {
-                "parameters": count_params(programs.state(n).params),
-                "flops_per_token": setting.flops(n) / setting.batch / setting.context,
-                "step_seconds": seconds,
-                "flops_per_second": setting.flops(n) / seconds,
-            }
-            for n, seconds in step_seconds.items()
-        }
+        flops, by = whole_budget(setting, fit, step_seconds, max(left, 1.0), limit)
+        sizes = {n: {"step_seconds": s, "flops_per_second": setting.flops(n) / s} for n, s in step_seconds.items()}
+        for n, size in sizes.items():
+            size["parameters"] = count_params(programs.state(n).params)
+            size["flops_per_token"] = setting.flops(n) / setting.batch / setting.context
         plan = {"flops": args.flops or flops, "limited_by": "--flops" if args.flops else by, "seconds_left": left}
         trainer.write(command=sys.argv, environment=environment(), data=figures, plan=plan, sizes=sizes)
     plan = trainer.tree["plan"]
@@ -90,7 +86,7 @@ def study(args: argparse.Namespace) -> None:
         for run in runs:
             if run.name not in trainer.tree["runs"]:
                 trainer.run(run)
-    except OutOfTime:
+    except TimeoutError:
         say("the time is over; the same command with more --minutes goes on")
     programs.pool.shutdown(wait=False, cancel_futures=True)
     trainer.write(dropped=[run.name for run in runs if run.name not in trainer.tree["runs"]])
@@ -110,7 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         report(args.workdir / "gpu_growth.json") if args.report_only else study(args)
-    except UserError as error:
+    except (UserError, TimeoutError) as error:
         sys.exit(f"error: {error}")
 
 

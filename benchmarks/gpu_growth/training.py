@@ -23,10 +23,6 @@ from tokenformer_jax.training.state import TrainState
 Curve = list[list]  # rows (FLOPs of all rungs, step, training loss since the last row, validation loss)
 
 
-class OutOfTime(UserError):
-    pass
-
-
 def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
@@ -37,7 +33,9 @@ class Trainer:
     def __init__(self, setting: Setting, programs: Programs, workdir: pathlib.Path, deadline: float):
         self.setting, self.programs, self.workdir, self.deadline = setting, programs, workdir, deadline
         train, validation = (np.load(workdir / "data" / f"{split}.npy") for split in ("train", "validation"))
-        self.train_T, self.validation_T = self._on_device(train), self._on_device(validation)
+        self.train_T, self.validation_T = (
+            jax.device_put(np.pad(ids, (0, setting.max_tokens - len(ids)))) for ids in (train, validation)
+        )
         self.num_windows, rest = ((len(ids) - 1) // setting.context for ids in (train, validation))
         shape = setting.last_evaluations, setting.evaluated, setting.batch
         if rest < math.prod(shape):
@@ -62,9 +60,6 @@ class Trainer:
     def write(self, **new: Any) -> None:
         self.tree |= new
         replace_file(self.path, json.dumps(self.tree, indent=1) + "\n")
-
-    def _on_device(self, ids: np.ndarray) -> jax.Array:
-        return jax.device_put(np.pad(ids, (0, self.setting.max_tokens - len(ids))))
 
     def windows(self, seed: int, start: int) -> np.ndarray:
         """The windows of a chunk of steps [S, B]: none twice in a run, in an order that the seed decides."""
@@ -98,7 +93,7 @@ class Trainer:
         train, losses = self.programs("train", rung.n), []
         for step in range(start, end, setting.chunk):
             if time.monotonic() > self.deadline:
-                raise OutOfTime("the time was over before the first run")
+                raise TimeoutError("the time was over before the first run")
             steps, done = np.arange(step, step + setting.chunk), step + setting.chunk
             rates = rung.rate * np.minimum(1, (steps + 1) / setting.warmup)
             rates *= 1 - (steps - start) / (end - start) if decay else 1

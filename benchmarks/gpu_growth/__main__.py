@@ -1,0 +1,114 @@
+"""Growth that pays, counted from the first step, on one GPU: ladders against every size from scratch, on fresh data.
+
+python -m benchmarks.gpu_growth [--workdir=runs/gpu_growth] [--minutes=5] [--flops=3e15]
+
+Three sizes of one TokenFormer, n = 16, 64, 256 parameter tokens (4 n in the feed-forward), train on text that the
+machine has installed, each token read once in a run. The learning rate warms up, stays, and falls to zero in the last
+20 % of a budget. Every budget branches off one trunk at the constant rate, so a trunk gives the loss at several
+budgets, and ladders grow on the trunk: they begin as the smaller model that another run trains anyway. The model FLOPs
+of all rungs count (`language.train_flops_per_token`).
+
+The budget is chosen so that the first --fit lineages end in the given minutes, preparation included; the others run
+while there is time. Each finished run is written at once, and not run again: the same command goes on from the trunks
+that it saved. Leaves gpu_growth.json and .png in the workdir, and prints tables last; docs/gpu_growth.md reads them.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+import sys
+import sysconfig
+import time
+
+import jax
+
+from benchmarks.gpu_growth.data import ROOTS, prepare
+from benchmarks.gpu_growth.plan import LINEAGES, SETTINGS, marks, runs_of, whole_budget
+from benchmarks.gpu_growth.programs import Programs
+from benchmarks.gpu_growth.report import report
+from benchmarks.gpu_growth.training import Trainer, say
+from tokenformer_jax.devices.hardware import environment
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.nn.layers import count_params
+
+RESERVE = 10.0  # seconds for the report
+RUN_SECONDS = 1.0  # of a run: its last evaluation, and what it saves
+
+
+def study(args: argparse.Namespace) -> None:
+    deadline = time.monotonic() + 60 * args.minutes - RESERVE
+    setting, data, lineages = SETTINGS[args.size], args.workdir / "data", LINEAGES[: args.lineages]
+    if args.rates:
+        small, middle, large = map(float, args.rates.split(","))
+        setting = dataclasses.replace(setting, rates=(small, middle, large))
+    fit = lineages[: args.fit]
+    data.mkdir(parents=True, exist_ok=True)
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(args.workdir.absolute() / "compiled"))
+    programs = Programs(setting)
+    if not (args.workdir / "gpu_growth.json").exists():  # else most are not needed
+        for n, part in itertools.product(reversed(setting.tokens), ("train", "evaluate", "init")):
+            programs.start(part, n)
+        for lineage, (before, after) in ((each, pair) for each in fit for pair in itertools.pairwise(each.sizes)):
+            programs.start("grow", setting.tokens[before], setting.tokens[after], lineage.recipe)
+    if not (data / "data.json").exists():
+        folders = [sysconfig.get_path("stdlib")] if args.size == "tiny" else ROOTS
+        prepare(data, folders, setting.max_tokens, setting.vocabulary, setting.held_out)
+    trainer = Trainer(setting, programs, args.workdir, deadline)
+    figures, enough = json.loads((data / "data.json").read_text()), trainer.num_windows // setting.batch
+    say(f"data: {figures['train']['documents']:,} documents, {figures['train']['tokens'] / 1e6:.1f}M tokens")
+
+    if "plan" not in trainer.tree:
+        for key in programs.futures:  # what still compiles keeps the device from what is measured
+            programs(*key)
+        say(f"compiled: {json.dumps(programs.seconds)}")
+        step_seconds = {n: trainer.measure(n) for n in reversed(setting.tokens)}
+        say("measured: " + ", ".join(f"n = {n}: {1e3 * s:.2f} ms a step" for n, s in step_seconds.items()))
+        left = deadline - time.monotonic() - RUN_SECONDS * sum(len(each.budgets) for each in fit)
+        limit = enough - 3 * setting.chunk  # by as much the rounding to chunks may exceed it
+        flops, by = whole_budget(setting, fit, step_seconds, max(left, 1.0), limit)
+        sizes = {n: {"step_seconds": s, "flops_per_second": setting.flops(n) / s} for n, s in step_seconds.items()}
+        for n, size in sizes.items():
+            size["parameters"] = count_params(programs.state(n).params)
+            size["flops_per_token"] = setting.flops(n) / setting.batch / setting.context
+        plan = {"flops": args.flops or flops, "limited_by": "--flops" if args.flops else by, "seconds_left": left}
+        trainer.write(command=sys.argv, environment=environment(), data=figures, plan=plan, sizes=sizes)
+    plan = trainer.tree["plan"]
+    runs = [run for lineage in lineages for run in runs_of(lineage, setting, plan["flops"])]
+    longest = max(run.steps for run in runs)
+    say(f"plan: {plan['flops']:.3g} FLOPs (limited by {plan['limited_by']}), the longest run takes {longest} steps")
+    if longest > enough:
+        raise UserError(f"there is text for {enough} steps only: give fewer --flops")
+    trainer.marks = marks(runs)
+    try:
+        for run in runs:
+            if run.name not in trainer.tree["runs"]:
+                trainer.run(run)
+    except TimeoutError:
+        say("the time is over; the same command with more --minutes goes on")
+    programs.pool.shutdown(wait=False, cancel_futures=True)
+    trainer.write(dropped=[run.name for run in runs if run.name not in trainer.tree["runs"]])
+    report(trainer.path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/gpu_growth"))
+    parser.add_argument("--minutes", type=float, default=5, help="for everything")
+    parser.add_argument("--flops", type=float, default=0, help="the whole budget, instead of what fits the time")
+    parser.add_argument("--rates", default="", help="peak learning rates of the three sizes, with commas between")
+    parser.add_argument("--size", choices=sorted(SETTINGS), default="full")
+    parser.add_argument("--fit", type=int, default=4, help="how many lineages must end in time")
+    parser.add_argument("--lineages", type=int, default=len(LINEAGES), help="how many there are at most")
+    parser.add_argument("--report_only", action="store_true", help="sum up the workdir's JSON, and run nothing")
+    args = parser.parse_args()
+    try:
+        report(args.workdir / "gpu_growth.json") if args.report_only else study(args)
+    except (UserError, TimeoutError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,8 @@ from flax import nnx
 from benchmarks.gpu_growth.plan import Setting
 from tokenformer_jax.data.batches import Batch
 from tokenformer_jax.growth.grow import grow_state
-from tokenformer_jax.nn.language import abstract_model, init_params, initial_tau
+from tokenformer_jax.nn.language import abstract_model, init_params
+from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.training.schedule import make_optimizer
 from tokenformer_jax.training.state import TrainState, new_state
 

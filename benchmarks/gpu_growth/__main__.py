@@ -74,7 +74,8 @@ def study(args: argparse.Namespace) -> None:
             size["parameters"] = count_params(programs.state(n).params)
             size["flops_per_token"] = setting.flops(n) / setting.batch / setting.context
         plan = {"flops": args.flops or flops, "limited_by": "--flops" if args.flops else by, "seconds_left": left}
-        trainer.write(command=sys.argv, environment=environment(), data=trainer.data, plan=plan, sizes=sizes)
+        trainer.tree |= {"command": sys.argv, "environment": environment(), "data": trainer.data}
+        trainer.tree |= {"plan": plan, "sizes": sizes}  # written with the first trunk
     plan = trainer.tree["plan"]
     runs = [run for lineage in lineages for run in runs_of(lineage, setting, plan["flops"])]
     longest = max(run.steps for run in runs)

@@ -57,8 +57,8 @@ def study(args: argparse.Namespace) -> None:
         folders = [sysconfig.get_path("stdlib")] if args.size == "tiny" else ROOTS
         prepare(data, folders, setting.max_tokens, setting.vocabulary, setting.held_out)
     trainer = Trainer(setting, programs, args.workdir, deadline)
-    figures, enough = json.loads((data / "data.json").read_text()), trainer.num_windows // setting.batch
-    say(f"data: {figures['train']['documents']:,} documents, {figures['train']['tokens'] / 1e6:.1f}M tokens")
+    enough = trainer.num_windows // setting.batch
+    say(f"data: {trainer.data['train']['tokens'] / 1e6:.1f}M tokens, {enough} steps")
 
     if "plan" not in trainer.tree:
         for key in programs.futures:  # what still compiles keeps the device from what is measured
@@ -74,7 +74,8 @@ def study(args: argparse.Namespace) -> None:
             size["parameters"] = count_params(programs.state(n).params)
             size["flops_per_token"] = setting.flops(n) / setting.batch / setting.context
         plan = {"flops": args.flops or flops, "limited_by": "--flops" if args.flops else by, "seconds_left": left}
-        trainer.write(command=sys.argv, environment=environment(), data=figures, plan=plan, sizes=sizes)
+        trainer.tree |= {"command": sys.argv, "environment": environment(), "data": trainer.data}
+        trainer.tree |= {"plan": plan, "sizes": sizes}  # written with the first trunk
     plan = trainer.tree["plan"]
     runs = [run for lineage in lineages for run in runs_of(lineage, setting, plan["flops"])]
     longest = max(run.steps for run in runs)

@@ -21,8 +21,8 @@ from tokenformer_jax.training.schedule import make_optimizer
 from tokenformer_jax.training.state import TrainState, new_state
 
 KEY = jax.eval_shape(lambda: jax.random.key(0))
-# What runs once does not try which kernels are fastest: on a GPU that takes longer, and keeps all others waiting.
-ONCE: dict[str, Any] = {"xla_gpu_autotune_level": 0}
+# What runs once has the usual kernels: on a GPU, to try which are fastest takes longer, and keeps all others waiting.
+ONCE: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_experimental_enable_fusion_autotuner": False}
 
 
 class Programs:

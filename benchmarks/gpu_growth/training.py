@@ -45,10 +45,9 @@ class Trainer:
         self.memory: dict[str, TrainState] = {}
         self.marks: dict[Trunk, set[int]] = {}
 
-        identity = {
-            "setting": vars(setting),
-            "data": [hashlib.sha256(ids).hexdigest()[:12] for ids in (train, validation)],
-        }
+        self.data = json.loads((workdir / "data" / "data.json").read_text())
+        prints = [self.data[split]["fingerprint"] for split in ("train", "validation")]
+        identity = {"setting": vars(setting), "data": prints}
         self.tree: dict[str, Any] = {"identity": identity, "trunks": {}, "growths": {}, "runs": {}}
         self.path = workdir / "gpu_growth.json"
         if self.path.exists():

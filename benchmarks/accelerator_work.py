@@ -234,7 +234,8 @@ def checkpoint_parts(cfg: Any) -> tuple[Any, Any, Any]:
     from tokenformer_jax.data.tokenizer import train_tokenizer
     from tokenformer_jax.storage.record import Record
 
-    return Position(), train_tokenizer(["key value query token"], 300), Record(dataclasses.asdict(cfg.model), "none", 1)
+    assets = {"tokenizer": train_tokenizer(["key value query token"], 300).to_json()}
+    return Position(), assets, Record(dataclasses.asdict(cfg.model), "none", 1)
 
 
 def save(talk: Talk, size: str, grown: str, rounds: int) -> Figures:
@@ -253,12 +254,12 @@ def save(talk: Talk, size: str, grown: str, rounds: int) -> Figures:
     state = jax.block_until_ready(step.init(jax.random.key(0)))
     found: Figures = {"bytes": sum(x.nbytes for x in jax.tree.leaves(state))}
     with tempfile.TemporaryDirectory() as folder:
-        position, tokenizer, record = checkpoint_parts(cfg)
+        position, assets, record = checkpoint_parts(cfg)
         checkpoints = Checkpoints(pathlib.Path(folder) / "checkpoints", keep=1)
         blocked, whole = [], []
         for number in range(rounds + 1):  # the first also compiles the fingerprints
             began = time.perf_counter()
-            checkpoints.save(number + 1, state, position, tokenizer, record)
+            checkpoints.save(number + 1, state, position, assets, record)
             stood = time.perf_counter() - began
             checkpoints.wait()
             whole.append(time.perf_counter() - began)

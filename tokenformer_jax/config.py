@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import sealed
+from tokenformer_jax.files import local_path, sealed
 
+PATHS = ("path", "tokenizer", "cache_dir")  # keys of the data that name files
 SIZES = ("qkv_tokens", "out_tokens", "ffn_tokens")  # keys of the model that say counts of parameter tokens
 
 
@@ -252,6 +253,8 @@ def validate(cfg: Config) -> None:
             f"loss_spike = {cfg.loss_spike}: is seen once its step has learnt, too late for non_finite = 'skip'; "
             "'rollback' would do"
         )
+    for key in PATHS:
+        local_path(getattr(cfg.data, key), f"data.{key}")
     validate_model(cfg.model)
     mesh = cfg.mesh
     model, padded = cfg.model, cfg.model.padding_counted()

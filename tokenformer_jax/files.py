@@ -6,10 +6,27 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from tokenformer_jax.errors import UserError
+from tokenformer_jax.errors import UserError, shown
+
+_URL = re.compile(r"[A-Za-z][\w.+-]+:/")  # also with one slash, to which pathlib shortens two
+
+
+def local_path(value: str | os.PathLike[str], name: str) -> pathlib.Path:
+    """A path that a user gave in the flag or key `name`, with ~ expanded.
+
+    Raises:
+      UserError: it is a URL, or holds what no path can.
+    """
+    given = f"{name}={shown(os.fspath(value))}" if name.startswith("--") else f"{name} = {os.fspath(value)!r}"
+    if _URL.match(os.fspath(value)):
+        raise UserError(f"{given}: is a URL; use a path of this machine, such as that of a mounted bucket")
+    if "\0" in os.fspath(value):
+        raise UserError(f"{given}: holds a zero byte, as no path does; leave it out")
+    return pathlib.Path(os.path.expanduser(value))
 
 
 def parse_json(text: str | bytes) -> Any:

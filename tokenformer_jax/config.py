@@ -6,6 +6,7 @@
 import dataclasses
 import difflib
 import json
+import pathlib
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -132,8 +133,13 @@ class Config:
     loss_spike: float = 0.0
 
     def to_json(self) -> str:
-        """The text of a `config.json`, with a checksum."""
-        return sealed(dataclasses.asdict(self))
+        """The text of a `config.json`, with a checksum. Its paths hold wherever it is read."""
+        paths = {key: _absolute(getattr(self.data, key)) for key in PATHS}
+        return sealed(dataclasses.asdict(dataclasses.replace(self, data=dataclasses.replace(self.data, **paths))))
+
+
+def _absolute(path: str) -> str:
+    return str(pathlib.Path(path).absolute()) if path and not path.startswith("~") else path
 
 
 def read_config(tree: Mapping[str, Any], source: str = "config") -> Config:
@@ -254,7 +260,7 @@ def validate(cfg: Config) -> None:
             "'rollback' would do"
         )
     for key in PATHS:
-        local_path(getattr(cfg.data, key), f"data.{key}")
+        local_path(getattr(cfg.data, key), f"data.{key}", any_bytes=key == "path")
     validate_model(cfg.model)
     mesh = cfg.mesh
     model, padded = cfg.model, cfg.model.padding_counted()

@@ -153,7 +153,7 @@ class TextFiles(_LocalFiles):
 
     def __init__(self, data: DataConfig):
         self.path, self.text_key = data.path, data.text_key
-        path = local_path(data.path, "data.path")
+        path = local_path(data.path, "data.path", any_bytes=True)
         if not data.path:
             raise UserError(f"{self}: names no data; use --config.data.path=PLACE, a folder, file or glob")
         found, self.skipped = find(path, self.ENDINGS, [local_path(data.cache_dir, "data.cache_dir")])
@@ -163,8 +163,8 @@ class TextFiles(_LocalFiles):
             others = f", but {len(self.skipped)} others ({listed(self._skipped)})" if self.skipped else ""
             place = "" if path.is_absolute() else f" in {os.getcwd()}"
             raise UserError(
-                f"{self}: matches no .txt or .jsonl file{place}{others}; use --config.data.path=PLACE, "
-                "a folder, file or glob of such files, which is also how to say where they were moved"
+                f"{self}: matches no .txt or .jsonl file{place}{others}; use a folder, file or glob of such files "
+                "(where they were moved, --config.data.path=PLACE says so)"
             )
 
     def __str__(self) -> str:

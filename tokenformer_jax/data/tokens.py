@@ -101,7 +101,7 @@ def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Corpus:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"data.cache_dir = {cfg.data.cache_dir!r}: cannot be used ({reason}); another would do"
+            f"data.cache_dir = {cfg.data.cache_dir!r}: cannot be used ({reason}); use --config.data.cache_dir=PLACE"
         ) from error
     for name, split in (("train", corpus.train), ("validation", corpus.validation)):
         check_length(split, f"data.{name}_split = {getattr(cfg.data, f'{name}_split')!r}", cfg.model.context_length)

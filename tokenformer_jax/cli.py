@@ -202,7 +202,7 @@ def data_flags() -> Callable[[Config], Config]:
     }
 
     def change(cfg: Config) -> Config:
-        given = {key: holder.value for key, holder in holders.items() if holder.value is not None}
+        given: Any = {key: holder.value for key, holder in holders.items() if holder.value is not None}
         for key, value in given.items():
             local_path(value, f"--config.data.{key}", any_bytes=key == "path")
         return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **given))

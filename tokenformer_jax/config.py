@@ -134,7 +134,7 @@ class Config:
 
     def to_json(self) -> str:
         """The text of a `config.json`, with a checksum. Its paths hold wherever it is read."""
-        paths = {key: _absolute(getattr(self.data, key)) for key in PATHS}
+        paths: Any = {key: _absolute(getattr(self.data, key)) for key in PATHS}
         return sealed(dataclasses.asdict(dataclasses.replace(self, data=dataclasses.replace(self.data, **paths))))
 
 

@@ -33,7 +33,9 @@ def main() -> None:
     def convert() -> None:
         if bool(from_torch.value) == bool(to_torch.value):
             raise UserError("--from_torch or --to_torch: give one of them, the file to read or the file to write")
-        path = local_path(from_torch.value or to_torch.value, "--from_torch" if from_torch.value else "--to_torch")
+        path = local_path(
+            from_torch.value or to_torch.value or "", "--from_torch" if from_torch.value else "--to_torch"
+        )
         local_path(tokenizer.value or "", "--tokenizer")
         if to_torch.value:
             number, count = export_official(workdir(), path, step.value)

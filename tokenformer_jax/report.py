@@ -15,7 +15,7 @@ from tokenformer_jax.files import local_path, replace_file
 
 
 def main() -> None:
-    named = flags.DEFINE_multi_string("runs", [], "name=workdir of each run, in order; separated by commas, or repeated")
+    named = flags.DEFINE_multi_string("runs", [], "name=workdir of each run, in order; separated by commas or repeated")
     folder = flags.DEFINE_string("out", ".", "directory for loss.png and report.json")
 
     def report() -> None:

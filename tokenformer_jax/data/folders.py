@@ -38,6 +38,7 @@ def find(path: Path, endings: Sequence[str], left_out: Iterable[Path] = ()) -> F
         names = {str(base): os.path.realpath(base)}
         if not base.is_file():
             faults[str(base)] = _why_not(str(base))
+
     def inside(name: str) -> str:
         return os.path.basename(name) if Path(name) == base else os.path.relpath(name, base)
 
@@ -140,7 +141,7 @@ class _Walk:
                                 kind = entries.files if _holds(entry.is_file) else entries.others
                                 kind[entry.name] = place
             except OSError as error:
-                self.faults[real] = error.strerror
+                self.faults[real] = error.strerror or str(error)
         return self.listed[real]
 
 

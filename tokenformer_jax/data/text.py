@@ -87,7 +87,9 @@ class _LocalFiles:
             if document.part == 1:
                 cut += 1
                 first_cut = first_cut or document
-        faults = ", ".join(map(str, first)) + (f" and {unreadable - len(first)} more" if unreadable > len(first) else "")
+        faults = ", ".join(map(str, first)) + (
+            f" and {unreadable - len(first)} more" if unreadable > len(first) else ""
+        )
         if low > high:
             raise UserError(
                 f"{self}: holds no text that can be used{': ' * bool(faults)}{faults}; use UTF-8 in .txt, "
@@ -192,12 +194,12 @@ class TextFiles(_LocalFiles):
                 for number, line in enumerate(_lines(content), 1):
                     text, fault = _json_text(line, self.text_key) if line is not None else ("", _TOO_LONG)
                     del line
-                    if len(text) <= _LONGEST_TEXT:
+                    raw = text.encode()
+                    if len(raw) <= _LONGEST_TEXT:
                         yield Document(path, text, _place(text), fault, number)
                     else:
-                        raw = io.BytesIO(text.encode())
                         del text
-                        for part, cut in enumerate(_parts(raw), 1):
+                        for part, cut in enumerate(_parts(io.BytesIO(raw)), 1):
                             yield Document(path, cut.decode(), _place(cut.decode()), "", number, part)
             else:
                 if content.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:

@@ -97,10 +97,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     bpe.train_from_iterator(parts(), trainer)
     if cut_words:
-        words = "words" if cut_words > 1 else "word"
-        print(
-            f"tokenizer: cut {cut_words:,} {words} of more than {_LONGEST_WORD:,} characters to train on", file=sys.stderr
-        )
+        words = f"{cut_words:,} word{'s' * (cut_words > 1)} of more than {_LONGEST_WORD:,} characters"
+        print(f"tokenizer: cut {words} to train on", file=sys.stderr)
     return Tokenizer(bpe)
 
 

@@ -27,9 +27,8 @@ def named_runs(given: list[str]) -> dict[str, pathlib.Path]:
             name, workdir = _named(",".join(parts[:count]))
             name = shown(name or workdir.name or workdir.resolve().name)
             if name in runs:
-                raise UserError(
-                    f"--runs: two runs are named {name!r}; use --runs=one={shown(runs[name])} --runs=two={shown(workdir)}"
-                )
+                apart = f"--runs=one={shown(runs[name])} --runs=two={shown(workdir)}"
+                raise UserError(f"--runs: two runs are named {name!r}; use {apart}")
             runs[name], parts = workdir, parts[count:]
     return runs
 

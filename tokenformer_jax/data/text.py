@@ -87,19 +87,16 @@ class _LocalFiles:
             if document.part == 1:
                 cut += 1
                 first_cut = first_cut or document
-        faults = ", ".join(map(str, first)) + (
-            f" and {unreadable - len(first)} more" if unreadable > len(first) else ""
-        )
+        more = f" and {unreadable - len(first)} more" if unreadable > len(first) else ""
+        faults = ", ".join(map(str, first)) + more
         if low > high:
             raise UserError(
                 f"{self}: holds no text that can be used{': ' * bool(faults)}{faults}; use UTF-8 in .txt, "
                 "or .jsonl whose key --config.data.text_key=KEY holds the text"
             )
         if unreadable or empty:
-            print(
-                f"{self}: skipped {unreadable} unreadable documents{f' ({faults})' * bool(faults)} and {empty} empty ones",
-                file=sys.stderr,
-            )
+            which = f" ({faults})" if faults else ""
+            print(f"{self}: skipped {unreadable} unreadable documents{which} and {empty} empty ones", file=sys.stderr)
         if cut:
             print(
                 f"{self}: cut {cut} texts of more than {_LONGEST_TEXT >> 20} MiB into documents of {_PART >> 20} MiB, "

@@ -92,13 +92,21 @@ def test_the_files_of_a_run_are_not_data_where_its_folder_is_named_nor_those_of_
     assert texts(tmp_path / "best") == ["a"]
 
 
-@pytest.mark.parametrize("cache", ["cache", "sub/cache", "link"])
-def test_the_cache_inside_the_data_is_not_data(tmp_path, cache):
-    write(tmp_path, "a.txt=a", "cache/b.txt=b", "sub/cache/b.txt=b", "real/b.txt=b")
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    found = TextFiles(data_config(tmp_path, data__cache_dir=str(tmp_path / cache)))
-    assert len(found.files) == 3
-    assert not any(file.is_relative_to((tmp_path / cache).resolve()) for file in found.files)
+@pytest.mark.parametrize("cache", ["cache", ".", "sub/cache", "link"])
+def test_prepared_data_inside_the_data_are_not_data_and_all_else_there_is(tmp_path, cache):
+    write(tmp_path, "texts/a.txt=" + "one two three " * 30)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    paths = {"data__path": str(tmp_path), "data__cache_dir": str(tmp_path / cache)}
+    cfg = make_config(tmp_path, model__context_length=2, **paths)
+    before = TextFiles(cfg.data).identity
+    prepare(cfg)
+    (prepared,) = (tmp_path / cache).glob("text_files-*")
+    write(prepared, "b.txt=b")
+    after = TextFiles(cfg.data)
+    assert after.identity == before and after.skipped == []
+    write(tmp_path / cache, "c.txt=c")
+    assert len(TextFiles(cfg.data).files) == 2
 
 
 # Links.
@@ -200,6 +208,14 @@ def test_a_wrong_text_key_is_answered_with_those_that_there_are(tmp_path):
     write(tmp_path / "texts", "a.jsonl=" + "words " * 50)
     with pytest.raises(UserError, match=r"a\.jsonl:1 \(no key 'content', but 'text'\).*--config\.data\.text_key=KEY"):
         prepare(make_config(tmp_path, data__text_key="content"))
+
+
+@pytest.mark.parametrize("parts", [["no"], ["a" * 300], ["a"] * 3000, ["[z-a]", "*"], ["[", "**", "]*"], ["**"] * 9])
+def test_any_path_without_data_is_refused_in_one_line(tmp_path, parts):
+    (tmp_path / "a.md").write_text("")
+    with pytest.raises(UserError, match=r"^data\.path = .* matches no") as error:
+        TextFiles(data_config(tmp_path / "/".join(parts)))
+    assert "\n" not in str(error.value)
 
 
 # Names.

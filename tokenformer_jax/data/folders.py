@@ -3,6 +3,7 @@
 import fnmatch
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 _RUN = ("checkpoints", "config.json", "environment.json", "metrics.jsonl", "tensorboard", ".lock")
 _OF_A_RUN = ("checkpoints", "damaged_checkpoints", "metrics.jsonl", "tensorboard")
 _OF_A_CHECKPOINT = "commit_success.txt"
+_PREPARED = re.compile(r"-[0-9a-f]{12}$")  # folders of a cache
 
 
 class File(NamedTuple):
@@ -23,17 +25,17 @@ class Found(NamedTuple):
     skipped: list[str]  # names of the others, and why if it is not their ending
 
 
-def find(path: Path, endings: Sequence[str], left_out: Iterable[Path] = ()) -> Found:
+def find(path: Path, endings: Sequence[str], cache: Path | None = None) -> Found:
     """The files with these endings (in any case) that a path names.
 
     A name that exists is taken as it is, even where it looks like a glob. Below a folder or a glob, links are followed;
-    hidden files and folders are left out, and so are the folders of runs and those in `left_out`.
+    hidden files and folders are left out, and so are the folders of runs and prepared data in the folder `cache`.
     """
     base, pattern = _existing_part(path)
     faults: dict[str, str] = {}  # why a name cannot be read
     if pattern or base.is_dir():
         base = Path(os.path.realpath(base))
-        names = dict(_Walk({os.path.realpath(folder) for folder in left_out}, faults).matches(str(base), pattern))
+        names = dict(_Walk(os.path.realpath(cache) if cache else "", faults).matches(str(base), pattern))
     else:
         names = {str(base): os.path.realpath(base)}
         if not base.is_file():
@@ -79,8 +81,8 @@ class _Entries(NamedTuple):
 class _Walk:
     """Goes through folders by where they really are, each once, so that links in a circle end."""
 
-    def __init__(self, left_out: set[str], faults: dict[str, str]):
-        self.left_out, self.faults = left_out, faults
+    def __init__(self, cache: str, faults: dict[str, str]):
+        self.cache, self.faults = cache, faults
         self.listed: dict[str, _Entries] = {}
 
     def matches(self, base: str, pattern: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -124,7 +126,8 @@ class _Walk:
         return found
 
     def _is_left_out(self, real: str) -> bool:
-        return real in self.left_out or _is_run(real)
+        folder, name = os.path.split(real)
+        return (folder == self.cache and bool(_PREPARED.search(name))) or _is_run(real)
 
     def _entries(self, real: str) -> _Entries:
         if real not in self.listed:

@@ -155,7 +155,7 @@ class TextFiles(_LocalFiles):
         path = local_path(data.path, "data.path", any_bytes=True)
         if not data.path:
             raise UserError(f"{self}: names no data; use --config.data.path=PLACE, a folder, file or glob")
-        found, self.skipped = find(path, self.ENDINGS, [local_path(data.cache_dir, "data.cache_dir")])
+        found, self.skipped = find(path, self.ENDINGS, local_path(data.cache_dir, "data.cache_dir"))
         self.endings = {file.path: file.ending for file in found}
         self.files = list(self.endings)
         if not found:
@@ -327,12 +327,19 @@ class PublishedSet:
             raise UserError(
                 f"{key}: cannot be loaded ({cause(error)}); python_source, text_files, "
                 "or a tfds set that is prepared as array_record in the folder data.path would do"
+                f"{_moved(self.data_dir)}"
             ) from None
         texts = [name for name, kind in builder.info.features.items() if isinstance(kind, tfds.features.Text)]
         if self.text_feature not in texts:
             would_do = " or ".join(texts) or "none"
             raise UserError(f"data.text_key = {self.text_feature!r}: no text of {self.name}; {would_do} would do")
         return builder
+
+
+def _moved(folder: str | None) -> str:
+    if folder is None or os.path.isdir(folder):
+        return ""
+    return f"; there is no {shown(folder)}: where it was moved, use --config.data.path=PLACE"
 
 
 def cause(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.commands import ROOT, call, call_well, complaint
 from tests.helpers import write_corpus
+from tokenformer_jax.data.folders import find
 from tokenformer_jax.data.tokenizer import tokenizer_from_json
 from tokenformer_jax.storage.checkpoints import Checkpoints
 
@@ -70,6 +71,41 @@ def test_the_console_script_runs_each_command_in_any_folder(folder, tmp_path):
     assert tokenformer("--version").stdout.count(".") == 2
     out = tokenformer("checkpoint", f"--workdir={folder}/small").stdout
     assert "step 6:" in out and "damaged" not in out
+
+
+def test_data_that_were_moved_are_named_by_the_same_flag_to_train_and_evaluate(folder, tmp_path):
+    (tmp_path / "run" / "text").mkdir(parents=True)  # the run inside its data
+    for file in (folder / "text").iterdir():
+        shutil.copy(file, tmp_path / "run" / "text")
+    shutil.copytree(folder / "small", tmp_path / "run" / "W")
+    config = json.loads((folder / "small" / "config.json").read_text())
+    config["data"]["path"] = "not/here"
+    del config["checksum"]
+    (tmp_path / "run" / "W" / "config.json").write_text(json.dumps(config))
+    line = complaint(call("evaluate", f"--workdir={tmp_path}/run/W"))
+    assert "data.path = 'not/here'" in line and "--config.data.path=PLACE" in line
+    moved = f"--config.data.path={tmp_path}/run", f"--config.data.cache_dir={tmp_path}/cache"
+    before, after = (
+        call("evaluate", *args) for args in ([f"--workdir={folder}/small"], [f"--workdir={tmp_path}/run/W", *moved])
+    )
+    assert before.stdout == after.stdout and "warning" not in before.stderr + after.stderr
+    call_well("train", f"--config={folder}/config.py", *moved, "--config.steps=7", f"--workdir={tmp_path}/run/W")
+    assert json.loads((tmp_path / "run" / "W" / "config.json").read_text())["data"]["path"] == f"{tmp_path}/run"
+    write_corpus(tmp_path / "other", seed=1)
+    other = call("evaluate", f"--workdir={tmp_path}/run/W", f"--config.data.path={tmp_path}/other", moved[1])
+    assert other.returncode == 0 and "warning: the data have changed since the run" in other.stderr
+
+
+@pytest.mark.parametrize("args", ["--config.data.pth=x", "--config.model.num_layers=2", "--config=quickstart:small"])
+def test_evaluate_takes_no_other_key_of_the_config(folder, args):
+    line = complaint(call("evaluate", f"--workdir={folder}/small", args))
+    assert args.split("=")[0].lstrip("-") in line and "must stand before" not in line
+
+
+def test_the_folders_of_runs_hold_no_data(folder):
+    for run in ("small", "grown"):
+        assert find(folder / run, (".txt", ".jsonl")).files == []
+        assert find(folder / "**" / "*", (".txt", ".jsonl")).files == find(folder / "text", (".txt",)).files
 
 
 def test_evaluate(folder):
@@ -155,7 +191,8 @@ def test_generate_is_seeded_and_continues_the_prompt(folder):
 
 
 def test_report_draws_the_plot_and_lists_the_stages(folder):
-    call_well("report", f"--runs=small={folder}/small,grown={folder}/grown", f"--out={folder}/report")
+    (folder / "a,lr=0.1").symlink_to(folder / "small")
+    call_well("report", f"--runs=small={folder}/a,lr=0.1,grown={folder}/grown", f"--out={folder}/report")
     rows = json.loads((folder / "report" / "report.json").read_text())
     assert [row["run"] for row in rows] == ["small", "grown, right after growth", "grown"]
     assert rows[1]["eval_loss"] == pytest.approx(rows[0]["eval_loss"], rel=1e-5)  # growth is lossless

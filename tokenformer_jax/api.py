@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import pathlib
+import os
 from collections.abc import Mapping
 
 import jax
@@ -14,6 +14,7 @@ from flax import nnx
 from tokenformer_jax.config import ModelConfig, validate_model
 from tokenformer_jax.data.tokenizer import Tokenizer
 from tokenformer_jax.evaluation.sampling import Sampling, generate
+from tokenformer_jax.files import local_path
 from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.growth.shrink import check_shrinking, shrink_state
@@ -48,21 +49,21 @@ class TokenFormer:
         return cls(cfg, params, initial_tau(cfg))
 
     @classmethod
-    def load(cls, workdir: str | pathlib.Path, step: int | None = None) -> "TokenFormer":
+    def load(cls, workdir: str | os.PathLike[str], step: int | None = None) -> "TokenFormer":
         """The newest (or given) checkpoint of a workdir of train, grow or convert, with its tokenizer.
 
         Raises UserError where there is none, or it cannot be read.
 
         >>> model = TokenFormer.load("runs/quickstart/grown")
         """
-        run = load_trained(pathlib.Path(workdir), step)
+        run = load_trained(local_path(workdir, "workdir"), step)
         tau = {name: float(value) for name, value in run.state.tau_now().items()}
         return cls(run.cfg.model, run.state.params, tau, run.tokenizer)
 
     @classmethod
     def from_official(
         cls,
-        weights: str | pathlib.Path | Mapping[str, np.ndarray],
+        weights: str | os.PathLike[str] | Mapping[str, np.ndarray],
         num_heads: int,
         rotary_fraction: float = 0.25,
         context_length: int = 2048,
@@ -74,7 +75,7 @@ class TokenFormer:
         >>> model = TokenFormer.from_official("pytorch_model.bin", num_heads=12)
         """
         source = "state dict" if isinstance(weights, Mapping) else str(weights)
-        arrays = weights if isinstance(weights, Mapping) else read_state_dict(pathlib.Path(weights))
+        arrays = weights if isinstance(weights, Mapping) else read_state_dict(local_path(weights, "weights"))
         cfg = model_config(arrays, num_heads, rotary_fraction, context_length=context_length, source=source)
         validate_model(cfg)
         return cls(cfg, jax.tree.map(jnp.asarray, from_official(arrays, source)), initial_tau(cfg))

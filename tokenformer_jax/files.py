@@ -6,10 +6,40 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from tokenformer_jax.errors import UserError
+from tokenformer_jax.errors import UserError, shown
+
+_URL = re.compile(r"[A-Za-z][\w.+-]+:/")  # also with one slash, to which pathlib shortens two
+
+
+def local_path(value: str | os.PathLike[str], name: str, any_bytes: bool = False) -> pathlib.Path:
+    """A path that a user gave in the flag or key `name`, with ~ expanded.
+
+    With `any_bytes` it need not be UTF-8, which libraries want of what they write.
+
+    Raises:
+      UserError: it is a URL, or no name that can be used.
+    """
+    given = f"{name}={shown(os.fspath(value))}" if name.startswith("--") else f"{name} = {os.fspath(value)!r}"
+    if _URL.match(os.fspath(value)):
+        raise UserError(f"{given}: is a URL; use a path of this machine, such as that of a mounted bucket")
+    if "\0" in os.fspath(value):
+        raise UserError(f"{given}: holds a zero byte, as no path does; leave it out")
+    path = pathlib.Path(os.path.expanduser(value))
+    if not any_bytes and not _is_unicode(str(path.absolute())):
+        raise UserError(f"{given}: is not UTF-8 ({shown(path.absolute())}); use a path that is")
+    return path
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_json(text: str | bytes) -> Any:

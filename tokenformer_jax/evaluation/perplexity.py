@@ -3,12 +3,13 @@
 import json
 import math
 import pathlib
+import sys
 from typing import Any
 
 import jax
 
 from tokenformer_jax.config import Config
-from tokenformer_jax.data.batches import training_examples
+from tokenformer_jax.data.batches import data_identity, training_examples
 from tokenformer_jax.data.tokens import Corpus, TokenSplit, prepare
 from tokenformer_jax.devices.sharding import this_process
 from tokenformer_jax.errors import UserError
@@ -51,9 +52,21 @@ def choose_split(corpus: Corpus, name: str) -> TokenSplit:
     return splits[name]
 
 
+def _prepared(run: Trained) -> Corpus:
+    """The data of a run's config; says where they are not those that it was trained on."""
+    corpus = prepare(run.cfg, run.tokenizer)
+    if data_identity(corpus.train, run.cfg) != run.record.data and jax.process_index() == 0:
+        print(
+            "warning: the data have changed since the run: its figures here are of other text; if they were moved, use "
+            "--config.data.path=PLACE",
+            file=sys.stderr,
+        )
+    return corpus
+
+
 def evaluate_run(run: Trained, workdir: pathlib.Path, split_name: str) -> None:
     """Evaluates a run on a split, prints the result and writes it to WORKDIR/eval.json."""
-    split = choose_split(prepare(run.cfg, run.tokenizer), split_name)
+    split = choose_split(_prepared(run), split_name)
     figures = evaluate_split(run.step, run.state, split, run.cfg, progress=True)
     result = {
         "split": split_name,
@@ -74,7 +87,7 @@ def evaluate_run(run: Trained, workdir: pathlib.Path, split_name: str) -> None:
 
 def show_examples(run: Trained, examples: range) -> None:
     """Prints the loss and the text of training examples, such as those of a step whose loss was not finite."""
-    split = prepare(run.cfg, run.tokenizer).train
+    split = _prepared(run).train
     batches = training_examples(split, run.cfg, examples, **this_process(run.step.mesh))
     for example, batch in zip(examples, batches, strict=True):
         sums = jax.device_get(run.step.evaluate(run.state, put_batch(run.step, batch)))

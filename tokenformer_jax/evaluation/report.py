@@ -5,11 +5,42 @@ from typing import Any
 
 import matplotlib
 
-from tokenformer_jax.errors import UserError
+from tokenformer_jax.errors import UserError, shown
+from tokenformer_jax.files import local_path
 from tokenformer_jax.storage.metrics_file import Row, read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+
+def named_runs(given: list[str]) -> dict[str, pathlib.Path]:
+    """The directories that `--runs` names, by their names: NAME=DIR or DIR, each on its own or separated by commas.
+
+    Of several readings the longest path that exists is meant: directories may have commas and equals signs in them.
+    """
+    runs: dict[str, pathlib.Path] = {}
+    for text in given:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        while parts:
+            ends = [n for n in range(len(parts), 0, -1) if _named(",".join(parts[:n]))[1].is_dir()]
+            count = ends[0] if ends else 1
+            name, workdir = _named(",".join(parts[:count]))
+            name = shown(name or workdir.name or workdir.resolve().name)
+            if name in runs:
+                apart = f"--runs=one={shown(runs[name])} --runs=two={shown(workdir)}"
+                raise UserError(f"--runs: two runs are named {name!r}; use {apart}")
+            runs[name], parts = workdir, parts[count:]
+    return runs
+
+
+def _named(item: str) -> tuple[str, pathlib.Path]:
+    """A run's name, which may be empty and has no comma, and its directory."""
+    name, equals, path = item.partition("=")
+    whole = local_path(item, "--runs", any_bytes=True)
+    if whole.is_dir() or not equals or "," in name:
+        return "", whole
+    workdir = local_path(path, "--runs", any_bytes=True)
+    return (name, workdir) if workdir.is_dir() or "/" not in name else ("", whole)
 
 
 def read_run(workdir: pathlib.Path) -> tuple[list[Row], list[Row]]:

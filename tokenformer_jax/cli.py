@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import logging as stdlib_logging
 import os
 import pathlib
@@ -21,6 +22,7 @@ from tokenformer_jax.config import (
 from tokenformer_jax.devices.distributed import Others
 from tokenformer_jax.errors import UserError
 
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell says of other programs
 _PRESETS = pathlib.Path(__file__).parent / "configs"
 
 
@@ -43,6 +45,17 @@ def config_flag() -> Callable[[], Config]:
     return read
 
 
+def _help(text: str) -> str:
+    """A command's docstring, and the flags that it and this file define."""
+    lines = [text.strip(), ""]
+    for module, found in flags.FLAGS.flags_by_module_dict().items():
+        if module == sys.argv[0] or module.startswith(("tokenformer_jax", "launch", "benchmarks")):
+            for flag in found:
+                default = "" if flag.default in (None, "") else f" (default: {flag.default_as_str})"
+                lines.append(f"  --{flag.name}: {flag.help}{default}")
+    return "\n".join(lines)
+
+
 def _with_paths(argv: list[str]) -> list[str]:
     """The arguments, with the path of a preset that --config names without one: `pile:150m`."""
     argv = list(argv)
@@ -58,6 +71,10 @@ def _with_paths(argv: list[str]) -> list[str]:
 
 def _path_of_preset(value: str) -> str:
     name, colon, variant = value.partition(":")
+    if os.path.isfile(name) and not name.endswith(".py"):
+        raise UserError(
+            f"--config={value}: not a Python file; use one with get_config, or a preset such as quickstart:small"
+        )
     if not name.isidentifier() or os.path.exists(name):
         return value
     presets = sorted(path.stem for path in _PRESETS.glob("*.py") if path.stem != "__init__")
@@ -138,6 +155,9 @@ def run_command(main: Callable[[], None]) -> None:
     )
 
     def parse(argv: list[str]) -> list[str]:
+        if {"--help", "-help", "-h"} & set(argv):
+            print(_help(sys.modules[main.__module__].__doc__ or ""))
+            sys.exit()
         with _config_errors():
             extra = flags.FLAGS(_with_paths(argv))
             if len(extra) > 1:
@@ -152,13 +172,29 @@ def run_command(main: Callable[[], None]) -> None:
     sys.unraisablehook = lambda _: None  # nor what its destructors raise after a save that failed
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)  # the same errors, a second time
     try:
-        app.run(guarded, flags_parser=parse)
+        with _output_that_never_fails():
+            app.run(guarded, flags_parser=parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def _output_that_never_fails() -> Iterator[None]:
+    """Shows `?` for what the output's encoding lacks, and ends quietly once its reader, such as `head`, has left."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # else only the interpreter's end would find that the reader has left
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        sys.exit(BROKEN_PIPE)
 
 
 def _join_processes() -> Others:

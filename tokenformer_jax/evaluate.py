@@ -1,8 +1,11 @@
 """Loss, perplexity and bits per byte of a trained model on a split.
 
 python -m tokenformer_jax.evaluate --workdir=W [--step=N] [--split=validation] [--mesh=1,1,1,1]
+python -m tokenformer_jax.evaluate --workdir=W --out=eval.json   # where W cannot be written
 python -m tokenformer_jax.evaluate --workdir=W --examples=96:104   # of training, by their order: each text and its loss
 """
+
+import pathlib
 
 from absl import flags
 
@@ -15,6 +18,7 @@ def main() -> None:
     workdir, mesh, examples = workdir_flag(), mesh_flag(), examples_flag()
     step = flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
     split = flags.DEFINE_string("split", "validation", "train or validation")
+    out = flags.DEFINE_string("out", None, "the file for the figures; by default eval.json in the workdir")
 
     def evaluate() -> None:
         chosen = examples()
@@ -22,7 +26,7 @@ def main() -> None:
         if chosen:
             show_examples(run, chosen)
         else:
-            evaluate_run(run, workdir(), split.value)
+            evaluate_run(run, workdir(), split.value, pathlib.Path(out.value).expanduser() if out.value else None)
 
     run_command(evaluate)
 

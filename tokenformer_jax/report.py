@@ -3,7 +3,6 @@
 python -m tokenformer_jax.report --runs=small=W,grown=W2 --out=DIR
 """
 
-import json
 import pathlib
 
 from absl import flags
@@ -11,7 +10,7 @@ from absl import flags
 from tokenformer_jax.cli import run_command
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.report import plot, summarise, table
-from tokenformer_jax.files import replace_file
+from tokenformer_jax.files import json_text, replace_file
 
 
 def main() -> None:
@@ -31,9 +30,9 @@ def main() -> None:
             raise UserError("--runs is missing; --runs=small=W,grown=W2 would do")
         rows = [row for name, workdir in runs.items() for row in summarise(name, workdir)]
         out = pathlib.Path(folder.value).expanduser()
-        replace_file(out / "report.json", json.dumps(rows, indent=2) + "\n")
+        print(table(rows), flush=True)
+        replace_file(out / "report.json", json_text(rows, indent=2) + "\n")
         plot(runs, out / "loss.png")
-        print(table(rows))
         print(f"plot: {out / 'loss.png'}")
 
     run_command(report)

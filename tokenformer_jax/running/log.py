@@ -63,7 +63,7 @@ class Log:
     def evaluation(self, n: int, figures: dict[str, float]) -> None:
         self.write_once(self.run.figures(n) | {f"eval_{name}": value for name, value in figures.items()}, "eval_loss")
         self.say(
-            f"step {n}: validation loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}, "
+            f"step {n}: validation loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.4g}, "
             f"{figures['bits_per_byte']:.4f} bits per byte"
         )
 

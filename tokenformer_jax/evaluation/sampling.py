@@ -21,7 +21,6 @@ from tokenformer_jax.nn.layers import Params
 from tokenformer_jax.nn.transformer import Tau, unstack
 from tokenformer_jax.storage.trained import Trained
 
-
 SMALLEST = float(np.finfo(np.float32).tiny)  # what is smaller is 0 to a device
 BROKEN = -1  # in the place of a token id whose logits are not finite
 

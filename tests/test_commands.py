@@ -9,9 +9,11 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.commands import ROOT, call, call_well, complaint
 from tests.helpers import write_corpus
+from tokenformer_jax.api import TokenFormer
 from tokenformer_jax.data.folders import find
 from tokenformer_jax.data.tokenizer import tokenizer_from_json
 from tokenformer_jax.storage.checkpoints import Checkpoints
@@ -138,11 +140,27 @@ def leaves(tree):
     return [leaf for value in tree.values() for leaf in leaves(value)] if isinstance(tree, dict) else [tree]
 
 
-def test_the_readmes_python_runs(folder):
-    code = (ROOT / "README.md").read_text().split("## From Python\n\n```python\n")[1].split("```")[0]
-    code = code.replace("runs/quickstart/grown", str(folder / "grown")).replace("ids, 40,", "ids, 4,")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
+def test_the_readmes_python_runs(folder, tmp_path):
+    """All of it, one after another, on the small run's data and sizes."""
+    section = (ROOT / "README.md").read_text().split("## From Python\n")[1].split("\n## ")[0]
+    blocks = [block.split("```")[0] for block in section.split("```python\n")[1:]]
+    assert len(blocks) >= 3
+    small = TokenFormer.load(folder / "small")
+    arrays = {name: np.ascontiguousarray(array) for name, array in small.to_official().items()}
+    save_file(arrays, tmp_path / "model.safetensors")
+    (tmp_path / "tokenizer.json").write_text(small.tokenizer.to_json())
+    code = "".join(blocks)
+    for theirs, ours in {
+        "runs/quickstart/grown": str(folder / "grown"),
+        "prompt], 40,": "prompt], 4,",
+        'quickstart.get_config("small")': 'config.get_config("small")',
+        "from tokenformer_jax.configs import quickstart": "import config",
+        "num_heads=4": "num_heads=2",
+    }.items():
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300, cwd=tmp_path)
 
 
 def test_growth_by_nothing_goes_on_with_the_same_model(folder):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import io
 import logging as stdlib_logging
 import os
 import pathlib
@@ -25,6 +26,7 @@ from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import local_path
 
 COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare".split()
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell says of other programs
 _PRESETS = pathlib.Path(__file__).parent / "configs"
 
 
@@ -94,6 +96,10 @@ def _path_of_preset(value: str) -> str:
     longer = [":".join(value.split(":")[:n]) for n in range(2, value.count(":") + 2)]
     if not os.path.exists(name) and any(map(os.path.isfile, longer)):
         raise UserError(f"--config={value}: its path holds a colon, which begins a variant; rename it, or use a link")
+    if os.path.isfile(name) and not name.endswith(".py"):
+        raise UserError(
+            f"--config={value}: not a Python file; use one with get_config, or a preset such as quickstart:small"
+        )
     if not name.isidentifier() or os.path.exists(name):
         return value
     presets = sorted(path.stem for path in _PRESETS.glob("*.py") if path.stem != "__init__")
@@ -189,7 +195,8 @@ def run_command(main: Callable[[], None]) -> None:
 
     _silence_orbax()
     try:
-        app.run(guarded, flags_parser=parse)
+        with _output_that_never_fails():
+            app.run(guarded, flags_parser=parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
@@ -218,6 +225,21 @@ def _is_of_a_loop(traceback: Any) -> bool:
             return True
         traceback = traceback.tb_next
     return False
+
+
+@contextlib.contextmanager
+def _output_that_never_fails() -> Iterator[None]:
+    """Shows `?` for what the output's encoding lacks, and ends quietly once its reader, such as `head`, has left."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # else only the interpreter's end would find that the reader has left
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        sys.exit(BROKEN_PIPE)
 
 
 def _join_processes() -> Others:

@@ -8,7 +8,6 @@ that these take at least. Leaves plan.json and plan.png. Needs libtpu, about 2 G
 (--topology=h100:8) it needs what requirements-gpu.txt installs, and no GPU.
 """
 
-import json
 import sys
 
 import jax
@@ -16,7 +15,7 @@ from absl import flags
 
 from tokenformer_jax.cli import config_flag, run_command
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import local_path, replace_file
+from tokenformer_jax.files import json_text, local_path, replace_file
 from tokenformer_jax.planning.plan import alternatives, describe, draw, make_plan
 
 
@@ -48,7 +47,7 @@ def main() -> None:
                 else "nothing tried fits: take a larger topology"
             )
             print(fits)
-        replace_file(out / "plan.json", json.dumps(found, indent=1) + "\n")
+        replace_file(out / "plan.json", json_text(found, indent=1) + "\n")
         draw(found, out / "plan.png")
 
     run_command(plan)

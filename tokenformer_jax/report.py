@@ -4,14 +4,12 @@ python -m tokenformer_jax.report --runs=small=W,grown=W2 --out=DIR
 python -m tokenformer_jax.report --runs=small=W --runs=grown=W2   # the same
 """
 
-import json
-
 from absl import flags
 
 from tokenformer_jax.cli import run_command
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.report import named_runs, plot, summarise, table
-from tokenformer_jax.files import local_path, replace_file
+from tokenformer_jax.files import json_text, local_path, replace_file
 
 
 def main() -> None:
@@ -24,9 +22,9 @@ def main() -> None:
             raise UserError("--runs is missing; use --runs=small=W,grown=W2")
         rows = [row for name, workdir in runs.items() for row in summarise(name, workdir)]
         out = local_path(folder.value, "--out")
-        replace_file(out / "report.json", json.dumps(rows, indent=2) + "\n")
+        print(table(rows), flush=True)
+        replace_file(out / "report.json", json_text(rows, indent=2) + "\n")
         plot(runs, out / "loss.png")
-        print(table(rows))
         print(f"plot: {out / 'loss.png'}")
 
     run_command(report)

@@ -61,6 +61,16 @@ class Tokenizer:
         """Special tokens show as they are spelled; bytes that are no UTF-8 show as U+FFFD."""
         return self._bpe.decode(list(ids), skip_special_tokens=False)
 
+    def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that `ids` add to that of the ids before them.
+
+        Not what they decode to alone: a tokenizer may drop the space in front of a text's first word, and a character's
+        bytes may be spread over both.
+        """
+        first, whole = self.decode(before), self.decode([*before, *ids])
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, whole, strict=False))
+        return whole[sum(1 for _ in same) :]
+
     def to_json(self) -> str:
         """The text of a `tokenizer.json`."""
         return self._bpe.to_str()

@@ -1,5 +1,6 @@
 """Compares runs: a table of their evaluations, and a plot of validation loss against training FLOPs."""
 
+import math
 import pathlib
 from typing import Any
 
@@ -43,13 +44,19 @@ def _named(item: str) -> tuple[str, pathlib.Path]:
     return (name, workdir) if workdir.is_dir() or "/" not in name else ("", whole)
 
 
+def perplexity(value: float) -> str:
+    """With two decimals; a huge one in few digits."""
+    return f"{value:.2f}" if value < 1e6 else f"{value:.4g}"
+
+
 def read_run(workdir: pathlib.Path) -> tuple[list[Row], list[Row]]:
     """The evaluations of a run and its growths. Raises UserError where it has no evaluation."""
     try:
         rows = read_metrics(workdir)
     except OSError:
         raise UserError(f"{workdir}: no metrics.jsonl here; is it the directory of a training run?") from None
-    evaluations = [row for row in rows if "eval_loss" in row]
+    # A figure that was not finite is null in the file.
+    evaluations = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows if "eval_loss" in row]
     if not evaluations:
         raise UserError(f"{workdir}/metrics.jsonl: no evaluation yet")
     return evaluations, [row for row in rows if "growth" in row and row["growth"]["from"] != row["growth"]["to"]]
@@ -80,7 +87,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         lines.append(
             f"{row['run']:<{width}}  {row['step']:>7,}  {row['params']:>13,}  {row['train_flops']:>11.3e}  "
-            f"{row['eval_loss']:>9.4f}  {row['eval_perplexity']:>10.2f}  {row['eval_bits_per_byte']:>9.4f}"
+            f"{row['eval_loss']:>9.4f}  {perplexity(row['eval_perplexity']):>10}  {row['eval_bits_per_byte']:>9.4f}"
         )
     return "\n".join(lines)
 
@@ -99,11 +106,18 @@ def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
         )
         for growth in growths:
             evaluated = (row["eval_loss"] for row in rows if row["step"] == growth["step"])
-            place = growth["train_flops"], next(evaluated, growth["growth"]["loss_after"])
+            loss = next(evaluated, growth["growth"]["loss_after"])
+            if loss is None or not math.isfinite(loss):
+                continue
+            place = growth["train_flops"], loss
             axes.plot(*place, marker="*", markersize=12, color=line.get_color())
             axes.annotate(f"{growth['params'] / 1e6:.2f}M", place, xytext=(4, 8), textcoords="offset points")
     axes.set(xlabel="cumulative training FLOPs", ylabel="validation loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        plt.close(figure)

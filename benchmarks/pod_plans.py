@@ -1,4 +1,4 @@
-"""What pods would do with the paper's models: the ladder's rungs and Pile 1.5B, compiled for five topologies.
+"""The paper's models on pods: the ladder's rungs and Pile 1.5B, compiled for five topologies.
 
 python -m benchmarks.pod_plans --workdir=runs/pod_plans [--report_only]
 python -m benchmarks.pod_plans --workdir=runs/gpu_plans --topologies=h100:8,h100:32x8 --name=gpu_plans

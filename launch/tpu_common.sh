@@ -21,7 +21,7 @@ read_flags() {
   case $action in
     create | run | exec | status | logs | stop | delete) shift ;;
     '' | help | --help) sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0" && exit ;;
-    *) mistake "$action: not a command; create, run, exec, status, logs, stop or delete would do" ;;
+    *) mistake "$action: not a command; use create, run, exec, status, logs, stop or delete" ;;
   esac
   while (($#)); do
     case $1 in
@@ -57,7 +57,7 @@ check_flags() {
     [[ ${!flag} ]] || mistake "--$flag ($variable) is missing: the $flag of the slice"
   done
   [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
-    mistake "--name=$name: lower-case letters, digits and dashes would do, a letter first"
+    mistake "--name=$name: use lower-case letters, digits and dashes, a letter first"
   [[ $poll =~ ^[0-9]+(\.[0-9]+)?$ ]] || mistake "--poll=$poll: must be a number of seconds, such as 60"
   [[ $lines =~ ^([0-9]+|all|follow)$ ]] || mistake "--lines=$lines: must be a number, or all"
   [[ $workers =~ ^([0-9]+|all|)$ ]] || mistake "--worker=$workers: must be a number, or all"
@@ -83,11 +83,11 @@ check_slice() {
       v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
       v4-*) runtime=tpu-ubuntu2204-base ;;
       v5e-*) mistake "--type=$type: Cloud TPU calls it v5litepod-${type#v5e-}" ;;
-      *) mistake "--type=$type: v6e-N, v5litepod-N, v5p-N or v4-N would do; another needs its --runtime as well" ;;
+      *) mistake "--type=$type: use v6e-N, v5litepod-N, v5p-N or v4-N; another needs its --runtime as well" ;;
     esac
   fi
   [[ $storage =~ ^(gs://[^/]+|[^/:]+:/.+|)$ ]] ||
-    mistake "--storage=$storage: gs://BUCKET, without a folder, or HOST:/SHARE would do"
+    mistake "--storage=$storage: use gs://BUCKET, without a folder, or HOST:/SHARE"
 }
 
 check_command() {

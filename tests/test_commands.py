@@ -272,7 +272,7 @@ WRONG = [
     ("train", "--config={f}/config.py --config.modle.num_heads=3 --workdir={f}/w", "model.num_heads"),
     ("train", "--config={f}/config.py --config.stepz=3 --workdir={f}/w", "did you mean 'steps'"),
     ("train", "--config={f}/config.py --config.steps=many --workdir={f}/w", "config.steps"),
-    ("train", "--config={f}/config.py --config.model.num_heads=3 --workdir={f}/w", "2 or 4 would do"),
+    ("train", "--config={f}/config.py --config.model.num_heads=3 --workdir={f}/w", "use 2 or 4"),
     ("train", "--config={f}/config.py --config.model.normalizer=l3 --workdir={f}/w", "l2_norm_gelu"),
     ("train", "--config={f}/config.py --config.mesh.tensor=4 --config.mesh.data=4 --workdir={f}/w", "mesh"),
     ("train", "--config={f}/config.py --config.batch_size=5 --config.accumulation=2 --workdir={f}/w", "batch_size"),

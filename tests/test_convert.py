@@ -363,7 +363,7 @@ def test_torch_files_need_torch_and_the_others_do_not(tmp_path, monkeypatch):
         for use in (lambda: read_state_dict(tmp_path / name), lambda: write_state_dict(tmp_path / name, {})):  # noqa: B023
             with pytest.raises(UserError) as error:
                 use()
-            assert "needs torch, which is not installed; .safetensors or .npz would do" in line(error)
+            assert "needs torch, which is not installed; use .safetensors or .npz" in line(error)
     for name in ("model.safetensors", "model.npz"):
         write_state_dict(tmp_path / name, official()[0])
         assert_trees_equal(read_state_dict(tmp_path / name), official()[0])
@@ -452,7 +452,7 @@ def test_the_command_converts_both_ways(files):
 WRONG_FLAGS = [
     ("--from_torch={f}/model.npz --to_torch={f}/o.npz --workdir={f}/w", "give one of them"),
     ("--from_torch={f}/model.npz --workdir={f}/w --num_heads=4", "--context_length is missing"),
-    ("--from_torch={f}/model.npz --workdir={f}/w --num_heads=3 --context_length=16", "2 or 4 would do"),
+    ("--from_torch={f}/model.npz --workdir={f}/w --num_heads=3 --context_length=16", "use 2 or 4"),
     ("--from_torch={f}/model.npz --workdir={f}/w --config={f}/config.py --num_heads=4", "--config.model.num_heads"),
 ]
 

@@ -254,7 +254,7 @@ def test_a_tfds_set_by_name_with_split_syntax(tmp_path):
         ({"data__tokenizer": "no/tokenizer.json"}, r"^data\.tokenizer = 'no/tokenizer.json'"),
         ({"data__dataset": "no_such_set"}, r"^data\.dataset = 'no_such_set': .*not found"),
         ({"data__dataset": "gone", "data__path": "/no/place"}, r"there is no /no/place: .*--config\.data\.path=PLACE"),
-        ({"data__train_split": "tran"}, r"^data\.train_split = 'tran': .*train or validation would do"),
+        ({"data__train_split": "tran"}, r"^data\.train_split = 'tran': .*use train or validation"),
         ({"data__validation_split": "validation[:0%]"}, r"^data\.validation_split = "),
         ({"model__context_length": 10**6}, r"^data\.train_split = .*model\.context_length"),
         ({"model__vocab_size": 100}, r"^model\.vocab_size = 100"),
@@ -276,7 +276,7 @@ def test_an_empty_corpus_names_the_path(tmp_path):
 
 def test_a_vocabulary_that_is_too_large_says_what_would_do(tmp_path):
     write_texts(tmp_path / "texts")
-    with pytest.raises(UserError, match=r"^model\.vocab_size = 264: the tokenizer has 2\d\d ids; 384 would do"):
+    with pytest.raises(UserError, match=r"^model\.vocab_size = 264: the tokenizer has 2\d\d ids; use 384"):
         prepare(make_config(tmp_path, model__vocab_size=264), train_tokenizer(["one two three four"] * 9, 290))
 
 

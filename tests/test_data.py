@@ -105,7 +105,7 @@ def test_batches_that_do_not_divide_say_what_would_do():
         lambda: train_batches(make_split(99), CFG, process_count=3),
         lambda: eval_batches(make_split(99), 4, 8, process_count=3),
     ):
-        with pytest.raises(UserError, match=r"^batch_size = 4: must divide by the 3 processes; 6 would do"):
+        with pytest.raises(UserError, match=r"^batch_size = 4: must divide by the 3 processes; use 6"):
             make()
 
 

@@ -76,7 +76,7 @@ def test_excluded_ids_are_never_drawn(model):
 
 
 def test_longer_than_the_context_is_refused(model):
-    with pytest.raises(UserError, match=r"max_tokens = 15.* 14 would do"):
+    with pytest.raises(UserError, match=r"max_tokens = 15.* use 14"):
         continuation(model, [1, 2, 3], 15)
 
 
@@ -85,7 +85,7 @@ def test_the_advised_number_of_tokens_fills_the_context_and_is_drawn(model, leng
     prompt = list(range(length))
     most = 17 - length  # the context's 16, and the token after it
     assert len(continuation(model, prompt, most, temperature=0.0)) == most
-    with pytest.raises(UserError, match=f"; {most} would do"):
+    with pytest.raises(UserError, match=f"; use {most}"):
         continuation(model, prompt, most + 1)
     with pytest.raises(UserError, match=r"prompt: has 17 tokens, .* use at most 16$"):
         continuation(model, list(range(17)), 1)

@@ -234,8 +234,8 @@ def test_hosts_of_gpus_may_be_taken_as_one_network():
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        ({"data": 2, "fsdp": 4, "tensor": 2}, "mesh.slice = 1: these devices form 2 slices; 2 would do"),
-        ({"slice": 4, "data": 1, "fsdp": 4, "tensor": 1}, "mesh.slice = 4: these devices form 2 slices; 2 would do"),
+        ({"data": 2, "fsdp": 4, "tensor": 2}, "mesh.slice = 1: these devices form 2 slices; use 2"),
+        ({"slice": 4, "data": 1, "fsdp": 4, "tensor": 1}, "mesh.slice = 4: these devices form 2 slices; use 2"),
         (
             {"slice": 2, "data": 1, "fsdp": 4, "tensor": 1},
             r"mesh = \(2, 1, 4, 1\) \(slice, data, fsdp, tensor\): uses 8 of 16",

@@ -172,7 +172,7 @@ WRONG = [
     (lambda m, c: m.gradients(IDS - 1, IDS), "tokens_BL: holds ids from -1"),
     (lambda m, c: m.grow(ffn_tokens=99.5), r"ffn_tokens = 99\.5: must be a whole number"),
     (lambda m, c: m.grow(ffn_tokens=99, recipe="splits"), "recipe = 'splits': must be one of zero_keys"),
-    (lambda m, c: m.grow(ffn_tokens=17, recipe="split"), "model.ffn_tokens = 17: .* 16 or 32 would do"),
+    (lambda m, c: m.grow(ffn_tokens=17, recipe="split"), "model.ffn_tokens = 17: .* use 16 or 32"),
     (lambda m, c: m.grow(ffn_tokens=99, seed=0.5), r"seed = 0\.5"),
     (lambda m, c: m.shrink(qkv_tokens="8"), "qkv_tokens = '8'"),
     (lambda m, c: m.evaluate(c.model), "cfg: must be a Config, not ModelConfig"),

@@ -150,22 +150,22 @@ def test_what_padding_cannot_be_is_refused_by_name(check, message):
     [
         (
             {"model__ffn_tokens": 93, "mesh__tensor": 4},
-            "model.ffn_tokens = 93: .* 92 or 96 would do, or .*pad_tokens_to = 4",
+            "model.ffn_tokens = 93: .* use 92 or 96, or .*pad_tokens_to = 4",
         ),
-        ({"model__qkv_tokens": 3, "mesh__tensor": 4}, "model.qkv_tokens = 3: .* mesh.tensor = 4; 4 would do"),
+        ({"model__qkv_tokens": 3, "mesh__tensor": 4}, "model.qkv_tokens = 3: .* mesh.tensor = 4; use 4"),
         (
             {"model__pad_tokens_to": 9, "mesh__tensor": 4},
-            "model.pad_tokens_to = 9: .* mesh.tensor = 4; 8 or 12 would do",
+            "model.pad_tokens_to = 9: .* mesh.tensor = 4; use 8 or 12",
         ),
-        ({"model__vocab_size": 301, "mesh__tensor": 2}, "model.vocab_size = 301: .* 300 or 302 would do$"),
+        ({"model__vocab_size": 301, "mesh__tensor": 2}, "model.vocab_size = 301: .* use 300 or 302$"),
         (
             {"model__embed_dim": 48, "model__num_heads": 12, "model__rotary_fraction": 0.5} | EIGHT,
-            "model.num_heads = 12: .* 8 or 16 would do",
+            "model.num_heads = 12: .* use 8 or 16",
         ),
-        ({"model__num_heads": 2, "mesh__tensor": 4}, "model.num_heads = 2: .* 4 would do"),
+        ({"model__num_heads": 2, "mesh__tensor": 4}, "model.num_heads = 2: .* use 4"),
         (
             {"model__embed_dim": 36, "model__rotary_fraction": 0.0, "mesh__fsdp": 8},
-            "embed_dim = 36: .* 32 or 40 would do",
+            "embed_dim = 36: .* use 32 or 40",
         ),
         ({"batch_size": 6, "mesh__slice": 2, "mesh__data": 2}, "batch_size / accumulation = 6: .*slice.* 4 or 8 would"),
     ],

@@ -140,7 +140,7 @@ def test_a_plan_of_gpus_adds_up_or_says_what_it_needs(tmp_path):
     done = run(*arguments)
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         assert done.returncode == 2
-        assert "needs the GPU compiler; pip install -r requirements-gpu.txt would do" in done.stderr
+        assert "needs the GPU compiler; use pip install -r requirements-gpu.txt" in done.stderr
         return
     assert done.returncode == 0, done.stderr
     plan = json.loads((tmp_path / "plan.json").read_text())
@@ -154,7 +154,7 @@ def test_a_plan_of_gpus_adds_up_or_says_what_it_needs(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "error: --topology is missing; --topology=v5e:4x4 would do"),
+        ([], "error: --topology is missing; use --topology=v5e:4x4"),
         (
             ["--topology=v9:4x4"],
             "error: --topology=v9:4x4: must be one of v4, v5e, v5p, v6e, tpu7x, h100, a colon and a shape",

@@ -159,7 +159,7 @@ def test_growth_is_the_same_on_every_mesh(trained, recipe):
         ),
         ("isometric", {"model__tau_tokens": 24}, "changes τ, which model.tau_tokens fixes"),
         ("isometric", {"model__ffn_tokens": 100}, "takes the source's 96 or at least 128"),
-        ("split", {"model__ffn_tokens": 97}, "takes a multiple of the source's 96; 96 or 192 would do"),
+        ("split", {"model__ffn_tokens": 97}, "takes a multiple of the source's 96; use 96 or 192"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_named(recipe, overrides, message):

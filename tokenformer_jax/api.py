@@ -98,7 +98,7 @@ class TokenFormer:
         >>> model = TokenFormer.train(read_config(quickstart.get_config("small").to_dict()), "runs/mine")
         """
         _check_config(cfg)
-        folder = pathlib.Path(workdir).expanduser()
+        folder = local_path(workdir, "workdir")
         train(cfg, folder)
         return cls.load(folder)
 
@@ -114,7 +114,7 @@ class TokenFormer:
 
         >>> larger.save("runs/larger", cfg)
         """
-        make_workdir(self.params, self.tau, self._fitted(cfg), pathlib.Path(workdir).expanduser(), self.tokenizer)
+        make_workdir(self.params, self.tau, self._fitted(cfg), local_path(workdir, "workdir"), self.tokenizer)
 
     def evaluate(self, cfg: Config, split: str = "validation") -> dict[str, float]:
         """Loss in nats a token, perplexity and bits per byte on a split of a config's data, every token once.

@@ -21,7 +21,7 @@ from tokenformer_jax.config import (
     read_config,
     suggest,
 )
-from tokenformer_jax.devices.distributed import Others
+from tokenformer_jax.devices.distributed import Peers
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import local_path
 
@@ -60,7 +60,7 @@ def config_flag() -> Callable[[], Config]:
         with _config_errors():
             tree = holder.value
             if tree is None:
-                raise UserError("--config is missing; --config=configs/quickstart.py:small would do")
+                raise UserError("--config is missing; use --config=quickstart:small")
             return read_config(tree.to_dict())  # what a file that failed to load left raises its error here
 
     return read
@@ -122,9 +122,7 @@ def config_or_flags(*names: str) -> Callable[[str], Config | dict[str, Any]]:
         if not flags.FLAGS["config"].present:
             for name, flag in said.items():
                 if flag.value is None:
-                    raise UserError(
-                        f"--{name} is missing: {source} does not say it; --config=FILE:variant would do too"
-                    )
+                    raise UserError(f"--{name} is missing: {source} does not say it; use it, or --config=FILE:variant")
             return {name: flag.value for name, flag in said.items()}
         for name, flag in said.items():
             if flag.present:
@@ -242,13 +240,13 @@ def _output_that_never_fails() -> Iterator[None]:
         sys.exit(BROKEN_PIPE)
 
 
-def _join_processes() -> Others:
+def _join_processes() -> Peers:
     numbers = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
     if not all(number is None or number.isdecimal() for number in numbers):
         raise UserError(f"JAX_NUM_PROCESSES, JAX_PROCESS_ID = {numbers}: must be two numbers, such as 2 and 0")
     count, index = (None if number is None else int(number) for number in numbers)
     try:
-        return Others(count, index)
+        return Peers(count, index)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--distributed: the processes did not find each other ({reason})") from None

@@ -247,13 +247,13 @@ def check_rules(group: Any, prefix: str = "") -> None:
 
 
 def validate(cfg: Config) -> None:
-    """Checks every value; raises a UserError that names the key, its value and what would do."""
+    """Checks every value; raises a UserError that names the key, its value and what to use."""
 
     check_rules(cfg)
     if cfg.loss_spike and cfg.non_finite == "skip":
         raise UserError(
             f"loss_spike = {cfg.loss_spike}: is seen once its step has learnt, too late for non_finite = 'skip'; "
-            "'rollback' would do"
+            "use 'rollback'"
         )
     for key in PATHS:
         local_path(getattr(cfg.data, key), f"data.{key}", any_bytes=key == "path")
@@ -287,7 +287,7 @@ def validate_model(model: ModelConfig) -> None:
         model.embed_dim % model.num_heads == 0,
         "model.num_heads",
         model.num_heads,
-        f"must divide model.embed_dim = {model.embed_dim}; {_divisors(model.embed_dim, model.num_heads)} would do",
+        f"must divide model.embed_dim = {model.embed_dim}; use {_divisors(model.embed_dim, model.num_heads)}",
     )
     rotary_dims = int(model.rotary_fraction * model.head_dim)
     _require(
@@ -327,12 +327,12 @@ def _require_divisible(
     fits: Callable[[int], bool] = lambda n: True,
     way_out: str = "",
 ) -> None:
-    """Raises a UserError with the nearest values above and below that would do; of those only such that `fits`."""
+    """Raises a UserError with the nearest values above and below to use; of those only such that `fits`."""
     if value % divisor == 0:
         return
     down = value // divisor * divisor
     below = next((n for n in range(down, 0, -divisor) if fits(n)), 0)
     above = next((n for n in range(down + divisor, divisor * (value + 2), divisor) if fits(n)), 0)
     near = " or ".join(str(n) for n in (below, above) if n)
-    would = f"{near} would do{way_out}" if near else f"a {divisor_key} that divides it would do"
-    raise UserError(f"{key} = {value!r}: must divide by {divisor_key} = {divisor}; {would}")
+    what = f"{near}{way_out}" if near else f"a {divisor_key} that divides it"
+    raise UserError(f"{key} = {value!r}: must divide by {divisor_key} = {divisor}; use {what}")

@@ -1,9 +1,9 @@
-"""What a pod would do with a config: its real training step, compiled ahead of time for a pod that need not be there.
+"""A config on a pod: its real training step, compiled ahead of time for a pod that need not be there.
 
 python -m tokenformer_jax.plan --config=ladder:1b4_mesh --config.mesh.fsdp=16 --topology=v5e:4x4
 
 Reports, for each device: what memory holds and whether it fits; the FLOPs of the model by formula, those of the
-compiled program's contractions and its traffic, loops counted out; what it exchanges with other devices; and the times
+compiled program's contractions and its traffic, loop bodies × trip count; what it exchanges with other devices; and the times
 that these take at least. Leaves plan.json and plan.png. Needs libtpu, about 2 GB and some minutes, and no TPU. For GPUs
 (--topology=h100:8) it needs what requirements-gpu.txt installs, and no GPU.
 """
@@ -30,7 +30,7 @@ def main() -> None:
         jax.config.update("jax_platforms", "cpu")
         cfg, out = config(), local_path(folder.value, "--out")
         if not topology.value:
-            raise UserError("--topology is missing; --topology=v5e:4x4 would do")
+            raise UserError("--topology is missing; use --topology=v5e:4x4")
         print("compiling; it takes some minutes", file=sys.stderr, flush=True)
         found = make_plan(cfg, topology.value, slices.value)
         if not found["fits"] and suggest.value:

@@ -18,7 +18,7 @@ def main() -> None:
 
     def prepare_data() -> None:
         if jax.distributed.is_initialized() and jax.process_count() > 1:
-            raise UserError("--distributed: one process prepares data; exec, or a slice of one worker, would do")
+            raise UserError("--distributed: one process prepares data; use exec, or a slice of one worker")
         corpus = prepare(config())
         for name, split in (("train", corpus.train), ("validation", corpus.validation)):
             print(f"{name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens")

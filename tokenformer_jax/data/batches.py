@@ -128,7 +128,7 @@ def training_examples(
 def _process_rows(batch_size: int, process_index: int, process_count: int) -> range:
     if batch_size % process_count:
         near = -(-batch_size // process_count) * process_count
-        raise UserError(f"batch_size = {batch_size}: must divide by the {process_count} processes; {near} would do")
+        raise UserError(f"batch_size = {batch_size}: must divide by the {process_count} processes; use {near}")
     share = batch_size // process_count
     return range(process_index * share, (process_index + 1) * share)
 

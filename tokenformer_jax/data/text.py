@@ -325,14 +325,14 @@ class PublishedSet:
                 builder.download_and_prepare(file_format="array_record")
         except Exception as error:  # whatever the set's own code, its download or a missing package of it raises
             raise UserError(
-                f"{key}: cannot be loaded ({cause(error)}); python_source, text_files, "
-                "or a tfds set that is prepared as array_record in the folder data.path would do"
+                f"{key}: cannot be loaded ({cause(error)}); use python_source, text_files, "
+                "or a tfds set that is prepared as array_record in the folder data.path"
                 f"{_moved(self.data_dir)}"
             ) from None
         texts = [name for name, kind in builder.info.features.items() if isinstance(kind, tfds.features.Text)]
         if self.text_feature not in texts:
-            would_do = " or ".join(texts) or "none"
-            raise UserError(f"data.text_key = {self.text_feature!r}: no text of {self.name}; {would_do} would do")
+            use = f"use {' or '.join(texts)}" if texts else "it has none"
+            raise UserError(f"data.text_key = {self.text_feature!r}: no text of {self.name}; {use}")
         return builder
 
 

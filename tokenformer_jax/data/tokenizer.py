@@ -37,7 +37,7 @@ class Tokenizer:
         ends = [bpe.token_to_id(token) for token in _KNOWN_ENDS]
         found = next((end for end in ends if end is not None), None)
         if found is None:
-            raise UserError(f"{source}: has no token that ends a text; one of {', '.join(_KNOWN_ENDS)} would do")
+            raise UserError(f"{source}: has no token that ends a text; use one with {' or '.join(_KNOWN_ENDS)}")
         self.end_of_text: int = found
 
     @functools.cached_property
@@ -133,7 +133,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
         text = local_path(path, "data.tokenizer").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"{source}: cannot be read ({reason}); a tokenizer.json would do") from None
+        raise UserError(f"{source}: cannot be read ({reason}); use a tokenizer.json") from None
     return tokenizer_from_json(text, source)
 
 
@@ -146,5 +146,5 @@ def tokenizer_from_json(text: str, source: str = "tokenizer") -> Tokenizer:
     try:
         bpe = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{source}: not a tokenizer ({error}); a tokenizer.json would do") from None
+        raise UserError(f"{source}: not a tokenizer ({error}); use a tokenizer.json") from None
     return Tokenizer(bpe, source)

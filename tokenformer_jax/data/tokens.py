@@ -62,7 +62,7 @@ class TokenSplit:
                     path = getattr(self.tokens, "filename", "tokens")
                     raise UserError(
                         f"{path}: bytes {block * _BLOCK} to {(block + 1) * _BLOCK} have changed since they were "
-                        "prepared; deleting its folder would do, as they are then prepared anew"
+                        "prepared; delete its folder, and they are prepared anew"
                     )
         return np.asarray(self.tokens[begin:end])
 
@@ -117,7 +117,7 @@ def _check_vocabulary(tokenizer: Tokenizer, cfg: Config) -> None:
     size = tokenizer.vocab_size
     if size > cfg.model.vocab_size:
         raise UserError(
-            f"model.vocab_size = {cfg.model.vocab_size}: the tokenizer has {size} ids; {-(-size // 128) * 128} would do"
+            f"model.vocab_size = {cfg.model.vocab_size}: the tokenizer has {size} ids; use {-(-size // 128) * 128}"
         )
 
 
@@ -125,7 +125,7 @@ def check_length(split: TokenSplit, key: str, context_length: int) -> None:
     if split.num_tokens < context_length + 1:
         raise UserError(
             f"{key}: holds {split.num_tokens} tokens, fewer than model.context_length + 1 = {context_length + 1}; "
-            "more text or a shorter context would do"
+            "use more text or a shorter context"
         )
 
 
@@ -216,11 +216,11 @@ def _open_source(builder: Any, cfg: Config, name: str) -> Any:
     try:
         return builder.as_data_source(split)
     except NotImplementedError as error:
-        raise UserError(f"data.dataset = {cfg.data.dataset!r}: {cause(error)}; array_record would do") from None
+        raise UserError(f"data.dataset = {cfg.data.dataset!r}: {cause(error)}; use array_record") from None
     except Exception as error:  # tfds raises ValueError and AssertionError, array_record its own
         raise UserError(
             f"data.{name}_split = {split!r}: cannot be read ({cause(error)}); "
-            f"{' or '.join(builder.info.splits) or 'another data.dataset'} would do"
+            f"use {' or '.join(builder.info.splits) or 'another data.dataset'}"
         ) from None
 
 

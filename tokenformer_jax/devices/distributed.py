@@ -23,7 +23,7 @@ _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}  # a sile
 _DONE = "done"
 
 
-class Others:
+class Peers:
     """The other processes of a pod. Where one dies or fails, all others say which and exit with `OTHER_ENDED`.
 
     All keep a connection to process 0, which the system closes when a process dies, however it does; process 0 passes

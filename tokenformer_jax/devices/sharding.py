@@ -61,7 +61,7 @@ def arrange(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     if size < len(devices) and (slices > 1 or jax.process_count() > 1):
         raise UserError(f"mesh = {_sizes(cfg)}: uses {size} of {len(devices)} devices; it must use all")
     if slices > 1 and cfg.slice != slices and devices[0].platform == "tpu":
-        raise UserError(f"mesh.slice = {cfg.slice}: these devices form {slices} slices; {slices} would do")
+        raise UserError(f"mesh.slice = {cfg.slice}: these devices form {slices} slices; use {slices}")
     if slices > 1 and cfg.slice == slices:
         inner, outer = (1, *shape[1:]), (slices, 1, 1, 1)
         return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)

@@ -111,7 +111,7 @@ def generate(
     if max_tokens > longest:
         raise UserError(
             f"max_tokens = {max_tokens}: with a prompt of {length} tokens that is longer than the model's context of "
-            f"{cfg.context_length}; {longest} would do"
+            f"{cfg.context_length}; use {longest}"
         )
     decode = make_decoder(cfg, how, num_ids)
     key = jax.random.key(seed)

@@ -98,7 +98,7 @@ def split_needs(before: int, after: int, dim: int) -> str:
     if after % before == 0:
         return ""
     near = after // before * before
-    return f"a multiple of the source's {before}; {near} or {near + before} would do"
+    return f"a multiple of the source's {before}; use {near} or {near + before}"
 
 
 def isometric_needs(before: int, after: int, dim: int) -> str:
@@ -159,20 +159,20 @@ def check_growth(old: ModelConfig, new: ModelConfig, recipe: str) -> None:
         if count < named or after < before:
             raise UserError(f"model.{size} = {count}: the source has {before} already; growing takes that or more")
         if count != named and after == before:
-            raise UserError(f"model.{size} = {count}: the source's {named} are padded to {before}; more would do")
+            raise UserError(f"model.{size} = {count}: the source's {named} are padded to {before}; use more")
     if all(getattr(old_padded, size) == getattr(new_padded, size) for size in SIZES):
         return
     if new.projection == "linear":
         raise UserError("model.projection = 'linear': a plain Transformer has no parameter tokens to grow")
     if new.normalizer == "softmax":
-        raise UserError("model.normalizer = 'softmax': growth is not lossless with it; l2_norm_gelu would do")
+        raise UserError("model.normalizer = 'softmax': growth is not lossless with it; use l2_norm_gelu")
     if new.normalizer not in RECIPES[recipe].normalizers:
         raise UserError(
             f"grow.recipe = {recipe!r}: needs model.normalizer = {' or '.join(RECIPES[recipe].normalizers)}, "
-            f"not {new.normalizer!r}; zero_keys would do"
+            f"not {new.normalizer!r}; use zero_keys"
         )
     if new.tau_tokens and not RECIPES[recipe].ramps:
-        raise UserError(f"grow.recipe = {recipe!r}: changes τ, which model.tau_tokens fixes; zero_keys would do")
+        raise UserError(f"grow.recipe = {recipe!r}: changes τ, which model.tau_tokens fixes; use zero_keys")
     for name, before in old.tokens.items():
         size = f"{name}_tokens" if name in ("ffn", "out") else "qkv_tokens"
         after = new.tokens[name]

@@ -185,7 +185,7 @@ def resize_run(
 ) -> dict[str, Any]:
     """Makes a new workdir out of the newest (or given) checkpoint of `source`, with the config's token counts.
 
-    Where the config has rungs of its own, `train` climbs them later. The target appears whole or not at all; the source
+    Where the config has rungs of its own, `train` grows to them later. The target appears whole or not at all; the source
     is only read.
 
     Returns:
@@ -239,7 +239,7 @@ def check_successor(change: Change, old_cfg: Config, cfg: Config, workdir: pathl
             raise UserError(f"--workdir={workdir}: {_what_is_there(workdir / name)}; train goes on with it")
     require_empty(workdir, "holds something already")
     if cfg.steps <= number:
-        raise UserError(f"steps = {cfg.steps}: the source was trained for {number} already; a larger number would do")
+        raise UserError(f"steps = {cfg.steps}: the source was trained for {number} already; use a larger number")
     validate(old_cfg)  # the source, too, must divide by the mesh
     warmup, left = cfg.optimizer.warmup_steps, cfg.steps - number
     if cfg.grow.restart_schedule and warmup >= left:

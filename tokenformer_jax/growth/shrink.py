@@ -76,7 +76,7 @@ def check_shrinking(old: ModelConfig, new: ModelConfig) -> None:
     if new.projection == "linear":
         raise UserError("model.projection = 'linear': a plain Transformer has no parameter tokens to drop")
     if new.normalizer == "softmax":
-        raise UserError("model.normalizer = 'softmax': has no norm that τ could follow; l2_norm_gelu would do")
+        raise UserError("model.normalizer = 'softmax': has no norm that τ could follow; use l2_norm_gelu")
     for size in SIZES:
         before, after = (getattr(model.padding_counted(), size) for model in (old, new))
         if not 0 < after <= before:

@@ -1,4 +1,4 @@
-"""What a compiled program does on one device: contractions, memory traffic and collectives, with loops counted out.
+"""What a compiled program does on one device: contractions, memory traffic and collectives, loop bodies × trip count.
 
 Reads the text of XLA's optimised module, since its own cost analysis counts the body of a loop once.
 """

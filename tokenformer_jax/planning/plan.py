@@ -63,12 +63,12 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
     ):
         raise UserError(
             f"--topology={topology}: must be one of {', '.join((*TPUS, *GPU_TARGETS))}, a colon and a shape; "
-            "v5e:4x4, or h100:2x8 for two hosts of eight GPUs, would do"
+            "use v5e:4x4, or h100:2x8 for two hosts of eight GPUs"
         )
     if name in GPU_TARGETS:
         return _gpus(name, f"{slices}x{shape}" if "x" in shape else f"{slices}x1x{shape}"), CHIPS[name]
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("--topology: needs the TPU compiler; pip install libtpu would do")
+        raise UserError("--topology: needs the TPU compiler; use pip install libtpu")
     # libtpu asks a machine's metadata for its TPU, locks it, and complains; here is none.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4"} | dict.fromkeys(
@@ -92,7 +92,7 @@ def _gpus(name: str, shape: str) -> list[Any]:
             platform="cuda", topology_name=name, topology=shape, target_config=GPU_TARGETS[name]
         )
     except NotImplementedError:
-        raise UserError("--topology: needs the GPU compiler; pip install -r requirements-gpu.txt would do") from None
+        raise UserError("--topology: needs the GPU compiler; use pip install -r requirements-gpu.txt") from None
     return list(found.devices)
 
 
@@ -105,8 +105,8 @@ def lower_step(cfg: Config, devices: list[Any]) -> tuple[jax.stages.Lowered, dic
     size = math.prod(getattr(cfg.mesh, axis) for axis in MESH_AXES)
     if size != len(devices):
         raise UserError(
-            f"mesh: is of {size} devices, but the topology has {len(devices)}; --config.mesh.fsdp={len(devices)} "
-            "and 1 for the others would do"
+            f"mesh: is of {size} devices, but the topology has {len(devices)}; "
+            f"use --config.mesh.fsdp={len(devices)} and 1 for the others"
         )
     step = make_step(cfg, make_mesh(cfg.mesh, devices))
     batch = task_of(cfg).abstract_batch(cfg, step.batch)

@@ -74,7 +74,7 @@ class Log:
         self.write_once(self.run.figures(self.run.start) | {"growth": self.run.record.growth[-1]}, "growth")
 
     def write_once(self, row: Row, name: str) -> None:
-        """Writes a row unless an earlier start did: what a run starts from may be told again."""
+        """Writes a row unless an earlier start did: what a run starts from may be logged again."""
         if row["step"] != self.run.start or not self.writer.holds(row, name):
             self.writer.write(row)
 

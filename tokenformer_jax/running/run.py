@@ -174,13 +174,13 @@ def stage_of(plan: list[Config], record: Record, workdir: pathlib.Path) -> Confi
     """The stage that a checkpoint belongs to; raises a UserError where the config has another model there."""
     rung = record.rung
     if rung >= len(plan):
-        raise UserError(f"config.rungs: lists {len(plan) - 1} rungs, but {workdir} has climbed {rung} already")
+        raise UserError(f"config.rungs: lists {len(plan) - 1} rungs, but {workdir} has grown to rung {rung} already")
     stage = plan[rung]
-    climbed = read_model(record.model, str(workdir))
+    grown = read_model(record.model, str(workdir))
     for key, ours in dataclasses.asdict(stage.model).items():
-        if (theirs := getattr(climbed, key)) != ours and key not in FREE_MODEL_KEYS:
+        if (theirs := getattr(grown, key)) != ours and key not in FREE_MODEL_KEYS:
             where = f"rungs[{rung - 1}].model.{key}" if rung else f"model.{key}"
-            raise UserError(f"{where} = {ours!r}: {workdir} has climbed to {theirs!r} there; use that")
+            raise UserError(f"{where} = {ours!r}: {workdir} has grown to {theirs!r} there; use that")
     return shifted(stage, plan[rung - 1].steps, record.growth[-1]["step"]) if rung else stage
 
 

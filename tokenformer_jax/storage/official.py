@@ -99,7 +99,7 @@ def from_official(state_dict: StateDict, source: str = "state dict") -> Params:
                 f"{source}: {name} has shape {list(found.shape)}, the other tensors ask for {list(target.shape)}"
             )
         if found.dtype not in FLOATS:
-            raise UserError(f"{source}: {name} is {found.dtype}; float32, float16 or bfloat16 would do")
+            raise UserError(f"{source}: {name} is {found.dtype}; use float32, float16 or bfloat16")
         target[...] = found
     require_finite(to_official(params), source)
     return params
@@ -278,5 +278,5 @@ def check_tau(tau: Mapping[str, Any], model: ModelConfig, source: str) -> None:
         if np.float32(tau[name]) != np.float32(final):
             raise UserError(
                 f"{source}: tau of {name} is {tau[name]:.6g}, but the official format takes it to be "
-                f"sqrt({model.tokens[name]}) = {final:.6g}; the model at the end of its ramp (grow.tau_ramp) would do"
+                f"sqrt({model.tokens[name]}) = {final:.6g}; use the model at the end of its ramp (grow.tau_ramp)"
             )

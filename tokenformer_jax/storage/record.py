@@ -23,7 +23,7 @@ class Record:
     train_flops: float = 0.0  # spent on them
     schedule_start: int = 0  # step from which the learning-rate schedule counts
     growth: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # step, tokens before and after, checks
-    rung: int = 0  # of the ladder, how many were climbed
+    rung: int = 0  # of the ladder: how many growths are done
     plateau: dict[str, Any] = dataclasses.field(default_factory=dict)  # `ladder.Plateau` of this rung
     rollbacks: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # from step, to step, examples, why
     losses: list[float] = dataclasses.field(default_factory=list)  # of the last steps, to tell a spike by

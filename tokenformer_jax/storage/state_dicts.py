@@ -28,7 +28,7 @@ def check_file_name(path: pathlib.Path) -> None:
             import torch  # noqa: F401
         except ImportError:
             raise UserError(
-                f"{path}: {path.suffix} needs torch, which is not installed; .safetensors or .npz would do without"
+                f"{path}: {path.suffix} needs torch, which is not installed; use .safetensors or .npz"
             ) from None
 
 
@@ -49,7 +49,7 @@ def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
             reason = "it holds Python objects, whose code is never run"
         if path.suffix in TORCH_ENDINGS:
             reason += ", or with objects beside its tensors, whose code is never run"
-        raise UserError(f"{path}: cannot be read ({reason}); a state dict of tensors only would do") from None
+        raise UserError(f"{path}: cannot be read ({reason}); use a state dict of tensors only") from None
     if not isinstance(found, dict) or not found:
         raise UserError(f"{path}: holds {'nothing' if found == {} else type(found).__name__}, not a state dict")
     for name, array in found.items():

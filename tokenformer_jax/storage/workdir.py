@@ -33,8 +33,8 @@ def load_config(path: pathlib.Path) -> Config:
             tree = unsealed(text)
         except ValueError:
             raise UserError(
-                f"{path}: has changed since it was written; if that was meant, delete its checksum, and if not, the "
-                "--config of the run would do: train writes it anew"
+                f"{path}: has changed since it was written; if that was meant, delete its checksum, and if not, "
+                "use the --config of the run: train writes it anew"
             ) from None
     return read_config(tree, str(path))
 

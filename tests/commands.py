@@ -59,6 +59,7 @@ def _run(command: str, args: list[str], paths: list[str], file_limit: int, envir
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     for path, number in zip(paths, (1, 2), strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout = os.fdopen(1, "w", closefd=False)  # the server's takes what it was started with for a file or a pipe
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = [command, *args]

@@ -9,9 +9,12 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.commands import ROOT, call, call_well, complaint
 from tests.helpers import write_corpus
+from tokenformer_jax.api import TokenFormer
+from tokenformer_jax.data.folders import find
 from tokenformer_jax.data.tokenizer import tokenizer_from_json
 from tokenformer_jax.storage.checkpoints import Checkpoints
 
@@ -72,6 +75,41 @@ def test_the_console_script_runs_each_command_in_any_folder(folder, tmp_path):
     assert "step 6:" in out and "damaged" not in out
 
 
+def test_data_that_were_moved_are_named_by_the_same_flag_to_train_and_evaluate(folder, tmp_path):
+    (tmp_path / "run" / "text").mkdir(parents=True)  # the run inside its data
+    for file in (folder / "text").iterdir():
+        shutil.copy(file, tmp_path / "run" / "text")
+    shutil.copytree(folder / "small", tmp_path / "run" / "W")
+    config = json.loads((folder / "small" / "config.json").read_text())
+    config["data"]["path"] = "not/here"
+    del config["checksum"]
+    (tmp_path / "run" / "W" / "config.json").write_text(json.dumps(config))
+    line = complaint(call("evaluate", f"--workdir={tmp_path}/run/W"))
+    assert "data.path = 'not/here'" in line and "--config.data.path=PLACE" in line
+    moved = f"--config.data.path={tmp_path}/run", f"--config.data.cache_dir={tmp_path}/cache"
+    before, after = (
+        call("evaluate", *args) for args in ([f"--workdir={folder}/small"], [f"--workdir={tmp_path}/run/W", *moved])
+    )
+    assert before.stdout == after.stdout and "warning" not in before.stderr + after.stderr
+    call_well("train", f"--config={folder}/config.py", *moved, "--config.steps=7", f"--workdir={tmp_path}/run/W")
+    assert json.loads((tmp_path / "run" / "W" / "config.json").read_text())["data"]["path"] == f"{tmp_path}/run"
+    write_corpus(tmp_path / "other", seed=1)
+    other = call("evaluate", f"--workdir={tmp_path}/run/W", f"--config.data.path={tmp_path}/other", moved[1])
+    assert other.returncode == 0 and "warning: the data have changed since the run" in other.stderr
+
+
+@pytest.mark.parametrize("args", ["--config.data.pth=x", "--config.model.num_layers=2", "--config=quickstart:small"])
+def test_evaluate_takes_no_other_key_of_the_config(folder, args):
+    line = complaint(call("evaluate", f"--workdir={folder}/small", args))
+    assert args.split("=")[0].lstrip("-") in line and "must stand before" not in line
+
+
+def test_the_folders_of_runs_hold_no_data(folder):
+    for run in ("small", "grown"):
+        assert find(folder / run, (".txt", ".jsonl")).files == []
+        assert find(folder / "**" / "*", (".txt", ".jsonl")).files == find(folder / "text", (".txt",)).files
+
+
 def test_evaluate(folder):
     assert "bits per byte" in call_well("evaluate", f"--workdir={folder}/grown")
     figures = json.loads((folder / "grown" / "eval.json").read_text())
@@ -102,11 +140,27 @@ def leaves(tree):
     return [leaf for value in tree.values() for leaf in leaves(value)] if isinstance(tree, dict) else [tree]
 
 
-def test_the_readmes_python_runs(folder):
-    code = (ROOT / "README.md").read_text().split("## From Python\n\n```python\n")[1].split("```")[0]
-    code = code.replace("runs/quickstart/grown", str(folder / "grown")).replace("ids, 40,", "ids, 4,")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
+def test_the_readmes_python_runs(folder, tmp_path):
+    """All of it, one after another, on the small run's data and sizes."""
+    section = (ROOT / "README.md").read_text().split("## From Python\n")[1].split("\n## ")[0]
+    blocks = [block.split("```")[0] for block in section.split("```python\n")[1:]]
+    assert len(blocks) >= 3
+    small = TokenFormer.load(folder / "small")
+    arrays = {name: np.ascontiguousarray(array) for name, array in small.to_official().items()}
+    save_file(arrays, tmp_path / "model.safetensors")
+    (tmp_path / "tokenizer.json").write_text(small.tokenizer.to_json())
+    code = "".join(blocks)
+    for theirs, ours in {
+        "runs/quickstart/grown": str(folder / "grown"),
+        "prompt], 40,": "prompt], 4,",
+        'quickstart.get_config("small")': 'config.get_config("small")',
+        "from tokenformer_jax.configs import quickstart": "import config",
+        "num_heads=4": "num_heads=2",
+    }.items():
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300, cwd=tmp_path)
 
 
 def test_growth_by_nothing_goes_on_with_the_same_model(folder):
@@ -155,7 +209,8 @@ def test_generate_is_seeded_and_continues_the_prompt(folder):
 
 
 def test_report_draws_the_plot_and_lists_the_stages(folder):
-    call_well("report", f"--runs=small={folder}/small,grown={folder}/grown", f"--out={folder}/report")
+    (folder / "a,lr=0.1").symlink_to(folder / "small")
+    call_well("report", f"--runs=small={folder}/a,lr=0.1,grown={folder}/grown", f"--out={folder}/report")
     rows = json.loads((folder / "report" / "report.json").read_text())
     assert [row["run"] for row in rows] == ["small", "grown, right after growth", "grown"]
     assert rows[1]["eval_loss"] == pytest.approx(rows[0]["eval_loss"], rel=1e-5)  # growth is lossless

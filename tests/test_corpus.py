@@ -253,6 +253,7 @@ def test_a_tfds_set_by_name_with_split_syntax(tmp_path):
         ({"data__text_key": "content"}, r"^data\.path = .* holds no text"),
         ({"data__tokenizer": "no/tokenizer.json"}, r"^data\.tokenizer = 'no/tokenizer.json'"),
         ({"data__dataset": "no_such_set"}, r"^data\.dataset = 'no_such_set': .*not found"),
+        ({"data__dataset": "gone", "data__path": "/no/place"}, r"there is no /no/place: .*--config\.data\.path=PLACE"),
         ({"data__train_split": "tran"}, r"^data\.train_split = 'tran': .*train or validation would do"),
         ({"data__validation_split": "validation[:0%]"}, r"^data\.validation_split = "),
         ({"model__context_length": 10**6}, r"^data\.train_split = .*model\.context_length"),

@@ -2,8 +2,11 @@
 
 import dataclasses
 import functools
+import numbers
+import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +14,41 @@ import numpy as np
 import optax
 from flax import nnx
 
-from tokenformer_jax.config import ModelConfig, validate_model
-from tokenformer_jax.data.tokenizer import Tokenizer
-from tokenformer_jax.evaluation.sampling import Sampling, generate
+from tokenformer_jax.config import Config, ModelConfig, validate, validate_model
+from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer
+from tokenformer_jax.data.tokens import prepare
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.evaluation.perplexity import choose_split, evaluate_split
+from tokenformer_jax.evaluation.sampling import Sampling, checked, generate
+from tokenformer_jax.files import local_path
 from tokenformer_jax.growth.grow import grow_state
-from tokenformer_jax.growth.recipes import check_growth
+from tokenformer_jax.growth.recipes import RECIPES, check_growth
 from tokenformer_jax.growth.shrink import check_shrinking, shrink_state
 from tokenformer_jax.nn.language import abstract_model, init_params
-from tokenformer_jax.nn.layers import Params
+from tokenformer_jax.nn.layers import Params, count_params
 from tokenformer_jax.nn.transformer import initial_tau
-from tokenformer_jax.storage.official import check_tau, from_official, model_config, to_official
+from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage.official import (
+    check_tau,
+    check_tokenizer,
+    from_official,
+    make_workdir,
+    model_config,
+    to_official,
+)
 from tokenformer_jax.storage.state_dicts import read_state_dict
 from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.training.state import TauRamp, TrainState
+from tokenformer_jax.training.step import make_step
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TokenFormer:
     """A model: what it is, its parameters, and its τ. Methods compute; none changes it.
 
-    `params` is a nested dict of float32 arrays; those of a block are stacked over layers.
+    `params` is a nested dict of float32 arrays; those of a block are stacked over layers. Paths may begin with `~`.
+    A UserError names the argument that cannot be used.
     """
 
     cfg: ModelConfig
@@ -38,46 +56,111 @@ class TokenFormer:
     tau: dict[str, float]
     tokenizer: Tokenizer | None = None
 
+    def __repr__(self) -> str:
+        cfg, tokens = self.cfg, ", ".join(f"{name} {count}" for name, count in self.cfg.unpadded_tokens.items())
+        ids = f"tokenizer of {self.tokenizer.vocab_size} ids" if self.tokenizer else "no tokenizer"
+        return (
+            f"TokenFormer({count_params(self.params):,} parameters: {cfg.num_layers} layers of width {cfg.embed_dim}, "
+            f"parameter tokens {tokens or 'none'}, context {cfg.context_length}, {cfg.dtype}, {ids})"
+        )
+
     @classmethod
     def init(cls, cfg: ModelConfig, seed: int = 0) -> "TokenFormer":
         """A new model with the authors' initialisation.
 
         >>> model = TokenFormer.init(read_config(pile.get_config("150m").to_dict()).model)
         """
+        if not isinstance(cfg, ModelConfig):
+            raise UserError(f"cfg: must be a ModelConfig, not {type(cfg).__name__}; a Config has one as its .model")
+        validate_model(cfg)
+        _check_seed(seed)
         params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(seed))
         return cls(cfg, params, initial_tau(cfg))
 
     @classmethod
-    def load(cls, workdir: str | pathlib.Path, step: int | None = None) -> "TokenFormer":
+    def load(cls, workdir: str | os.PathLike[str], step: int | None = None) -> "TokenFormer":
         """The newest (or given) checkpoint of a workdir of train, grow or convert, with its tokenizer.
 
         Raises UserError where there is none, or it cannot be read.
 
         >>> model = TokenFormer.load("runs/quickstart/grown")
         """
-        run = load_trained(pathlib.Path(workdir), step)
+        run = load_trained(local_path(workdir, "workdir"), step)
         tau = {name: float(value) for name, value in run.state.tau_now().items()}
         return cls(run.cfg.model, run.state.params, tau, run.tokenizer)
 
     @classmethod
+    def train(cls, cfg: Config, workdir: str | pathlib.Path) -> "TokenFormer":
+        """Trains as the command `train` does, or goes on with what the workdir holds; the model of its last step.
+
+        A signal (a notebook's "interrupt") saves and ends it early; the same call then goes on.
+
+        >>> model = TokenFormer.train(read_config(quickstart.get_config("small").to_dict()), "runs/mine")
+        """
+        _check_config(cfg)
+        folder = pathlib.Path(workdir).expanduser()
+        train(cfg, folder)
+        return cls.load(folder)
+
+    def save(self, workdir: str | pathlib.Path, cfg: Config) -> None:
+        """Makes a workdir at step 0 that `load`, `train` and the commands take; optimizer and data start anew.
+
+        Args:
+          workdir: a new or an empty folder.
+          cfg: how training goes on, and on which data, which are prepared with the model's tokenizer; its `model` is
+            replaced by this one's.
+
+        Raises UserError where the data cannot be used, or the workdir is taken.
+
+        >>> larger.save("runs/larger", cfg)
+        """
+        make_workdir(self.params, self.tau, self._fitted(cfg), pathlib.Path(workdir).expanduser(), self.tokenizer)
+
+    def evaluate(self, cfg: Config, split: str = "validation") -> dict[str, float]:
+        """Loss in nats a token, perplexity and bits per byte on a split of a config's data, every token once.
+
+        Raises UserError where the data cannot be used.
+
+        >>> model.evaluate(cfg)["bits_per_byte"]
+        """
+        cfg = self._fitted(cfg)
+        step = make_step(cfg, make_mesh(cfg.mesh))
+        abstract = step.abstract_state._replace(opt_state=())
+        state = jax.device_put(self._state(), jax.tree.map(lambda a: a.sharding, abstract))
+        return evaluate_split(step, state, choose_split(prepare(cfg, self.tokenizer), split), cfg)
+
+    def _fitted(self, cfg: Config) -> Config:
+        """The config with this model in place of its own."""
+        _check_config(cfg)
+        cfg = dataclasses.replace(cfg, model=self.cfg)
+        validate(cfg)
+        return cfg
+
+    @classmethod
     def from_official(
         cls,
-        weights: str | pathlib.Path | Mapping[str, np.ndarray],
+        weights: str | os.PathLike[str] | Mapping[str, np.ndarray],
         num_heads: int,
         rotary_fraction: float = 0.25,
         context_length: int = 2048,
+        tokenizer: str | pathlib.Path | Tokenizer | None = None,
     ) -> "TokenFormer":
         """The authors' weights: a file (.bin and .pt need torch; .safetensors, .npz) or arrays by official name.
 
-        Raises UserError that names what is missing, unknown or mis-shaped.
+        `tokenizer` is the model's tokenizer.json. Raises UserError that names what is missing, unknown, mis-shaped or
+        not finite.
 
-        >>> model = TokenFormer.from_official("pytorch_model.bin", num_heads=12)
+        >>> model = TokenFormer.from_official("pytorch_model.bin", num_heads=12, tokenizer="20B_tokenizer.json")
         """
         source = "state dict" if isinstance(weights, Mapping) else str(weights)
-        arrays = weights if isinstance(weights, Mapping) else read_state_dict(pathlib.Path(weights))
+        arrays = weights if isinstance(weights, Mapping) else read_state_dict(local_path(weights, "weights"))
         cfg = model_config(arrays, num_heads, rotary_fraction, context_length=context_length, source=source)
         validate_model(cfg)
-        return cls(cfg, jax.tree.map(jnp.asarray, from_official(arrays, source)), initial_tau(cfg))
+        if isinstance(tokenizer, str | pathlib.Path):
+            tokenizer = load_tokenizer(tokenizer)
+        if tokenizer:
+            check_tokenizer(tokenizer, cfg, "tokenizer", source)
+        return cls(cfg, jax.tree.map(jnp.asarray, from_official(arrays, source)), initial_tau(cfg), tokenizer)
 
     def to_official(self) -> dict[str, np.ndarray]:
         """The parameters under the authors' names. Raises UserError where a τ is not √N, which theirs always is.
@@ -92,21 +175,49 @@ class TokenFormer:
 
         >>> model.logits(jnp.asarray([model.tokenizer.encode("import os")]))
         """
-        return _logits(self.cfg, self.params, self.tau, jnp.asarray(tokens_BL))
+        return _logits(self.cfg, self.params, self.tau, self._ids("tokens_BL", tokens_BL))
 
     def loss(self, tokens_BL: jax.Array, targets_BL: jax.Array) -> jax.Array:
         """Mean next-token loss in nats over the padded vocabulary, a float32 scalar.
 
         >>> model.loss(ids[:, :-1], ids[:, 1:])
         """
-        return _loss(self.cfg, self.params, self.tau, jnp.asarray(tokens_BL), jnp.asarray(targets_BL))
+        return _loss(self.cfg, self.params, self.tau, *self._pair(tokens_BL, targets_BL))
 
     def gradients(self, tokens_BL: jax.Array, targets_BL: jax.Array) -> Params:
         """The gradient of `loss`, in the shape of `params`.
 
         >>> model.gradients(ids[:, :-1], ids[:, 1:])["blocks"]["ffn"]["keys"]  # [layers, N, D]
         """
-        return _gradients(self.cfg, self.params, self.tau, jnp.asarray(tokens_BL), jnp.asarray(targets_BL))
+        return _gradients(self.cfg, self.params, self.tau, *self._pair(tokens_BL, targets_BL))
+
+    def _pair(self, tokens_BL: Any, targets_BL: Any) -> tuple[jax.Array, jax.Array]:
+        tokens, targets = self._ids("tokens_BL", tokens_BL), self._ids("targets_BL", targets_BL)
+        if tokens.shape != targets.shape:
+            raise UserError(f"targets_BL: has shape {list(targets.shape)}; use that of tokens_BL, {list(tokens.shape)}")
+        return tokens, targets
+
+    def _ids(self, name: str, ids: Any) -> jax.Array:
+        """The ids as an array. Raises a UserError, which begins with the name, where they are none of this model."""
+        try:
+            ids = jnp.asarray(ids)
+        except (TypeError, ValueError):  # such as a list of texts, or of lists of several lengths
+            raise UserError(
+                f"{name}: must be an array of token ids [B, L], all rows as long; use tokenizer.encode"
+            ) from None
+        if ids.ndim != 2 or 0 in ids.shape:
+            raise UserError(
+                f"{name}: has shape {list(ids.shape)}; use [B, L], such as [1, 5] for one text of 5 tokens; an empty "
+                "text is [[tokenizer.end_of_text]]"
+            )
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise UserError(f"{name}: is {ids.dtype}; token ids are integers")
+        if not isinstance(ids, jax.core.Tracer) and not 0 <= int(ids.min()) <= int(ids.max()) < self.cfg.vocab_size:
+            raise UserError(
+                f"{name}: holds ids from {int(ids.min())} to {int(ids.max())}; the model's are 0 to "
+                f"{self.cfg.vocab_size - 1}"
+            )
+        return ids
 
     def grow(
         self,
@@ -114,19 +225,26 @@ class TokenFormer:
         out_tokens: int | None = None,
         ffn_tokens: int | None = None,
         seed: int = 0,
+        recipe: str = "zero_keys",
     ) -> "TokenFormer":
         """A model with more parameter tokens that computes the same, up to rounding: zero keys, drawn values, τ kept.
 
-        Raises UserError where a count would shrink. (The command `grow` carries the optimizer too, and checks.)
+        `recipe` names another way, as the command's flag does; some are not lossless. Raises UserError where a count
+        would shrink, or the recipe cannot. (The command `grow` carries the optimizer too, and checks.)
 
         >>> larger = model.grow(ffn_tokens=4 * model.cfg.ffn_tokens)
+        >>> larger = model.grow(ffn_tokens=2 * model.cfg.ffn_tokens, recipe="split")
         """
+        if recipe not in RECIPES:
+            raise UserError(f"recipe = {recipe!r}: must be one of {', '.join(RECIPES)}")
+        _check_seed(seed)
         cfg = self._resized(qkv_tokens, out_tokens, ffn_tokens)
-        check_growth(self.cfg, cfg, "zero_keys")
+        check_growth(self.cfg, cfg, recipe)
         state = self._state()
         abstract = state._replace(params=abstract_model(cfg)[1])
-        grown = grow_state(state, abstract, cfg, jax.random.key(seed), "zero_keys", ramp_steps=0)
-        return dataclasses.replace(self, cfg=cfg, params=grown.params)
+        grown = grow_state(state, abstract, cfg, jax.random.key(seed), recipe, ramp_steps=0)
+        tau = {name: float(value) for name, value in grown.tau_now().items()}
+        return dataclasses.replace(self, cfg=cfg, params=grown.params, tau=tau)
 
     def shrink(
         self, qkv_tokens: int | None = None, out_tokens: int | None = None, ffn_tokens: int | None = None
@@ -144,12 +262,12 @@ class TokenFormer:
         return dataclasses.replace(self, cfg=cfg, params=state.params, tau=tau)
 
     def _resized(self, qkv_tokens: int | None, out_tokens: int | None, ffn_tokens: int | None) -> ModelConfig:
-        return dataclasses.replace(
-            self.cfg,
-            qkv_tokens=self.cfg.qkv_tokens if qkv_tokens is None else qkv_tokens,
-            out_tokens=self.cfg.out_tokens if out_tokens is None else out_tokens,
-            ffn_tokens=self.cfg.ffn_tokens if ffn_tokens is None else ffn_tokens,
-        )
+        sizes = {"qkv_tokens": qkv_tokens, "out_tokens": out_tokens, "ffn_tokens": ffn_tokens}
+        given: Any = {name: count for name, count in sizes.items() if count is not None}
+        for name, count in given.items():
+            if not isinstance(count, numbers.Integral):
+                raise UserError(f"{name} = {count!r}: must be a whole number")
+        return dataclasses.replace(self.cfg, **given)
 
     def _state(self) -> TrainState:
         tau = {name: TauRamp.constant(value) for name, value in self.tau.items()}
@@ -160,16 +278,27 @@ class TokenFormer:
     ) -> jax.Array:
         """Continuations, int32 [B, max_tokens], drawn with a KV cache. `Sampling(temperature=0.0)` is greedy.
 
-        Raises UserError where prompt and continuation exceed the context.
+        Raises UserError where prompt and continuation exceed the context, or the model is broken.
 
-        >>> model.tokenizer.decode(model.generate(jnp.asarray([[0]]), 40)[0].tolist())
+        >>> model.tokenizer.continuation(prompt, model.generate([prompt], 40)[0].tolist())
         """
         how = sampling or Sampling()
         how.check()
+        _check_seed(seed)
         num_ids = self.tokenizer.vocab_size if self.tokenizer else None
-        prompt_BL = jnp.asarray(prompt_BL)
+        prompt_BL = self._ids("prompt_BL", prompt_BL)
         stream = generate(self.cfg, self.params, self.tau, prompt_BL, max_tokens, how=how, seed=seed, num_ids=num_ids)
-        return jnp.stack(list(stream), axis=1)
+        return jnp.asarray(checked(jnp.stack(list(stream), axis=1)))
+
+
+def _check_seed(seed: Any) -> None:
+    if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**63:
+        raise UserError(f"seed = {seed!r}: must be a whole number from 0 to 2**63 - 1")
+
+
+def _check_config(cfg: Any) -> None:
+    if not isinstance(cfg, Config):
+        raise UserError(f"cfg: must be a Config, not {type(cfg).__name__}; use read_config(...)")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import io
 import logging as stdlib_logging
 import os
 import pathlib
@@ -22,8 +23,10 @@ from tokenformer_jax.config import (
 )
 from tokenformer_jax.devices.distributed import Others
 from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import local_path
 
 COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare".split()
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell says of other programs
 _PRESETS = pathlib.Path(__file__).parent / "configs"
 
 
@@ -88,7 +91,15 @@ def _with_paths(argv: list[str]) -> list[str]:
 
 
 def _path_of_preset(value: str) -> str:
+    local_path(value, "--config")
     name, colon, variant = value.partition(":")
+    longer = [":".join(value.split(":")[:n]) for n in range(2, value.count(":") + 2)]
+    if not os.path.exists(name) and any(map(os.path.isfile, longer)):
+        raise UserError(f"--config={value}: its path holds a colon, which begins a variant; rename it, or use a link")
+    if os.path.isfile(name) and not name.endswith(".py"):
+        raise UserError(
+            f"--config={value}: not a Python file; use one with get_config, or a preset such as quickstart:small"
+        )
     if not name.isidentifier() or os.path.exists(name):
         return value
     presets = sorted(path.stem for path in _PRESETS.glob("*.py") if path.stem != "__init__")
@@ -132,7 +143,7 @@ def _config_errors() -> Iterator[None]:
         raise
     except flags.Error as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        if "flag 'config." in lines[0]:
+        if "flag 'config." in lines[0] and "config" in flags.FLAGS:
             raise UserError("--config is missing: it must stand before what overrides its keys") from None
         if len(lines) > 1:  # the file raised: its traceback
             lines = [lines[0].split(": Error")[0].removeprefix("flag ") + ": " + lines[-1]]
@@ -184,7 +195,8 @@ def run_command(main: Callable[[], None]) -> None:
 
     _silence_orbax()
     try:
-        app.run(guarded, flags_parser=parse)
+        with _output_that_never_fails():
+            app.run(guarded, flags_parser=parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
@@ -215,6 +227,21 @@ def _is_of_a_loop(traceback: Any) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def _output_that_never_fails() -> Iterator[None]:
+    """Shows `?` for what the output's encoding lacks, and ends quietly once its reader, such as `head`, has left."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # else only the interpreter's end would find that the reader has left
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        sys.exit(BROKEN_PIPE)
+
+
 def _join_processes() -> Others:
     numbers = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
     if not all(number is None or number.isdecimal() for number in numbers):
@@ -234,9 +261,29 @@ def workdir_flag(name: str = "workdir", help_text: str = "the run's directory") 
     def read() -> pathlib.Path:
         if not holder.value:
             raise UserError(f"--{name} is missing: {help_text}")
-        return pathlib.Path(os.path.expanduser(holder.value))
+        return local_path(holder.value, f"--{name}")
 
     return read
+
+
+def data_flags() -> Callable[[Config], Config]:
+    """Defines what a command on a run needs where its data were moved: the config's own keys, as `train` takes them.
+
+    Returns a function that puts what is given into the config of the run.
+    """
+    said = "; by default as in the run's config"
+    holders = {
+        "path": flags.DEFINE_string("config.data.path", None, f"where the data are now{said}"),
+        "cache_dir": flags.DEFINE_string("config.data.cache_dir", None, f"where prepared data are{said}"),
+    }
+
+    def change(cfg: Config) -> Config:
+        given: Any = {key: holder.value for key, holder in holders.items() if holder.value is not None}
+        for key, value in given.items():
+            local_path(value, f"--config.data.{key}", any_bytes=key == "path")
+        return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **given))
+
+    return change
 
 
 def mesh_flag() -> Any:

@@ -7,12 +7,13 @@ import dataclasses
 import difflib
 import json
 import math
+import pathlib
 import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import sealed
+from tokenformer_jax.files import local_path, sealed
 
 
 class Rule(NamedTuple):
@@ -36,6 +37,7 @@ Fraction = Annotated[float, Rule(lambda value: 0 <= value <= 1, "must lie betwee
 BelowOne = Annotated[float, Rule(lambda value: 0 <= value < 1, "must be 0 or above, and below 1")]
 
 RECIPE_NAMES = ("zero_keys", "isometric", "split", "random_keys", "released", "zero_padding")
+PATHS = ("path", "tokenizer", "cache_dir")  # keys of the data that name files
 SIZES = ("qkv_tokens", "out_tokens", "ffn_tokens")  # keys of the model that say counts of parameter tokens
 
 
@@ -159,8 +161,13 @@ class Config:
     loss_spike: NotNegativeFloat = 0.0
 
     def to_json(self) -> str:
-        """The text of a `config.json`, with a checksum."""
-        return sealed(dataclasses.asdict(self))
+        """The text of a `config.json`, with a checksum. Its paths hold wherever it is read."""
+        paths: Any = {key: _absolute(getattr(self.data, key)) for key in PATHS}
+        return sealed(dataclasses.asdict(dataclasses.replace(self, data=dataclasses.replace(self.data, **paths))))
+
+
+def _absolute(path: str) -> str:
+    return str(pathlib.Path(path).absolute()) if path and not path.startswith("~") else path
 
 
 def read_config(tree: Mapping[str, Any], source: str = "config") -> Config:
@@ -248,6 +255,8 @@ def validate(cfg: Config) -> None:
             f"loss_spike = {cfg.loss_spike}: is seen once its step has learnt, too late for non_finite = 'skip'; "
             "'rollback' would do"
         )
+    for key in PATHS:
+        local_path(getattr(cfg.data, key), f"data.{key}", any_bytes=key == "path")
     validate_model(cfg.model)
     mesh = cfg.mesh
     model, padded = cfg.model, cfg.model.padding_counted()

@@ -8,13 +8,13 @@ FILE ends in .bin, .pt or .pth (which need torch), .safetensors or .npz. Tensors
 """
 
 import dataclasses
-import pathlib
 
 import jax
 from absl import flags
 
 from tokenformer_jax.cli import config_or_flags, run_command, workdir_flag
 from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import local_path
 from tokenformer_jax.storage.official import config_of, export_official, import_official
 from tokenformer_jax.storage.state_dicts import read_state_dict
 
@@ -33,7 +33,10 @@ def main() -> None:
     def convert() -> None:
         if bool(from_torch.value) == bool(to_torch.value):
             raise UserError("--from_torch or --to_torch: give one of them, the file to read or the file to write")
-        path = pathlib.Path(from_torch.value or to_torch.value or "").expanduser()
+        path = local_path(
+            from_torch.value or to_torch.value or "", "--from_torch" if from_torch.value else "--to_torch"
+        )
+        local_path(tokenizer.value or "", "--tokenizer")
         if to_torch.value:
             number, count = export_official(workdir(), path, step.value)
             done = f"{path}: step {number} of {workdir()}, {count:,} parameters under the official names"

@@ -4,12 +4,43 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from tokenformer_jax.errors import UserError
+from tokenformer_jax.errors import UserError, shown
+
+_URL = re.compile(r"[A-Za-z][\w.+-]+:/")  # also with one slash, to which pathlib shortens two
+
+
+def local_path(value: str | os.PathLike[str], name: str, any_bytes: bool = False) -> pathlib.Path:
+    """A path that a user gave in the flag or key `name`, with ~ expanded.
+
+    With `any_bytes` it need not be UTF-8, which libraries want of what they write.
+
+    Raises:
+      UserError: it is a URL, or no name that can be used.
+    """
+    given = f"{name}={shown(os.fspath(value))}" if name.startswith("--") else f"{name} = {os.fspath(value)!r}"
+    if _URL.match(os.fspath(value)):
+        raise UserError(f"{given}: is a URL; use a path of this machine, such as that of a mounted bucket")
+    if "\0" in os.fspath(value):
+        raise UserError(f"{given}: holds a zero byte, as no path does; leave it out")
+    path = pathlib.Path(os.path.expanduser(value))
+    if not any_bytes and not _is_unicode(str(path.absolute())):
+        raise UserError(f"{given}: is not UTF-8 ({shown(path.absolute())}); use a path that is")
+    return path
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -20,8 +51,22 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deep") from None
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON, which has no word for NaN and infinities: they are null."""
+    return json.dumps(_finite(value), indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def sealed(tree: dict[str, Any]) -> str:
     """JSON text of a dict, with a checksum of all of it as its last entry."""
+    tree = _finite(tree)
     return json.dumps(tree | {"checksum": _checksum(tree)}, indent=2) + "\n"
 
 
@@ -41,11 +86,24 @@ def replace_file(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all. Raises UserError where it can't be written."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         partial.write_text(text)
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def make_folder(folder: pathlib.Path) -> None:
+    """Makes a folder, with its parents, unless it is there. Raises an OSError whose `strerror` is the true reason."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        taken = str(error.filename)
+        if os.path.islink(taken) and not os.path.exists(taken):
+            reason = f"{taken} is a link to {os.readlink(taken)}, which does not exist"
+        else:
+            reason = f"{taken} is a file"
+        raise FileExistsError(error.errno, reason) from None
 
 
 @contextlib.contextmanager

@@ -8,8 +8,6 @@ that these take at least. Leaves plan.json and plan.png. Needs libtpu, about 2 G
 (--topology=h100:8) it needs what requirements-gpu.txt installs, and no GPU.
 """
 
-import json
-import pathlib
 import sys
 
 import jax
@@ -17,7 +15,7 @@ from absl import flags
 
 from tokenformer_jax.cli import config_flag, run_command
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import replace_file
+from tokenformer_jax.files import json_text, local_path, replace_file
 from tokenformer_jax.planning.plan import alternatives, describe, draw, make_plan
 
 
@@ -30,7 +28,7 @@ def main() -> None:
 
     def plan() -> None:
         jax.config.update("jax_platforms", "cpu")
-        cfg, out = config(), pathlib.Path(folder.value)
+        cfg, out = config(), local_path(folder.value, "--out")
         if not topology.value:
             raise UserError("--topology is missing; --topology=v5e:4x4 would do")
         print("compiling; it takes some minutes", file=sys.stderr, flush=True)
@@ -49,7 +47,7 @@ def main() -> None:
                 else "nothing tried fits: take a larger topology"
             )
             print(fits)
-        replace_file(out / "plan.json", json.dumps(found, indent=1) + "\n")
+        replace_file(out / "plan.json", json_text(found, indent=1) + "\n")
         draw(found, out / "plan.png")
 
     run_command(plan)

@@ -1,39 +1,30 @@
 """Compares runs: a table of their evaluations, and a plot of validation loss against training FLOPs.
 
 python -m tokenformer_jax.report --runs=small=W,grown=W2 --out=DIR
+python -m tokenformer_jax.report --runs=small=W --runs=grown=W2   # the same
 """
-
-import json
-import pathlib
 
 from absl import flags
 
 from tokenformer_jax.cli import run_command
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.evaluation.report import plot, summarise, table
-from tokenformer_jax.files import replace_file
+from tokenformer_jax.evaluation.report import named_runs, plot, summarise, table
+from tokenformer_jax.files import json_text, local_path, replace_file
 
 
 def main() -> None:
-    named = flags.DEFINE_list("runs", [], "name=workdir of each run, in order")
+    named = flags.DEFINE_multi_string("runs", [], "name=workdir of each run, in order; separated by commas or repeated")
     folder = flags.DEFINE_string("out", ".", "directory for loss.png and report.json")
 
     def report() -> None:
-        runs: dict[str, pathlib.Path] = {}
-        for item in named.value:
-            name, _, path = item.rpartition("=")
-            workdir = pathlib.Path(path).expanduser()
-            name = name or workdir.name
-            if name in runs:
-                raise UserError(f"--runs: two runs are named {name!r}; --runs=one={runs[name]},two={workdir} would do")
-            runs[name] = workdir
+        runs = named_runs(named.value)
         if not runs:
-            raise UserError("--runs is missing; --runs=small=W,grown=W2 would do")
+            raise UserError("--runs is missing; use --runs=small=W,grown=W2")
         rows = [row for name, workdir in runs.items() for row in summarise(name, workdir)]
-        out = pathlib.Path(folder.value).expanduser()
-        replace_file(out / "report.json", json.dumps(rows, indent=2) + "\n")
+        out = local_path(folder.value, "--out")
+        print(table(rows), flush=True)
+        replace_file(out / "report.json", json_text(rows, indent=2) + "\n")
         plot(runs, out / "loss.png")
-        print(table(rows))
         print(f"plot: {out / 'loss.png'}")
 
     run_command(report)

@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.dataset = "python_source"  # or "text_files", or any tfds text set: "lm1b", "c4/en", "wiki40b/en"
-    data.path = ""  # text_files: a folder or a glob of .txt and .jsonl; tfds sets: their data_dir
+    data.path = ""  # text_files: a folder, file or glob of .txt and .jsonl; tfds sets: their data_dir
     data.text_key = "text"  # the feature, or .jsonl key, that holds the text
     data.train_split = "train"
     data.validation_split = "validation"

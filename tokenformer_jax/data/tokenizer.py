@@ -2,17 +2,24 @@
 
 import functools
 import hashlib
+import itertools
 import pathlib
-from collections.abc import Iterable, Sequence
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import local_path
 
 END_OF_TEXT = "<|endoftext|>"
 _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 _SMALLEST = 257  # END_OF_TEXT and the 256 bytes
+_LONGEST_WORD = 1000  # characters; training takes the square of a word's length
+# What the BPE sees as a word lies within one of these: letters and numbers, white space, and all else.
+_RUN = re.compile(r"[^\W_]+|\s+|(?:[^\w\s]|_)+")
 
 
 class Tokenizer:
@@ -54,6 +61,16 @@ class Tokenizer:
         """Special tokens show as they are spelled; bytes that are no UTF-8 show as U+FFFD."""
         return self._bpe.decode(list(ids), skip_special_tokens=False)
 
+    def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that `ids` add to that of the ids before them.
+
+        Not what they decode to alone: a tokenizer may drop the space in front of a text's first word, and a character's
+        bytes may be spread over both.
+        """
+        first, whole = self.decode(before), self.decode([*before, *ids])
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, whole, strict=False))
+        return whole[sum(1 for _ in same) :]
+
     def to_json(self) -> str:
         """The text of a `tokenizer.json`."""
         return self._bpe.to_str()
@@ -62,7 +79,8 @@ class Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a BPE over all 256 bytes, so that decode(encode(text)) == text for any text; END_OF_TEXT has id 0.
 
-    Deterministic. A small corpus gives fewer than `vocab_size` tokens.
+    Deterministic. A small corpus gives fewer than `vocab_size` tokens. Words of more than 1,000 characters are cut
+    beforehand, and a line on stderr says how many.
 
     Raises:
       UserError: `vocab_size` has no room for the bytes.
@@ -78,8 +96,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    cut_words = 0
+
+    def parts() -> Iterator[str]:
+        nonlocal cut_words
+        for text in texts:
+            cuts, words = _cuts(text)
+            cut_words += words
+            yield from (text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)]))
+
+    bpe.train_from_iterator(parts(), trainer)
+    if cut_words:
+        words = f"{cut_words:,} word{'s' * (cut_words > 1)} of more than {_LONGEST_WORD:,} characters"
+        print(f"tokenizer: cut {words} to train on", file=sys.stderr)
     return Tokenizer(bpe)
+
+
+def _cuts(text: str) -> tuple[list[int], int]:
+    """Where to cut a text so that no word in it is too long, and how many words that cuts."""
+    half = _LONGEST_WORD // 2  # a long run goes from one multiple of this to the next, at least
+    ends = (_RUN.match(text, start, start + half + 1) for start in range(0, len(text), half))
+    if not any(run and run.end() - run.start() > half for run in ends):
+        return [], 0
+    long = [run.span() for run in _RUN.finditer(text) if run.end() - run.start() > _LONGEST_WORD]
+    return [cut for start, end in long for cut in range(start + _LONGEST_WORD, end, _LONGEST_WORD)], len(long)
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
@@ -90,7 +130,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     """
     source = f"data.tokenizer = {str(path)!r}"
     try:
-        text = pathlib.Path(path).expanduser().read_text(encoding="utf-8")
+        text = local_path(path, "data.tokenizer").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise UserError(f"{source}: cannot be read ({reason}); a tokenizer.json would do") from None

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -26,7 +27,7 @@ from tokenformer_jax.data.text import (
 )
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import locked, sealed, unsealed
+from tokenformer_jax.files import local_path, locked, sealed, unsealed
 
 _PIECE = 1 << 20  # characters encoded at once; the encoder takes about 100 bytes of memory a token
 _TRAINER_CHARACTERS = 1 << 29  # a BPE of more text than this is no better
@@ -92,7 +93,9 @@ def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Corpus:
     if tokenizer:
         _check_vocabulary(tokenizer, cfg)
     dataset = LOCAL_SETS.get(cfg.data.dataset, PublishedSet)(cfg.data)
-    cache = Path(cfg.data.cache_dir).expanduser()
+    if not (jax.distributed.is_initialized() and jax.process_index()):
+        dataset.report_skipped()
+    cache = local_path(cfg.data.cache_dir, "data.cache_dir")
     folder = cache / f"{cfg.data.dataset.replace('/', '-')}-{_digest(dataset.identity)}"
     try:
         corpus = _open_corpus(folder, cfg, tokenizer)
@@ -103,7 +106,7 @@ def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Corpus:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"data.cache_dir = {cfg.data.cache_dir!r}: cannot be used ({reason}); another would do"
+            f"data.cache_dir = {cfg.data.cache_dir!r}: cannot be used ({reason}); use --config.data.cache_dir=PLACE"
         ) from error
     for name, split in (("train", corpus.train), ("validation", corpus.validation)):
         check_length(split, f"data.{name}_split = {getattr(cfg.data, f'{name}_split')!r}", cfg.model.context_length)
@@ -221,13 +224,17 @@ def _open_source(builder: Any, cfg: Config, name: str) -> Any:
         ) from None
 
 
-def _read_source(source: Any, feature: str, description: str, chunk: int = 64) -> Iterator[str]:
+def _read_source(source: Any, feature: str, description: str) -> Iterator[str]:
+    """The texts of a split, read several at once as long as they are short."""
+    start, count = 0, 1
     with tqdm(total=len(source), desc=description, unit="doc", disable=None) as progress:
-        for start in range(0, len(source), chunk):
-            records = source.__getitems__(range(start, min(start + chunk, len(source))))
-            for record in records:
-                yield record[feature].decode(errors="replace")
-            progress.update(len(records))
+        while start < len(source):
+            texts = [record[feature] for record in source.__getitems__(range(start, min(start + count, len(source))))]
+            start += len(texts)
+            count = min(64, 2 * count) if sum(map(len, texts)) < 4 * _PIECE else max(1, count // 4)
+            progress.update(len(texts))
+            for text in texts:
+                yield text.decode(errors="replace")
 
 
 class Piece(NamedTuple):
@@ -305,7 +312,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[Piece]]:
     for text in texts:
         for piece in _pieces(text):
             chunk.append(piece)
-            size += len(piece.text)
+            size += len(piece.text) + _PIECE // 4096  # so that there are not too many, however short they are
             if size >= 4 * _PIECE:
                 yield chunk
                 chunk, size = [], 0

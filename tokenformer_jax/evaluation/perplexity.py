@@ -1,18 +1,18 @@
 """Loss, perplexity and bits per byte of a model on a split."""
 
-import json
 import math
 import pathlib
+import sys
 from typing import Any
 
 import jax
 
 from tokenformer_jax.config import Config
-from tokenformer_jax.data.batches import training_examples
+from tokenformer_jax.data.batches import data_identity, training_examples
 from tokenformer_jax.data.tokens import Corpus, TokenSplit, prepare
 from tokenformer_jax.devices.sharding import this_process
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import replace_file
+from tokenformer_jax.files import json_text, replace_file
 from tokenformer_jax.storage.trained import Trained
 from tokenformer_jax.training.metrics import Progress
 from tokenformer_jax.training.state import TrainState
@@ -51,9 +51,24 @@ def choose_split(corpus: Corpus, name: str) -> TokenSplit:
     return splits[name]
 
 
-def evaluate_run(run: Trained, workdir: pathlib.Path, split_name: str) -> None:
-    """Evaluates a run on a split, prints the result and writes it to WORKDIR/eval.json."""
-    split = choose_split(prepare(run.cfg, run.tokenizer), split_name)
+def _prepared(run: Trained) -> Corpus:
+    """The data of a run's config; says where they are not those that it was trained on."""
+    corpus = prepare(run.cfg, run.tokenizer)
+    if data_identity(corpus.train, run.cfg) != run.record.data and jax.process_index() == 0:
+        print(
+            "warning: the data have changed since the run: its figures here are of other text; if they were moved, use "
+            "--config.data.path=PLACE",
+            file=sys.stderr,
+        )
+    return corpus
+
+
+def evaluate_run(run: Trained, workdir: pathlib.Path, split_name: str, out: pathlib.Path | None = None) -> None:
+    """Evaluates a run on a split, prints the result and writes it to a file, by default WORKDIR/eval.json.
+
+    Where that one cannot be written, that is told, and no error: the result is on the screen.
+    """
+    split = choose_split(_prepared(run), split_name)
     figures = evaluate_split(run.step, run.state, split, run.cfg, progress=True)
     result = {
         "split": split_name,
@@ -64,17 +79,29 @@ def evaluate_run(run: Trained, workdir: pathlib.Path, split_name: str) -> None:
         **figures,
     }
     if jax.process_index() == 0:
-        replace_file(workdir / "eval.json", json.dumps(result, indent=2) + "\n")
         print(
             f"step {run.step_number}, {run.num_params:,} parameters, {figures['tokens']:,.0f} tokens of the "
-            f"{split_name} split: loss {figures['loss']:.4f} nats, perplexity {figures['perplexity']:.3f}, "
-            f"{figures['bits_per_byte']:.4f} bits per byte"
+            f"{split_name} split: loss {figures['loss']:.4f} nats, perplexity {figures['perplexity']:.5g}, "
+            f"{figures['bits_per_byte']:.4f} bits per byte",
+            flush=True,
         )
+        if not math.isfinite(figures["loss"]):
+            print(
+                f"warning: the model of step {run.step_number} is broken: its loss is not finite; an earlier "
+                f"checkpoint, by --step, may be good: {workdir / 'checkpoints'} holds them",
+                file=sys.stderr,
+            )
+        try:
+            replace_file(out or workdir / "eval.json", json_text(result, indent=2) + "\n")
+        except UserError as error:
+            if out:
+                raise
+            print(f"warning: {error}; --out=FILE writes the figures elsewhere", file=sys.stderr)
 
 
 def show_examples(run: Trained, examples: range) -> None:
     """Prints the loss and the text of training examples, such as those of a step whose loss was not finite."""
-    split = prepare(run.cfg, run.tokenizer).train
+    split = _prepared(run).train
     batches = training_examples(split, run.cfg, examples, **this_process(run.step.mesh))
     for example, batch in zip(examples, batches, strict=True):
         sums = jax.device_get(run.step.evaluate(run.state, put_batch(run.step, batch)))

@@ -1,15 +1,52 @@
 """Compares runs: a table of their evaluations, and a plot of validation loss against training FLOPs."""
 
+import math
 import pathlib
 from typing import Any
 
 import matplotlib
 
-from tokenformer_jax.errors import UserError
+from tokenformer_jax.errors import UserError, shown
+from tokenformer_jax.files import local_path
 from tokenformer_jax.storage.metrics_file import Row, read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+
+def named_runs(given: list[str]) -> dict[str, pathlib.Path]:
+    """The directories that `--runs` names, by their names: NAME=DIR or DIR, each on its own or separated by commas.
+
+    Of several readings the longest path that exists is meant: directories may have commas and equals signs in them.
+    """
+    runs: dict[str, pathlib.Path] = {}
+    for text in given:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        while parts:
+            ends = [n for n in range(len(parts), 0, -1) if _named(",".join(parts[:n]))[1].is_dir()]
+            count = ends[0] if ends else 1
+            name, workdir = _named(",".join(parts[:count]))
+            name = shown(name or workdir.name or workdir.resolve().name)
+            if name in runs:
+                apart = f"--runs=one={shown(runs[name])} --runs=two={shown(workdir)}"
+                raise UserError(f"--runs: two runs are named {name!r}; use {apart}")
+            runs[name], parts = workdir, parts[count:]
+    return runs
+
+
+def _named(item: str) -> tuple[str, pathlib.Path]:
+    """A run's name, which may be empty and has no comma, and its directory."""
+    name, equals, path = item.partition("=")
+    whole = local_path(item, "--runs", any_bytes=True)
+    if whole.is_dir() or not equals or "," in name:
+        return "", whole
+    workdir = local_path(path, "--runs", any_bytes=True)
+    return (name, workdir) if workdir.is_dir() or "/" not in name else ("", whole)
+
+
+def perplexity(value: float) -> str:
+    """With two decimals; a huge one in few digits."""
+    return f"{value:.2f}" if value < 1e6 else f"{value:.4g}"
 
 
 def read_run(workdir: pathlib.Path) -> tuple[list[Row], list[Row]]:
@@ -18,7 +55,8 @@ def read_run(workdir: pathlib.Path) -> tuple[list[Row], list[Row]]:
         rows = read_metrics(workdir)
     except OSError:
         raise UserError(f"{workdir}: no metrics.jsonl here; is it the directory of a training run?") from None
-    evaluations = [row for row in rows if "eval_loss" in row]
+    # A figure that was not finite is null in the file.
+    evaluations = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows if "eval_loss" in row]
     if not evaluations:
         raise UserError(f"{workdir}/metrics.jsonl: no evaluation yet")
     return evaluations, [row for row in rows if "growth" in row and row["growth"]["from"] != row["growth"]["to"]]
@@ -49,7 +87,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         lines.append(
             f"{row['run']:<{width}}  {row['step']:>7,}  {row['params']:>13,}  {row['train_flops']:>11.3e}  "
-            f"{row['eval_loss']:>9.4f}  {row['eval_perplexity']:>10.2f}  {row['eval_bits_per_byte']:>9.4f}"
+            f"{row['eval_loss']:>9.4f}  {perplexity(row['eval_perplexity']):>10}  {row['eval_bits_per_byte']:>9.4f}"
         )
     return "\n".join(lines)
 
@@ -68,11 +106,18 @@ def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
         )
         for growth in growths:
             evaluated = (row["eval_loss"] for row in rows if row["step"] == growth["step"])
-            place = growth["train_flops"], next(evaluated, growth["growth"]["loss_after"])
+            loss = next(evaluated, growth["growth"]["loss_after"])
+            if loss is None or not math.isfinite(loss):
+                continue
+            place = growth["train_flops"], loss
             axes.plot(*place, marker="*", markersize=12, color=line.get_color())
             axes.annotate(f"{growth['params'] / 1e6:.2f}M", place, xytext=(4, 8), textcoords="offset points")
     axes.set(xlabel="cumulative training FLOPs", ylabel="validation loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        plt.close(figure)

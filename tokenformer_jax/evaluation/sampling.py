@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,6 +21,9 @@ from tokenformer_jax.nn.layers import Params
 from tokenformer_jax.nn.transformer import Tau, unstack
 from tokenformer_jax.storage.trained import Trained
 
+SMALLEST = float(np.finfo(np.float32).tiny)  # what is smaller is 0 to a device
+BROKEN = -1  # in the place of a token id whose logits are not finite
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -32,17 +36,17 @@ class Sampling:
     def check(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature = {self.temperature}: must be 0 (greedy) or above")
-        if self.top_k < 0:
-            raise UserError(f"top_k = {self.top_k}: must be 0 (off) or above")
+        if not isinstance(self.top_k, numbers.Integral) or self.top_k < 0:
+            raise UserError(f"top_k = {self.top_k}: must be a whole number, 0 (off) or above")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: must be above 0 and at most 1 (off)")
 
 
 def sample(logits_BV: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
     """Draws token ids [B] from float32 logits [B, V]: temperature, then top-k, then top-p (nucleus)."""
-    if how.temperature == 0:
+    if how.temperature < SMALLEST:
         return jnp.argmax(logits_BV, axis=-1)
-    logits_BV = logits_BV / how.temperature
+    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / how.temperature  # the largest stays finite
     if 0 < how.top_k < logits_BV.shape[-1]:
         kth_B1 = jax.lax.top_k(logits_BV, how.top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
@@ -50,7 +54,8 @@ def sample(logits_BV: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         probabilities_BV = jax.nn.softmax(sorted_BV, axis=-1)
         before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-        kept_BV = jnp.where(before_BV < how.top_p, sorted_BV, jnp.inf)  # the most likely one is always kept
+        is_kept_BV = (before_BV < how.top_p).at[:, 0].set(True)  # also where top_p is 0 in float32
+        kept_BV = jnp.where(is_kept_BV, sorted_BV, jnp.inf)
         logits_BV = jnp.where(logits_BV < jnp.min(kept_BV, axis=-1, keepdims=True), -jnp.inf, logits_BV)
     return jax.random.categorical(key, logits_BV, axis=-1)
 
@@ -59,7 +64,7 @@ def sample(logits_BV: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
 def make_decoder(
     cfg: ModelConfig, how: Sampling, num_ids: int | None = None
 ) -> Callable[[Params, Tau, jax.Array, KVCache, jax.Array], tuple[jax.Array, KVCache]]:
-    """A compiled function: (params, τ, tokens [B, L], cache, key) -> next tokens [B], cache.
+    """A compiled function: (params, τ, tokens [B, L], cache, key) -> next tokens [B] (or BROKEN), cache.
 
     The blocks' parameters are stacked, or a list, from `unstack`. The cache is donated. Of the vocabulary only the
     first `num_ids` are drawn: the rest may be padding.
@@ -72,8 +77,9 @@ def make_decoder(
             params = params | {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *layers)}  # which nothing reads
         model = nnx.merge(graphdef, params)
         x_BLD, cache = model.features(tokens_BL, tau, cache=cache, layers=layers)
-        logits_BV = model.logits(x_BLD[:, -1:])[:, 0]
-        return sample(logits_BV[:, :num_ids], key, how), cache
+        logits_BV = model.logits(x_BLD[:, -1:])[:, 0, :num_ids]
+        is_finite_B = jnp.isfinite(logits_BV).all(axis=-1)
+        return jnp.where(is_finite_B, sample(logits_BV, key, how), BROKEN), cache
 
     return jax.jit(decode, donate_argnums=3)
 
@@ -91,16 +97,21 @@ def generate(
 ) -> Iterator[jax.Array]:
     """Yields the next token ids [B] one position at a time, at most `max_tokens`; the same seed gives the same text.
 
+    An id is BROKEN where the logits are not finite; `checked` tells.
+
     Raises:
       UserError: where prompt and continuation are longer than the context the model was trained on.
     """
     batch, length = prompt_BL.shape
-    if max_tokens < 1:
-        raise UserError(f"max_tokens = {max_tokens}: must be 1 or above")
-    if length + max_tokens > cfg.context_length:
+    if not isinstance(max_tokens, numbers.Integral) or max_tokens < 1:
+        raise UserError(f"max_tokens = {max_tokens}: must be a whole number, 1 or above")
+    if length > cfg.context_length:
+        raise UserError(f"prompt: has {length} tokens, more than the model's context; use at most {cfg.context_length}")
+    longest = cfg.context_length - length + 1  # the last token is not read again
+    if max_tokens > longest:
         raise UserError(
             f"max_tokens = {max_tokens}: with a prompt of {length} tokens that is longer than the model's context of "
-            f"{cfg.context_length}; {max(cfg.context_length - length, 0)} would do"
+            f"{cfg.context_length}; {longest} would do"
         )
     decode = make_decoder(cfg, how, num_ids)
     key = jax.random.key(seed)
@@ -110,13 +121,24 @@ def generate(
         params = params | {"blocks": unstack(params["blocks"])}
 
     def stream() -> Iterator[jax.Array]:
-        tokens_BL, cache = prompt_BL, kind.empty(cfg, batch, length + max_tokens)
+        tokens_BL, cache = prompt_BL, kind.empty(cfg, batch, length + max_tokens - 1)
         for i in range(max_tokens):
             tokens_B, cache = decode(params, tau, tokens_BL, cache, jax.random.fold_in(key, i))
             yield tokens_B
             tokens_BL = tokens_B[:, None]
 
     return stream()
+
+
+def checked(ids: jax.Array) -> np.ndarray:
+    """The ids, on the host. Raises a UserError where one is BROKEN."""
+    found = np.asarray(ids)
+    if (found == BROKEN).any():
+        raise UserError(
+            "the model is broken: its logits are not finite; an earlier checkpoint, by step, may be good, and the "
+            "command evaluate tells of each"
+        )
+    return found
 
 
 def readable(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
@@ -136,7 +158,10 @@ def print_samples(run: Trained, text: str, max_tokens: int, samples: int, how: S
     """Prints continuations of a text: a single one as it comes, several when all have ended."""
     tokenizer, end = run.tokenizer, run.tokenizer.end_of_text
     text = text.encode(errors="surrogateescape").decode(errors="replace")  # a shell passes any bytes
-    prompt_BL = jnp.tile(jnp.asarray([end, *tokenizer.encode(text)], jnp.int32), (samples, 1))
+    prompt, longest = tokenizer.encode(text), run.cfg.model.context_length - 1  # after the end of another text
+    if len(prompt) > longest:
+        raise UserError(f"--prompt: has {len(prompt)} tokens, more than the model's context; use at most {longest}")
+    prompt_BL = jnp.tile(jnp.asarray([end, *prompt], jnp.int32), (samples, 1))
     stream = generate(
         run.cfg.model,
         run.state.params,
@@ -149,18 +174,19 @@ def print_samples(run: Trained, text: str, max_tokens: int, samples: int, how: S
     )
     with jax.set_mesh(run.step.mesh):
         if samples == 1:
-            print(text, end="")
-            ids = itertools.takewhile(lambda token: token != end, (int(tokens_B[0]) for tokens_B in stream))
-            for piece in readable(tokenizer.decode, ids):
+            ids = itertools.takewhile(lambda token: token != end, (int(checked(tokens_B)[0]) for tokens_B in stream))
+            pieces = readable(functools.partial(tokenizer.continuation, prompt), ids)
+            print(text + next(pieces), end="", flush=True)
+            for piece in pieces:
                 print(piece, end="", flush=True)
             print()
             return
         rows, ended = [], np.zeros(samples, bool)
         for tokens_B in stream:
-            rows.append(np.asarray(tokens_B))
+            rows.append(checked(tokens_B))
             ended |= rows[-1] == end
             if ended.all():
                 break
     for i, column in enumerate(np.stack(rows, axis=1).tolist()):
         continuation = list(itertools.takewhile(lambda token: token != end, column))
-        print(f"--- sample {i + 1} ---\n{text}{tokenizer.decode(continuation)}")
+        print(f"--- sample {i + 1} ---\n{text}{tokenizer.continuation(prompt, continuation)}")

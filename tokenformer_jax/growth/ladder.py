@@ -7,6 +7,7 @@ config.rungs = (
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,9 +87,10 @@ class Plateau:
     stale: int = 0  # evaluations since that did not improve on it
 
     def after(self, step: int, loss: float, min_improvement: float) -> "Plateau":
-        if self.best_loss is None or loss <= self.best_loss - min_improvement:
+        best = self.best_loss
+        if math.isfinite(loss) and (best is None or not math.isfinite(best) or loss <= best - min_improvement):
             return Plateau(step, loss)
-        return Plateau(step, self.best_loss, self.stale + 1)
+        return Plateau(step, best, self.stale + 1)  # also where the loss is not finite: that is no improvement
 
     def reached(self, patience: int) -> bool:
         """Whether so many evaluations in a row brought nothing; never with a patience of 0."""

@@ -6,7 +6,6 @@ the former parameters make room; then the record. On a mesh each device works on
 
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 import time
@@ -21,7 +20,7 @@ from tokenformer_jax.data.batches import keep_position
 from tokenformer_jax.devices.hardware import peak_host_bytes
 from tokenformer_jax.devices.sharding import constrain, make_mesh
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import parse_json, replace_file
+from tokenformer_jax.files import json_text, parse_json, replace_file
 from tokenformer_jax.growth.figures import size_figures
 from tokenformer_jax.growth.ladder import stages
 from tokenformer_jax.storage.checkpoints import Checkpoints, save_one
@@ -228,7 +227,7 @@ def resize_checkpoint(
         figures = {"source": str(source), **figures, "peak_host_bytes": peak_host_bytes()}
         if jax.process_index() == 0:
             replace_file(folder / "config.json", cfg.to_json())
-            replace_file(folder / change.file, json.dumps(figures, indent=2) + "\n")
+            replace_file(folder / change.file, json_text(figures, indent=2) + "\n")
     return figures
 
 

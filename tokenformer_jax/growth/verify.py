@@ -39,7 +39,7 @@ def measure(
         each = jax.device_get([compiled(old, new, put_batch(step, batch)) for batch in batches])
     figures = jax.tree.map(lambda *values: np.mean(values, axis=0).tolist(), *each)
     for name in ("max_logit_difference", "max_logit"):
-        figures[name] = max(float(row[name]) for row in each)
+        figures[name] = float(np.max([row[name] for row in each]))  # NaN where one is
     for kind in ("key", "value"):
         norms = [norms[f"{kind}s"] for norms in figures["gradient_norms"].values()]
         figures[f"new_{kind}_gradient_norm"] = math.hypot(*norms)
@@ -112,6 +112,11 @@ def moved(old: TrainState, new: TrainState, grown: list[str], cfg: ModelConfig) 
 def verify(figures: dict[str, Any], recipe: str) -> None:
     """Raises a UserError that names what failed: the function moved, or new tokens without a gradient."""
     difference, largest = figures["max_logit_difference"], figures["max_logit"]
+    if not math.isfinite(largest):
+        raise UserError(
+            "the source is broken: its logits are not finite; an earlier checkpoint, by --step, may be good; "
+            "nothing was written"
+        )
     if RECIPES[recipe].lossless and not difference <= LOGIT_BOUND * max(largest, 1.0):
         name, changes = max(figures["moved"].items(), key=lambda item: np.max(item[1]))
         layer = f" in layer {np.argmax(changes)}" if np.ndim(changes) else ""

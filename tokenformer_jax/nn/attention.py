@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.devices.sharding import partition_spec, platform
-from tokenformer_jax.nn.backends import SPLASH_BLOCKS, attention_kernel
+from tokenformer_jax.nn.backends import SPLASH_BLOCKS, attention_kernel, sums_in_float32
 
 
 class KVCache(NamedTuple):
@@ -96,7 +96,7 @@ def causal_attention(
 
 def cached_attention(q_BLHK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, start: jax.Array | int) -> jax.Array:
     """`causal_attention` of L new positions, the first of which is number `start` of those in a KV cache."""
-    scores_BHSL = jnp.einsum("bhsk,blhk->bhsl", k_BHSK, q_BLHK, preferred_element_type=jnp.float32)
+    scores_BHSL = sums_in_float32("bhsk,blhk->bhsl", k_BHSK, q_BLHK)
     scores_BHLS = scores_BHSL.swapaxes(2, 3) * q_BLHK.shape[-1] ** -0.5  # else a CPU transposes the keys
     seen_LS = jnp.arange(k_BHSK.shape[2]) <= start + jnp.arange(q_BLHK.shape[1])[:, None]
     weights_BHLS = jax.nn.softmax(jnp.where(seen_LS, scores_BHLS, -jnp.inf))
@@ -126,7 +126,7 @@ def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
 def _scores(q_BHLK, k_BHLK, segments_BL, queries: slice, keys: slice) -> jax.Array:
     """float32 [B, H, C, S] of C queries and the S keys before their end; -inf where masked."""
     q_BHCK = q_BHLK[:, :, queries]
-    scores_BHCS = jnp.einsum("bhck,bhsk->bhcs", q_BHCK, k_BHLK[:, :, keys], preferred_element_type=jnp.float32)
+    scores_BHCS = sums_in_float32("bhck,bhsk->bhcs", q_BHCK, k_BHLK[:, :, keys])
     seen = jnp.arange(keys.stop) <= jnp.arange(queries.start, queries.stop)[:, None]
     if segments_BL is not None:
         seen &= (segments_BL[:, queries, None] == segments_BL[:, None, keys])[:, None]
@@ -141,12 +141,7 @@ def _blockwise_forward(q_BLHK, k_BLHK, v_BLHK, segments_BL):
         largest_BHC1 = jnp.max(scores_BHCS, axis=-1, keepdims=True)
         weights_BHCS = jnp.exp(scores_BHCS - largest_BHC1)
         sums_BHC1 = jnp.sum(weights_BHCS, axis=-1, keepdims=True)
-        sums_BHCK = jnp.einsum(
-            "bhcs,bhsk->bhck",
-            weights_BHCS.astype(v_BHLK.dtype),
-            v_BHLK[:, :, keys],
-            preferred_element_type=jnp.float32,
-        )
+        sums_BHCK = sums_in_float32("bhcs,bhsk->bhck", weights_BHCS.astype(v_BHLK.dtype), v_BHLK[:, :, keys])
         outs.append((sums_BHCK / sums_BHC1).astype(v_BHLK.dtype))
         log_sums.append(largest_BHC1 + jnp.log(sums_BHC1))
     out_BLD = jnp.concatenate(outs, axis=2).swapaxes(1, 2).reshape(*q_BLHK.shape[:2], -1)
@@ -163,10 +158,10 @@ def _blockwise_backward(kept, dout_BLD):
     for queries, keys in _blocks(q_BHLK.shape[2]):
         dout_BHCK = dout_BHLK[:, :, queries]
         probs_BHCS = jnp.exp(_scores(q_BHLK, k_BHLK, segments_BL, queries, keys) - log_sums_BHL1[:, :, queries])
-        dprobs_BHCS = jnp.einsum("bhck,bhsk->bhcs", dout_BHCK, v_BHLK[:, :, keys], preferred_element_type=jnp.float32)
+        dprobs_BHCS = sums_in_float32("bhck,bhsk->bhcs", dout_BHCK, v_BHLK[:, :, keys])
         dscores_BHCS = (scale * probs_BHCS * (dprobs_BHCS - along_BHL1[:, :, queries])).astype(dtype)
         dqs.append(jnp.einsum("bhcs,bhsk->bhck", dscores_BHCS, k_BHLK[:, :, keys]))
-        onto_keys = functools.partial(jnp.einsum, "bhcs,bhck->bhsk", preferred_element_type=jnp.float32)
+        onto_keys = functools.partial(sums_in_float32, "bhcs,bhck->bhsk")
         dk_BHLK = dk_BHLK.at[:, :, keys].add(onto_keys(dscores_BHCS, q_BHLK[:, :, queries]))
         dv_BHLK = dv_BHLK.at[:, :, keys].add(onto_keys(probs_BHCS.astype(dtype), dout_BHCK))
     grads = jnp.concatenate(dqs, axis=2), dk_BHLK.astype(dtype), dv_BHLK.astype(dtype)

@@ -58,6 +58,17 @@ def unrolls_layers(remat: str) -> bool:
     return platform() in ("gpu", "cuda") and remat in ("none", "dots")
 
 
+def sums_in_float32(contraction: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """einsum(contraction, a, b) whose sums, and result, are float32.
+
+    A CPU gets float32 inputs, which hold the same numbers: XLA has no product of bfloat16 matrices into float32 for it,
+    and where it doesn't rewrite one (several examples' new positions against a KV cache) the program fails as it runs.
+    """
+    if platform() == "cpu":
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(contraction, a, b, preferred_element_type=jnp.float32)
+
+
 def product_with_keys(x_BLD: jax.Array, keys_ND: jax.Array) -> jax.Array:
     """x Kᵀ, [..., N].
 
@@ -95,9 +106,9 @@ def sum_outer(a_BLD: jax.Array, b_BLN: jax.Array) -> jax.Array:
     the 124M model to 0.87 of its time.
     """
     if platform() != "cpu":
-        return jnp.einsum("...d,...n->dn", a_BLD, b_BLN, preferred_element_type=jnp.float32)
+        return sums_in_float32("...d,...n->dn", a_BLD, b_BLN)
     a_PD, b_PN = (x.reshape(-1, x.shape[-1]) for x in (a_BLD, b_BLN))
-    sums_ND = jnp.einsum("pn,pd->nd", b_PN, a_PD, preferred_element_type=jnp.float32)
+    sums_ND = sums_in_float32("pn,pd->nd", b_PN, a_PD)
     return jax.lax.optimization_barrier(sums_ND).T
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.devices.sharding import Axes, constrain
 from tokenformer_jax.nn.attention import Cache
+from tokenformer_jax.nn.backends import sums_in_float32
 from tokenformer_jax.nn.layers import (
     Key,
     Params,
@@ -115,9 +116,7 @@ class LanguageModel(nnx.Module):
     def logits(self, x_BLD: jax.Array, key: Key = None) -> jax.Array:
         """The final norm, then the tied embedding: float32 [B, L, V]."""
         table_VD = constrain(self.embed[...].astype(self.cfg.dtype), "vocab", None)
-        logits_BLV = jnp.einsum(
-            "bld,vd->blv", self.final_norm(x_BLD, key), table_VD, preferred_element_type=jnp.float32
-        )
+        logits_BLV = sums_in_float32("bld,vd->blv", self.final_norm(x_BLD, key), table_VD)
         return constrain(logits_BLV, "batch", None, "vocab")
 
 

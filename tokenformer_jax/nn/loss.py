@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from tokenformer_jax.devices.sharding import constrain, sum_over_batch
 from tokenformer_jax.nn import row_kernels
-from tokenformer_jax.nn.backends import positions_in_a_row, sum_outer
+from tokenformer_jax.nn.backends import positions_in_a_row, sum_outer, sums_in_float32
 
 LOGITS = 2**28  # of a device, at most, that are held at once
 
@@ -34,7 +34,7 @@ def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
         def add(sums, part):
             shape = part[0].shape
             h_BCD, targets_BC, weights_BC = positions_in_a_row(*part)
-            logits_BCV = jnp.einsum("...d,vd->...v", h_BCD, table_VD, preferred_element_type=jnp.float32)
+            logits_BCV = sums_in_float32("...d,vd->...v", h_BCD, table_VD)
             if gradients and row_kernels.apply():
                 nll_BC, dlogits_BCV = _by_rows(logits_BCV, targets_BC, weights_BC, h_BCD.dtype)
             else:

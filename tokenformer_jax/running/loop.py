@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import sys
 
 import jax
 
@@ -28,6 +29,9 @@ def train(cfg: Config, workdir: pathlib.Path) -> None:
         stack.enter_context(only_writer(workdir))
         run = open_run(cfg, workdir)
         stack.enter_context(contextlib.closing(run.checkpoints))
+        if run.is_past_its_end:
+            say_nothing_to_do(run, workdir)
+            return
         profiler = stack.enter_context(Profiler(cfg.profile_at, workdir))
         signals = stack.enter_context(StopSignals())
         while True:
@@ -40,6 +44,15 @@ def train(cfg: Config, workdir: pathlib.Path) -> None:
             if not finished or run.is_last:
                 return
             run = next_rung(run)
+
+
+def say_nothing_to_do(run: Run, workdir: pathlib.Path) -> None:
+    if jax.process_index() == 0:
+        print(
+            f"nothing to do: {workdir} was trained to step {run.start} already, and steps = {run.cfg.steps} asks for "
+            f"less; its config is kept; steps = {2 * run.start}, for instance, goes on",
+            file=sys.stderr,
+        )
 
 
 def train_stage(run: Run, log: Log, profiler: Profiler, signals: StopSignals) -> bool:

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import pathlib
 import sys
 
@@ -14,7 +13,7 @@ from tokenformer_jax.data.batches import keep_position
 from tokenformer_jax.devices.hardware import environment
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import replace_file
+from tokenformer_jax.files import json_text, replace_file
 from tokenformer_jax.growth.figures import describe_growth
 from tokenformer_jax.growth.grow import Growing
 from tokenformer_jax.growth.ladder import Plateau, shifted, stages
@@ -82,6 +81,11 @@ class Run:
     def is_last(self) -> bool:
         return self.record.rung + 1 == len(self.plan)
 
+    @property
+    def is_past_its_end(self) -> bool:
+        """Whether more was trained, by a config with more steps, than this one asks for."""
+        return self.is_last and self.start > self.cfg.steps
+
     def figures(self, n: int) -> Row:
         """Where the run stands after step n."""
         task = task_of(self.cfg)
@@ -114,9 +118,9 @@ def open_run(cfg: Config, workdir: pathlib.Path) -> Run:
         make_mesh(stage.mesh)  # now, rather than in days: a rung's mesh may not be
     checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoints_kept)
     run = resume(plan, workdir, checkpoints) if checkpoints.steps else begin(plan, checkpoints)
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not run.is_past_its_end:
         replace_file(workdir / "config.json", cfg.to_json())
-        replace_file(workdir / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        replace_file(workdir / "environment.json", json_text(environment(), indent=2) + "\n")
     return run
 
 

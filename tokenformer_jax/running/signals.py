@@ -1,6 +1,7 @@
 """A signal that asks a run to stop after its step."""
 
 import signal
+import threading
 from types import FrameType
 
 import jax
@@ -13,7 +14,8 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self.received = False
         alone = jax.process_count() == 1  # several processes agree through jax, which listens to SIGTERM itself
-        numbers = (signal.SIGINT, signal.SIGTERM) if alone else ()
+        can_listen = alone and threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if can_listen else ()
         self.previous = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 

@@ -1,7 +1,6 @@
 """metrics.jsonl and TensorBoard: what a run says of itself, step by step."""
 
 import contextlib
-import json
 import pathlib
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import parse_json, replace_file
+from tokenformer_jax.files import json_text, parse_json, replace_file
 
 Row = dict[str, Any]
 FLUSH_EVERY = 30  # seconds between TensorBoard's sights of a run
@@ -42,7 +41,7 @@ class MetricsWriter:
             return
         rows = read_metrics(workdir) if self.path.exists() else []
         self.kept = [row for row in rows if (row["step"], row["params"]) <= (start_step, params)]
-        replace_file(self.path, "".join(json.dumps(row) + "\n" for row in self.kept))
+        replace_file(self.path, "".join(json_text(row) + "\n" for row in self.kept))
         (workdir / "tensorboard").mkdir(exist_ok=True)
         with self._writing():
             self.file = self.path.open("a", buffering=1)
@@ -74,7 +73,7 @@ class MetricsWriter:
         if not self.active:
             return
         with self._writing():
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(json_text(row) + "\n")
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
                     summary = _tensorboard().summary.scalar(name, value)

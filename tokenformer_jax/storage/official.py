@@ -15,9 +15,9 @@ import numpy as np
 from tokenformer_jax.config import Config, ModelConfig, read_config
 from tokenformer_jax.configs import base
 from tokenformer_jax.data.batches import data_identity, train_batches
-from tokenformer_jax.data.tokenizer import load_tokenizer
+from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokenformer_jax.data.tokens import prepare
-from tokenformer_jax.devices.sharding import make_mesh, this_process
+from tokenformer_jax.devices.sharding import make_mesh, replicated, this_process
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import replace_file
 from tokenformer_jax.nn.language import abstract_model
@@ -28,6 +28,7 @@ from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.state_dicts import StateDict, check_file_name, write_state_dict
 from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.storage.workdir import load_config, new_workdir, require_empty
+from tokenformer_jax.training.state import TauRamp
 from tokenformer_jax.training.step import make_step
 
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, jnp.bfloat16)))
@@ -100,7 +101,15 @@ def from_official(state_dict: StateDict, source: str = "state dict") -> Params:
         if found.dtype not in FLOATS:
             raise UserError(f"{source}: {name} is {found.dtype}; float32, float16 or bfloat16 would do")
         target[...] = found
+    require_finite(to_official(params), source)
     return params
+
+
+def require_finite(arrays: StateDict, source: str) -> None:
+    """Raises a UserError that names, after `source`, the tensors with NaN or infinities."""
+    broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if broken:
+        raise UserError(f"{source}: the model is broken: NaN or infinities in {_few(broken)}")
 
 
 def model_config(
@@ -198,23 +207,45 @@ def import_official(state_dict: StateDict, cfg: Config, workdir: pathlib.Path, s
         pairs = (f"model.{key} = {getattr(model, key)!r} for the file's {getattr(found, key)!r}" for key in differing)
         raise UserError(f"{source}: does not fit the config, which has {', '.join(pairs)}")
     require_empty(workdir, "holds something already")
-    if cfg.data.tokenizer and (ids := load_tokenizer(cfg.data.tokenizer).vocab_size) > model.vocab_size:
-        raise UserError(
-            f"data.tokenizer = {cfg.data.tokenizer!r}: has {ids} ids, but {source} embeds {model.vocab_size}; "
-            "the tokenizer.json that the model was trained with would do"
-        )
+    if cfg.data.tokenizer:
+        check_tokenizer(load_tokenizer(cfg.data.tokenizer), model, f"data.tokenizer = {cfg.data.tokenizer!r}", source)
     params = from_official(state_dict, source)
+    make_workdir(params, initial_tau(model), cfg, workdir)
+    return count_params(params)
+
+
+def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig, name: str, source: str) -> None:
+    """Raises a UserError, which begins with the name, where a tokenizer has ids that the model does not embed."""
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{name}: has {tokenizer.vocab_size} ids, but {source} embeds {model.vocab_size}; "
+            "use the tokenizer.json that the model was trained with"
+        )
+
+
+def make_workdir(
+    params: Params, tau: Mapping[str, float], cfg: Config, workdir: pathlib.Path, tokenizer: Tokenizer | None = None
+) -> None:
+    """Makes a workdir at step 0 with these parameters and a constant τ; optimizer and data start anew.
+
+    Without a tokenizer it is the config's.
+
+    Raises:
+      UserError: the data cannot be used, or the workdir is taken.
+    """
+    require_empty(workdir, "holds something already")
     step = make_step(cfg, make_mesh(cfg.mesh))
-    corpus = prepare(cfg)
+    corpus = prepare(cfg, tokenizer)
     data = train_batches(corpus.train, cfg, **this_process(step.mesh))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state.params)
     state = step.init(jax.random.key(cfg.seed))._replace(params=jax.device_put(params, shardings))
+    whole = replicated(step.mesh)
+    state = state._replace(tau={name: jax.device_put(TauRamp.constant(value), whole) for name, value in tau.items()})
     record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
     with new_workdir(workdir) as folder:
         save_one(folder / "checkpoints", 0, state, data, corpus.assets, record)
         if jax.process_index() == 0:
             replace_file(folder / "config.json", cfg.to_json())
-    return count_params(params)
 
 
 def export_official(workdir: pathlib.Path, path: pathlib.Path, step_number: int | None = None) -> tuple[int, int]:
@@ -235,7 +266,9 @@ def export_official(workdir: pathlib.Path, path: pathlib.Path, step_number: int 
     run = load_trained(workdir, step_number)
     check_tau(run.state.tau_now(), run.cfg.model, str(workdir))
     if jax.process_index() == 0:
-        write_state_dict(path, to_official(run.state.params))
+        arrays = to_official(run.state.params)
+        require_finite(arrays, f"step {run.step_number} of {workdir}")
+        write_state_dict(path, arrays)
     return run.step_number, run.num_params
 
 

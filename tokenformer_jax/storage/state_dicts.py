@@ -45,6 +45,8 @@ def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
         found = _read(path)
     except Exception as error:  # torch alone raises some eight kinds
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "damaged, or not of this format"
+        if path.suffix == ".npz" and "Object arrays" in str(error):
+            reason = "it holds Python objects, whose code is never run"
         if path.suffix in TORCH_ENDINGS:
             reason += ", or with objects beside its tensors, whose code is never run"
         raise UserError(f"{path}: cannot be read ({reason}); a state dict of tensors only would do") from None

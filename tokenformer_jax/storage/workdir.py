@@ -16,7 +16,7 @@ from tokenformer_jax.config import (
     read_config,
 )
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import locked, parse_json, unsealed
+from tokenformer_jax.files import locked, make_folder, parse_json, unsealed
 
 
 def load_config(path: pathlib.Path) -> Config:
@@ -62,7 +62,7 @@ def only_writer(folder: pathlib.Path) -> Iterator[None]:
         return
     lock = folder / LOCK
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock.touch()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None

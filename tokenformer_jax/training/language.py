@@ -71,7 +71,7 @@ class Language:
 
     def describe(self, figures: dict[str, float]) -> str:
         return (
-            f"validation loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.2f}, "
+            f"validation loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.4g}, "
             f"{figures['bits_per_byte']:.4f} bits per byte"
         )
 

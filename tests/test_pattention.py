@@ -2,6 +2,7 @@
 
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,9 +87,13 @@ def test_the_written_out_gradient_is_that_of_the_plain_equation(normalizer, gelu
     fast = lambda *a: pattention(*a, 5.0, normalizer, gelu, scale_B1N=scale, recompute=recompute)  # noqa: E731
     plain = lambda *a: plain_pattention(*a, 5.0, normalizer, gelu, scale)  # noqa: E731
     (y, gradient), (expected, expected_gradient) = (jax.vjp(f, x, keys, values) for f in (fast, plain))
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(gradient(dy), expected_gradient(dy), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(y, expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(gradient(dy), expected_gradient(dy), rtol=1e-4, atol=1e-4)
+
+
+def test_arrays_that_do_not_fit_each_other_are_named_by_their_shapes():
+    with pytest.raises(AssertionError, match=r"\(6, 5\)"):
+        pattention(jnp.ones((2, 4)), jnp.ones((6, 5)), jnp.ones((6, 3)), 1.0)
 
 
 def test_pattention_fits_into_the_readmes_flax_model():

@@ -1,4 +1,4 @@
-"""Laws of damage: what changed on the disk is told by name and passed over, or it changes nothing that is read."""
+"""Laws of damage: what changed on the disk is named and skipped, or it changes nothing that is read."""
 
 import dataclasses
 import re

@@ -184,10 +184,10 @@ def test_a_rung_that_cannot_be_is_named(rungs, message):
         stages(tiny_config(rungs=rungs))
 
 
-def test_a_ladder_must_agree_with_what_was_climbed(ladder):
+def test_a_ladder_must_agree_with_how_it_grew(ladder):
     cfg, workdir = ladder
     other = ({**RUNGS[0], "model": {"qkv_tokens": 64, "ffn_tokens": 128}}, RUNGS[1])
-    with pytest.raises(UserError, match=r"rungs\[1\].model.qkv_tokens = 64: .* has climbed to 32"):
+    with pytest.raises(UserError, match=r"rungs\[1\].model.qkv_tokens = 64: .* has grown to 32"):
         train(dataclasses.replace(cfg, rungs=other), workdir)
-    with pytest.raises(UserError, match=r"lists 1 rungs, but .* has climbed 2"):
+    with pytest.raises(UserError, match=r"lists 1 rungs, but .* has grown to rung 2"):
         train(dataclasses.replace(cfg, rungs=RUNGS[:1]), workdir)

@@ -3,8 +3,8 @@
 python -m tokenformer_jax.plan --config=ladder:1b4_mesh --config.mesh.fsdp=16 --topology=v5e:4x4
 
 Reports, for each device: what memory holds and whether it fits; the FLOPs of the model by formula, those of the
-compiled program's contractions and its traffic, loop bodies × trip count; what it exchanges with other devices; and the times
-that these take at least. Leaves plan.json and plan.png. Needs libtpu, about 2 GB and some minutes, and no TPU. For GPUs
+compiled program's contractions and its traffic, loop bodies × trip count; what it exchanges with other devices; and the
+least time for each. Leaves plan.json and plan.png. Needs libtpu, about 2 GB and some minutes, and no TPU. For GPUs
 (--topology=h100:8) it needs what requirements-gpu.txt installs, and no GPU.
 """
 

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.log_every = 10  # steps; loss, speed and learning rate
     config.eval_every = 100  # steps; 0 evaluates at the end only
     config.eval_batches = 0  # batches of the validation split an evaluation reads; 0 reads all
-    config.checkpoint_every = 200  # steps; 0 saves at the end only (and when told to stop)
+    config.checkpoint_every = 200  # steps; 0 saves at the end only (and on a signal to stop)
     config.checkpoints_kept = 2
     config.non_finite = "raise"  # a step whose loss or gradient is not finite never learns; then "raise", "skip" its
     # batch, or "rollback" to the last checkpoint and skip the batches since

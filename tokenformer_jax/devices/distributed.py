@@ -94,7 +94,7 @@ class Peers:
             with self.lock:
                 self.connections.append(connection)
                 why = self.why
-            if why:  # was told before it came
+            if why:  # it was said before this process came
                 self._say(why)
             self._hear(name, lines)
 
@@ -112,7 +112,7 @@ class Peers:
                 connection.sendall(f"{line}\n".encode())
 
     def _end(self, why: str) -> bool:
-        """Tells the others why all end; False where that was told before."""
+        """Tells the others why all end; False where it was said before."""
         with self.lock:
             if self.why:
                 return False

@@ -66,7 +66,7 @@ def _prepared(run: Trained) -> Corpus:
 def evaluate_run(run: Trained, workdir: pathlib.Path, split_name: str, out: pathlib.Path | None = None) -> None:
     """Evaluates a run on a split, prints the result and writes it to a file, by default WORKDIR/eval.json.
 
-    Where that one cannot be written, that is told, and no error: the result is on the screen.
+    Where that one cannot be written, a warning says so: the result is on the screen.
     """
     split = choose_split(_prepared(run), split_name)
     figures = evaluate_split(run.step, run.state, split, run.cfg, progress=True)

@@ -185,15 +185,15 @@ def resize_run(
 ) -> dict[str, Any]:
     """Makes a new workdir out of the newest (or given) checkpoint of `source`, with the config's token counts.
 
-    Where the config has rungs of its own, `train` grows to them later. The target appears whole or not at all; the source
-    is only read.
+    Where the config has rungs of its own, `train` grows to them later. The target appears whole or not at all; the
+    source is only read.
 
     Returns:
       What `grow.json` or `shrink.json` holds.
 
     Raises:
       UserError: the two models do not fit, the target is taken, a check fails, or the checkpoint is damaged; nothing is
-        written then. Without `number` a damaged one is passed over, which is told.
+        written then. Without `number` a damaged one is skipped, with a warning.
     """
     return newest_good(source, number, lambda found: resize_checkpoint(change, source, cfg, workdir, found))
 

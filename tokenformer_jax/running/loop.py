@@ -21,8 +21,8 @@ from tokenformer_jax.training.step import Metrics, put_batch
 def train(cfg: Config, workdir: pathlib.Path) -> None:
     """Trains up to `cfg.steps`, from the workdir's newest checkpoint if it has one, and leaves a checkpoint.
 
-    On its way the model grows to each of the config's rungs. SIGINT or SIGTERM saves and returns; the same call then goes on
-    bit-identically, also in the middle of a growth.
+    On its way the model grows to each of the config's rungs. SIGINT or SIGTERM saves and returns; the same call then
+    goes on bit-identically, also in the middle of a growth.
     """
     check_workdir(cfg, workdir)
     with contextlib.ExitStack() as stack:

@@ -84,8 +84,7 @@ class Checkpoints:
     def newest_good(self, step: int | None, read: Callable[[int], Read]) -> Read:
         """What `read` makes of the given step or, without one, of the newest that it can read.
 
-        Those that it passed over, since they are damaged, are told on stderr. Raises a DamagedError where the given
-        one is, or all are.
+        Damaged ones are skipped, with a warning. Raises a DamagedError where the given one is damaged, or all are.
         """
         self.choose(step)
         if step is not None:

@@ -1,4 +1,4 @@
-"""Fingerprints of arrays and of JSON: what was written can be told from what a flipped byte made of it.
+"""Fingerprints of arrays and of JSON: they differ where a byte was flipped.
 
 An array's is a sum, modulo 2^32 and in two lanes, of a mix of each element's bits with its place:
 

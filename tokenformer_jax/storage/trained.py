@@ -39,7 +39,7 @@ class Trained:
 
 def newest_good(workdir: pathlib.Path, step_number: int | None, read: Callable[[int], Read]) -> Read:
     """What `read` makes of the given checkpoint of a run or, without one, of the newest that is not damaged."""
-    load_config(workdir / "config.json")  # what is no run's directory is told first
+    load_config(workdir / "config.json")  # a directory without a run is reported first
     return Checkpoints(workdir / "checkpoints").newest_good(step_number, read)
 
 
@@ -64,7 +64,7 @@ def load_trained(workdir: pathlib.Path, step_number: int | None = None, mesh: tu
       mesh: (slice, data, fsdp, tensor); by default the run's own if there are as many devices, else a single device.
 
     Raises:
-      UserError: there is none, or it is damaged; without `step_number` a damaged one is passed over, which is told.
+      UserError: there is none, or it is damaged; without `step_number` a damaged one is skipped, with a warning.
     """
     return newest_good(workdir, step_number, lambda number: _load_trained(workdir, number, mesh))
 

@@ -52,7 +52,7 @@ def require_empty(workdir: pathlib.Path, why: str) -> None:
 def only_writer(folder: pathlib.Path) -> Iterator[None]:
     """Makes this command, with all of its processes, the only one that writes a folder, which is made if need be.
 
-    The lock ends with its process, however that does. A file system that has no locks is used without, which is told.
+    The lock ends with its process, however that ends. On a file system without locks a warning says that there is none.
 
     Raises:
       UserError: another command holds the folder, and which; or it cannot be written.

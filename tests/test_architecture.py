@@ -66,6 +66,12 @@ def test_no_command_is_imported():
         assert imports(command) <= set(order()), command
 
 
+def test_files_are_short_and_commands_fit_on_a_screen():
+    for path in ROOT.rglob("*.py"):
+        most = 60 if path.parent == ROOT and path.stem in COMMANDS else 400
+        assert len(path.read_text().splitlines()) <= most, path
+
+
 def test_storage_and_data_know_no_model():
     for module in ("storage.checkpoints", "storage.metrics_file", "data.tokens", "data.batches", "data.tokenizer"):
         assert not any(name.startswith(("nn.", "training.")) for name in imports(module)), module

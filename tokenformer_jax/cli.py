@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -110,26 +111,32 @@ def _path_of_preset(value: str) -> str:
     return f"{_PRESETS / name}.py{colon}{variant}"
 
 
-def config_or_flags(*names: str) -> Callable[[str], Config | dict[str, Any]]:
+def config_or_flags(*names: str) -> Callable[[str, Callable[[dict[str, Any]], Config]], Config]:
     """Defines `--config`, beside flags of these names that say what is needed without it.
 
-    Returns its reader: of a source's name it makes the config or, without one, the flags' values.
+    Returns its reader: of a source's name, and of what makes a config of the flags' values.
     """
     config = config_flag()
 
-    def read(source: str) -> Config | dict[str, Any]:
+    def read(source: str, make: Callable[[dict[str, Any]], Config]) -> Config:
         said = {name: flags.FLAGS[name] for name in names}
         if not flags.FLAGS["config"].present:
             for name, flag in said.items():
                 if flag.value is None:
                     raise UserError(f"--{name} is missing: {source} does not say it; use it, or --config=FILE:variant")
-            return {name: flag.value for name, flag in said.items()}
+            return make({name: flag.value for name, flag in said.items()})
         for name, flag in said.items():
             if flag.present:
                 raise UserError(f"--{name}={flag.value}: --config says it already; --config.model.{name} overrides it")
         return config()
 
     return read
+
+
+def print_once(text: str) -> None:
+    """Prints, on one process of several."""
+    if jax.process_index() == 0:
+        print(text)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,9 @@ FILE ends in .bin, .pt or .pth (which need torch), .safetensors or .npz. Tensors
 
 import dataclasses
 
-import jax
 from absl import flags
 
-from tokenformer_jax.cli import config_or_flags, run_command, workdir_flag
+from tokenformer_jax.cli import config_or_flags, print_once, run_command, workdir_flag
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import local_path
 from tokenformer_jax.storage.official import config_of, export_official, import_official
@@ -33,9 +32,8 @@ def main() -> None:
     def convert() -> None:
         if bool(from_torch.value) == bool(to_torch.value):
             raise UserError("--from_torch or --to_torch: give one of them, the file to read or the file to write")
-        path = local_path(
-            from_torch.value or to_torch.value or "", "--from_torch" if from_torch.value else "--to_torch"
-        )
+        given = "--from_torch" if from_torch.value else "--to_torch"
+        path = local_path(from_torch.value or to_torch.value or "", given)
         local_path(tokenizer.value or "", "--tokenizer")
         if to_torch.value:
             number, count = export_official(workdir(), path, step.value)
@@ -44,8 +42,7 @@ def main() -> None:
             if step.value is not None:
                 raise UserError(f"--step={step.value}: an imported model starts at step 0; leave it out")
             arrays = read_state_dict(path)
-            said = config(str(path))
-            cfg = config_of(arrays, said, str(path)) if isinstance(said, dict) else said
+            cfg = config(str(path), lambda said: config_of(arrays, said, str(path)))
             file = tokenizer.value or cfg.data.tokenizer
             cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=file))
             count = import_official(arrays, cfg, workdir(), str(path))
@@ -53,8 +50,7 @@ def main() -> None:
             if not file:
                 note = "a new one was trained: its ids are not those of the model"
                 done += f"\nwarning: no --tokenizer was given and {note}"
-        if jax.process_index() == 0:
-            print(done)
+        print_once(done)
 
     run_command(convert)
 

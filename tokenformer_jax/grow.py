@@ -6,10 +6,9 @@ python -m tokenformer_jax.grow --source=W2 --config=quickstart:small --workdir=W
 
 import dataclasses
 
-import jax
 from absl import flags
 
-from tokenformer_jax.cli import config_flag, run_command, workdir_flag
+from tokenformer_jax.cli import config_flag, print_once, run_command, workdir_flag
 from tokenformer_jax.config import validate
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.figures import describe_growth, describe_shrinking, warnings
@@ -38,8 +37,7 @@ def main() -> None:
                 validate(cfg)
             figures = grow(source(), cfg, workdir(), step.value)
             text = "\n".join([describe_growth(figures), *warnings(figures)])
-        if jax.process_index() == 0:
-            print(text)
+        print_once(text)
 
     run_command(resize)
 

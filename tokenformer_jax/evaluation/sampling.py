@@ -135,8 +135,8 @@ def checked(ids: jax.Array) -> np.ndarray:
     found = np.asarray(ids)
     if (found == BROKEN).any():
         raise UserError(
-            "the model is broken: its logits are not finite; an earlier checkpoint, by step, may be good, and the "
-            "command evaluate tells of each"
+            "the model is broken: its logits are not finite; the checkpoint of an earlier step may be good "
+            "(--step, of generate and evaluate)"
         )
     return found
 

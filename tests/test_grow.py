@@ -66,7 +66,7 @@ def test_old_tokens_and_moments_are_carried_and_new_ones_are_as_said():
         assert_trees_equal(jax.tree.map(lambda a, n=n: a[:, :n], new), old)
         assert not jnp.any(new["keys"][:, n:])
         drawn = new["values"][:, n:]
-        assert float(jnp.std(drawn)) == pytest.approx(2 / 2 / 32**0.5, rel=0.1)  # the initialiser's scale
+        assert float(jnp.std(drawn)) == pytest.approx(2 / 2 / 32**0.5, rel=0.1)  # the initializer's scale
         for moments in ("mu", "nu"):
             old, new = (getattr(state.opt_state[0], moments)["blocks"][name] for state in (before, after))
             assert_trees_equal(jax.tree.map(lambda a, n=n: a[:, :n], new), old)

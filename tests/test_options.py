@@ -211,7 +211,7 @@ def test_every_step_and_every_microbatch_has_its_own_masks():
     assert len(set(losses)) == 3
 
 
-def test_masks_are_the_same_on_a_mesh_and_rematerialised():
+def test_masks_are_the_same_on_a_mesh_and_rematerialized():
     """A single device that keeps its activations against eight that compute each layer, and its masks, again."""
     alone, expected = train(TRAINED)
     mesh = dataclasses.replace(TRAINED.mesh, data=2, fsdp=2, tensor=2)

@@ -195,7 +195,7 @@ def test_resuming_on_other_data_or_in_another_order_is_refused(cfg, whole, tmp_p
         train(dataclasses.replace(cfg, data=data), whole)
 
 
-def test_run_goes_on_with_another_mesh_batch_size_and_rematerialisation(cfg, tmp_path):
+def test_run_goes_on_with_another_mesh_batch_size_and_rematerialization(cfg, tmp_path):
     train(dataclasses.replace(cfg, steps=4), tmp_path)
     other = dataclasses.replace(
         cfg,

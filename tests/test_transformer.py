@@ -105,7 +105,7 @@ def test_scanned_layers_equal_a_loop_over_them():
 
 
 @pytest.mark.parametrize("remat", ["dots", "projections", "full"])
-def test_rematerialisation_changes_no_gradient(remat):
+def test_rematerialization_changes_no_gradient(remat):
     cfg, params, tokens = example()
     loss = lambda cfg: lambda p: jnp.square(apply(cfg, p, tokens)[0]).mean()  # noqa: E731
     plain = jax.jit(jax.grad(loss(cfg)))(params)

@@ -66,7 +66,7 @@ class TokenFormer:
 
     @classmethod
     def init(cls, cfg: ModelConfig, seed: int = 0) -> "TokenFormer":
-        """A new model with the authors' initialisation.
+        """A new model with the authors' initialization.
 
         >>> model = TokenFormer.init(read_config(pile.get_config("150m").to_dict()).model)
         """

@@ -7,7 +7,7 @@ commands these take too. They say 32 sequences a device and not how many devices
 What this sets and their PyTorch code has not: tanh gelu, no rotary, attention within documents, a τ that growth
 leaves alone (`tau_tokens`; their `zoom_dim`), and stochastic depth of 0.1 in `defaults`, their tokenformer.yml with
 nothing overridden; both of their commands set it to 0. docs/reproducing.md lists what differs all the same: the
-initialisation, the scale of the logits, weight decay on the final norm, how growth fills the new tokens.
+initialization, the scale of the logits, weight decay on the final norm, how growth fills the new tokens.
 
 Their command for 354m leaves `zoom_dim` at 0, so that τ jumps to √2140 with the new tokens. Here τ stays at √576 and
 growth is lossless. With --config.model.tau_tokens=0 for both, 124m is the same model, and τ is ramped to √2140.

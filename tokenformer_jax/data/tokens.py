@@ -1,4 +1,4 @@
-"""The corpus: a tfds data set, tokenised once into flat files.
+"""The corpus: a tfds data set, tokenized once into flat files.
 
 A split is one stream of ids: <eot> document <eot> document <eot> … <eot>. Every 4 KiB of it have a checksum, which is
 compared whenever they are read.
@@ -36,7 +36,7 @@ _BLOCK = 4096  # bytes of tokens that share a checksum
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenSplit:
-    """A tokenised split: num_documents documents of num_bytes bytes of UTF-8 in all."""
+    """A tokenized split: num_documents documents of num_bytes bytes of UTF-8 in all."""
 
     tokens: np.ndarray  # [num_tokens] uint16 or uint32, mapped read-only
     num_bytes: int
@@ -80,7 +80,7 @@ class Corpus:
 
 
 def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Opens the tokenised data set, after making it if this is the first time on this machine.
+    """Opens the tokenized data set, after making it if this is the first time on this machine.
 
     Several processes may call it at once: one works, the others wait. The tokenizer is the given one, else the file
     data.tokenizer, else one trained on the train split.

@@ -82,7 +82,7 @@ def grow_state(
       key: PRNG key of what the new tokens hold.
       recipe: a key of `RECIPES`.
       ramp_steps: steps over which τ goes from what the recipe says to `initial_tau(cfg)`; 0 keeps it for good.
-      draw: the initialiser of the grown model's parameters.
+      draw: the initializer of the grown model's parameters.
 
     Returns:
       The grown state. With a lossless recipe its model computes what the smaller one computes, up to rounding.

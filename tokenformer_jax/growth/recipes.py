@@ -21,7 +21,7 @@ class Growth(NamedTuple):
 
     keys_YND: jax.Array  # the trained keys, then N - n rows of zeros
     values_YNE: jax.Array  # the trained values, then zeros
-    drawn_keys_YND: jax.Array  # N keys and N values from the initialiser
+    drawn_keys_YND: jax.Array  # N keys and N values from the initializer
     drawn_values_YNE: jax.Array
     is_new_N1: jax.Array  # True from row n on
     tokens: int  # n
@@ -47,7 +47,7 @@ class Recipe(NamedTuple):
 
 
 def zero_keys(g: Growth) -> Grown:
-    """Zero keys, values from the initialiser, τ held.
+    """Zero keys, values from the initializer, τ held.
 
     Zero scores change neither the norm nor, as gelu(0) = 0, the output. The keys have a gradient, and once they move so
     have the values.
@@ -115,7 +115,7 @@ def random_keys(g: Growth) -> Grown:
 
 
 def released(g: Growth) -> Grown:
-    """As the authors' PyTorch code: all from the initialiser, τ = √N at once, no optimizer state. Not lossless."""
+    """As the authors' PyTorch code: all from the initializer, τ = √N at once, no optimizer state. Not lossless."""
     keys_YND = jnp.where(g.is_new_N1, g.drawn_keys_YND, g.keys_YND)
     return Grown(keys_YND, jnp.where(g.is_new_N1, g.drawn_values_YNE, g.values_YNE), g.target)
 

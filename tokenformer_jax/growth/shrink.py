@@ -7,7 +7,7 @@ right after a lossless growth gives back the former parameters and moments, bit 
 divides the former values, nor after `released`, which is not lossless. (Half the tokens of quickstart's grown model,
 trained, cost 0.12 nats a token; chosen by first-order estimates of the loss on data 0.25, at random 1.7 to 2.0.)
 
-A Pattention normalises its scores: with fewer of them the weights that stay would grow. They keep their size if τ falls
+A Pattention normalizes its scores: with fewer of them the weights that stay would grow. They keep their size if τ falls
 as ‖K x‖ does, which for inputs x that point everywhere alike is by √(Σ‖k‖² of the tokens kept / Σ‖k‖² of all), taken
 over all layers. That gives back the former τ, too: the factor is 1 after `zero_keys`, and former τ / τ after
 `isometric`. From there τ is ramped to that of a newborn model of so many tokens, as after growth.

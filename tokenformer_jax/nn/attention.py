@@ -1,7 +1,4 @@
-"""The language model: a pre-norm Transformer whose every projection is a Pattention (TokenFormer, section 3.3).
-
-With `projection="linear"` the same block, with weight matrices in their place, is a plain Transformer.
-"""
+"""Attention between positions: KV caches, and causal attention by the platform's kernel."""
 
 import functools
 from collections.abc import Iterator

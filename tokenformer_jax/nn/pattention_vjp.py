@@ -23,7 +23,7 @@ from tokenformer_jax.nn.layers import GELUS, Gelu, inverse_norm
 
 
 class Stages(NamedTuple):
-    """A normaliser Θ as two stages around r, all in it that depends on more than one token: sums over N.
+    """A normalizer Θ as two stages around r, all in it that depends on more than one token: sums over N.
 
     Where N is spread over devices, they exchange r and, in the gradient, dr; nothing else.
     """
@@ -116,7 +116,7 @@ def _gradient_by_rows(scores_BLN, dweights_BLN, total_BL1, tau, scale_B1N, how):
 
 
 def _gradient_in_stages(scores_BLN, dweights_BLN, total_BL1, tau, scale_B1N, how):
-    """The same by XLA, with any normaliser."""
+    """The same by XLA, with any normalizer."""
     dtype, norm, gelu = scores_BLN.dtype, STAGES[how.normalizer], GELUS[how.gelu]
     s_BLN = scores_BLN.astype(jnp.float32)
     normed_BLN, first_backward = jax.vjp(lambda s, r: norm.first(s, r, gelu), s_BLN, total_BL1)

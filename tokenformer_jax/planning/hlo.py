@@ -1,6 +1,6 @@
 """What a compiled program does on one device: contractions, memory traffic and collectives, loop bodies × trip count.
 
-Reads the text of XLA's optimised module, since its own cost analysis counts the body of a loop once.
+Reads the text of XLA's optimized module, since its own cost analysis counts the body of a loop once.
 """
 
 import dataclasses

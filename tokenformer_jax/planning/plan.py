@@ -228,7 +228,7 @@ def costs(program: Program, cfg: Config, chip: Chip, model_flops: float) -> dict
 
 
 def alternatives(cfg: Config) -> list[tuple[str, Config]]:
-    """Gentler ways to the same step, and the flags that ask for them: more rematerialisation, then smaller parts."""
+    """Gentler ways to the same step, and the flags that ask for them: more rematerialization, then smaller parts."""
     found = []
     remat = cfg.model.remat
     while remat in STRONGER_REMAT:

@@ -79,7 +79,7 @@ class Language:
 def train_flops_per_token(cfg: ModelConfig) -> float:
     """Model FLOPs of forward and backward for one token: 6 a weight, and 12 · layers · L · D for attention.
 
-    The attention's L × L product is counted whole, as is customary; rematerialisation is not counted.
+    The attention's L × L product is counted whole, as is customary; rematerialization is not counted.
     """
     per_layer = 4 * cfg.embed_dim + 2 * cfg.ffn_tokens  # a plain Transformer's rows of width D
     if cfg.projection == "pattention":

@@ -81,7 +81,7 @@ class Programs:
                 return nll / weights
 
             loss, grads = jax.value_and_grad(mean_loss)(state.params)
-            scale = cfg.optimizer.clip_norm / jnp.maximum(optax.global_norm(grads), cfg.optimizer.clip_norm)
+            scale = cfg.optimizer.clip_norm / jnp.maximum(optax.tree.norm(grads), cfg.optimizer.clip_norm)
             grads = jax.tree.map(lambda g: g * scale, grads)
             optimizer = make_optimizer(cfg.optimizer, lambda _: rate)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

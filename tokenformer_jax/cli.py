@@ -27,6 +27,7 @@ from tokenformer_jax.files import local_path
 
 COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare".split()
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell says of other programs
+STOPPED = 85  # errno's ERESTART, as HTCondor has it: saved before its end, and the same command goes on
 _PRESETS = pathlib.Path(__file__).parent / "configs"
 
 
@@ -165,8 +166,8 @@ def key_names(cls: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command's `main` under absl: a UserError becomes one line on stderr and exit code 2.
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a command's `main`, which may return an exit code: a UserError becomes one line on stderr and exit code 2.
 
     Defines `--distributed`, with which the command is one process of several.
     """
@@ -187,9 +188,9 @@ def run_command(main: Callable[[], None]) -> None:
                 raise UserError(f"{extra[1]}: not a flag; flags are written --name=value")
             return extra
 
-    def guarded(_: list[str]) -> None:
+    def guarded(_: list[str]) -> int | None:
         with _join_processes() if distributed.value else contextlib.nullcontext():
-            main()
+            return main()
 
     _silence_orbax()
     try:

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -374,15 +375,35 @@ def test_a_command_that_finished_while_it_was_told_to_stop_has_finished(cloud):
 # The quickstart.
 
 
+def project(cloud):
+    """A copy of what the scripts need, in a folder of its own."""
+    folder = cloud.folder / "project"
+    for name in ("launch", "configs"):
+        shutil.copytree(ROOT / name, folder / name)
+    for file in ROOT.glob("requirements*.txt"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.15", "4.0"])
+def test_a_python_that_does_not_suit_is_named(cloud, version):
+    (cloud.folder / "bin" / "python3").write_text(
+        f"""#!/usr/bin/env bash
+[[ $1 != --version ]] || {{ echo "Python {version}"; exit; }}
+exec {sys.executable} -c "import sys; sys.version_info = ({version.replace(".", ", ")}, 0); $2"
+"""
+    )
+    line = ["bash", f"{project(cloud)}/launch/quickstart.sh", f"{cloud.folder}/runs"]
+    ended = subprocess.run(line, env=cloud.environment, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 2
+    assert ended.stderr == f"error: Python {version}: use Python 3.11 to 3.14, such as PYTHON=python3.13\n"
+
+
 @pytest.mark.parametrize("code", [85, 130, 2])
 @pytest.mark.parametrize("stage, command", [(1, "train"), (2, "grow"), (3, "train"), (5, "train"), (9, "generate")])
 def test_the_quickstart_ends_at_a_command_that_did_not_finish(cloud, stage, command, code):
-    for folder in ("launch", "configs"):
-        shutil.copytree(ROOT / folder, cloud.folder / "project" / folder)
-    for file in ROOT.glob("requirements*.txt"):
-        shutil.copy(file, cloud.folder / "project")
     cloud.write("python", f'(($(wc -l <"$HOME/ran") < {stage})) || exit {code}')
-    line = ["bash", f"{cloud.folder}/project/launch/quickstart.sh", f"{cloud.folder}/runs"]
+    line = ["bash", f"{project(cloud)}/launch/quickstart.sh", f"{cloud.folder}/runs"]
     ended = subprocess.run(line, env=cloud.environment, capture_output=True, text=True, timeout=30)
     ran = [shlex.split(line)[1] for line in cloud.read("ran").splitlines()]
     assert ended.returncode == code and "done in" not in ended.stderr
@@ -438,7 +459,15 @@ def test_a_job_is_submitted_as_the_dry_run_says(cloud):
     assert printed[1] == submitted
     assert cloud.run("gpu_slurm.sh", *inside)[0] == 0
     assert printed[2:] == [["export", f"JAX_LOCAL_DEVICE_IDS={cloud.calls[-1][0]}"], cloud.calls[-1][1:]]
-    assert cloud.calls[-1] == ["0,1,2,3", "srun", "--kill-on-bad-exit=0", "--wait=60", "python", *TRAINING, "--distributed"]
+    assert cloud.calls[-1] == [
+        "0,1,2,3",
+        "srun",
+        "--kill-on-bad-exit=0",
+        "--wait=60",
+        "python",
+        *TRAINING,
+        "--distributed",
+    ]
 
 
 def test_one_process_a_gpu_leaves_the_devices_to_jax(cloud):

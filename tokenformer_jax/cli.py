@@ -204,9 +204,8 @@ def run_command(main: Callable[[], int | None]) -> None:
             return extra
 
     def guarded(_: list[str]) -> int | None:
-        with _join_processes() if distributed.value else contextlib.nullcontext():
-            with _platform_errors():
-                return main()
+        with _join_processes() if distributed.value else contextlib.nullcontext(), _platform_errors():
+            return main()
 
     _silence_orbax()
     try:

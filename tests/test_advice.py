@@ -119,3 +119,36 @@ def test_a_ladder_that_changed_is_told_what_it_was(config, tmp_path):
         assert f"rungs[0].model.ffn_tokens = {count}" in said and said.endswith("use 128")
     assert "use the rungs of its config.json" in refusal(config(), tmp_path)
     assert train(cfg, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "overrides, settings",
+    [
+        ({}, {"mesh.data": "8"}),
+        ({"mesh__tensor": 2}, {"mesh.data": "4"}),
+        ({"mesh__fsdp": 2, "mesh__data": 2}, {"mesh.data": "4"}),
+        ({"batch_size": 6}, {"mesh.data": "8", "batch_size": "8"}),
+        ({"batch_size": 20, "accumulation": 2, "mesh__tensor": 2}, {"mesh.data": "4", "batch_size": "24"}),
+    ],
+)
+def test_devices_that_are_not_used_are_told_with_what_uses_them(config, tmp_path, capsys, overrides, settings):
+    assert train(config(steps=2, **overrides), tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if "8 devices" in line]
+    assert len(said) == 1 and said[0].startswith("only ")
+    assert dict(re.findall(r"--config\.([\w.]+)=(\w+)", said[0])) == settings
+    more = {key.replace(".", "__"): int(value) for key, value in settings.items()}
+    assert train(config(steps=3, **overrides | more), tmp_path)  # a new mesh on the same workdir
+    assert ", on 8 devices" in (said := capsys.readouterr().err) and "only" not in said
+
+
+def test_a_mesh_that_leaves_devices_over_is_told_what_would_not(config, tmp_path, capsys):
+    train(config(steps=2, mesh__fsdp=3, batch_size=9, model__embed_dim=96), tmp_path)
+    assert "only 3 of 8 devices are used; use a config.mesh whose sizes multiply to 8" in capsys.readouterr().err
+
+
+def test_a_rung_that_leaves_devices_unused_says_so(config, tmp_path, capsys):
+    train(config(mesh__data=8, rungs=({**RUNG, "mesh": {"data": 4}},)), tmp_path)
+    said = capsys.readouterr().err
+    assert (
+        said.count("devices are used") == 1 and "only 4 of 8 devices are used; use mesh.data = 8 on this rung" in said
+    )

@@ -109,6 +109,19 @@ class Run:
         """Whether more was trained, by a config with more steps, than this one asks for."""
         return self.is_last and self.start > self.cfg.steps
 
+    def use_of_all(self, devices: int) -> str:
+        """The settings with which this stage uses so many devices."""
+        cfg, mesh = self.cfg, self.cfg.mesh
+        data, over = divmod(devices, mesh.slice * mesh.fsdp * mesh.tensor)
+        if over:
+            return f"a config.mesh whose sizes multiply to {devices}"
+        rows = cfg.accumulation * data * mesh.slice * mesh.fsdp
+        batch_size = -(-cfg.batch_size // rows) * rows
+        settings = {"mesh.data": data} | ({"batch_size": batch_size} if batch_size != cfg.batch_size else {})
+        if len(self.plan) > 1:
+            return " and ".join(f"{key} = {value}" for key, value in settings.items()) + " on this rung"
+        return " ".join(f"--config.{key}={value}" for key, value in settings.items()) + " for all"
+
     def figures(self, n: int) -> Row:
         """Where the run stands after step n."""
         task = task_of(self.cfg)

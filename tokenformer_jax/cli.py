@@ -227,7 +227,10 @@ def _platform_errors() -> Iterator[None]:
     except (RuntimeError, AssertionError) as error:
         if not str(error).startswith("Unable to initialize backend") and _has_devices():  # it is another error
             raise
-        platforms, reason = jax.config.jax_platforms, str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0]
+        platforms, reason = (
+            os.environ.get("JAX_PLATFORMS"),
+            str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0],
+        )
         what = f"JAX_PLATFORMS={platforms}: JAX can use no such device here" if platforms else "JAX can use no device"
         use = "use JAX_PLATFORMS=cpu, or unset it to let JAX choose" if platforms else "use JAX_PLATFORMS=cpu"
         raise UserError(f"{what}{f' ({reason})' if reason else ''}; {use}") from None

@@ -2,7 +2,7 @@
 # Runs a command, train by default, as a Slurm job on GPUs, and again after its time limit until it has finished:
 #   bash launch/gpu_slurm.sh --nodes=2 --gpus_per_node=8 --time=24:00:00 -- --config=configs/… --workdir=…
 # The workdir must lie on a file system that all nodes share. Ahead of the time limit the command gets SIGTERM, at which
-# train saves and ends; the job is then put back into the queue, and train goes on from its workdir.
+# train saves and ends (exit code 85); the job is then put back into the queue, and train goes on from its workdir.
 #   --nodes=N              (1 by default)
 #   --gpus_per_node=N
 #   --processes=node|gpu   one process a node, which has all its GPUs (the default), or one a GPU
@@ -29,7 +29,9 @@ quote() { # words, as a shell would read them again
 }
 
 # In the job, on its first node. JAX finds coordinator, processes and their numbers in Slurm's variables.
-step=(srun --kill-on-bad-exit=1)
+# Stopped, train ends with 85 on all of them, and none may be killed for that: no --kill-on-bad-exit. A process that fails
+# ends the others itself; those it has not met yet are ended after a minute.
+step=(srun --kill-on-bad-exit=0 --wait=60)
 in_job() { # LOCAL_DEVICES COMMAND…
   local signalled='' stopping='' code pid
   [[ ! -d .venv ]] || export PATH="$PWD/.venv/bin:$PATH"
@@ -45,7 +47,7 @@ in_job() { # LOCAL_DEVICES COMMAND…
     [[ $signalled ]] || break
     signalled='' # the signal ended the wait, not the step
   done
-  if [[ $stopping ]] && ((code == 0 || code == 143)); then
+  if [[ $stopping ]] && ((code == 85 || code == 143)); then
     exec scontrol requeue "$SLURM_JOB_ID"
   fi
   exit $code

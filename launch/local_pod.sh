@@ -2,8 +2,8 @@
 # Runs a command as N processes of one pod on this machine, to try on a CPU what runs on a pod:
 #   bash launch/local_pod.sh N python -m tokenformer_jax.train --config=… --workdir=…
 # All write to this terminal. When one dies the others end too, as on a pod, or are ended after 45 seconds (POD_GRACE),
-# as where they still wait for it to join them; the exit code is that of the first to fail, where it is not 75, with
-# which processes end because another did.
+# as where they still wait for it to join them; the exit code is that of the first to fail, rather than 75, with which
+# processes end because another did, or 85, with which train ends that was stopped and has saved.
 set -euo pipefail
 [[ $# -ge 2 && $1 =~ ^[1-9][0-9]*$ ]] || { echo "usage: bash launch/local_pod.sh N COMMAND…" >&2; exit 2; }
 count=$1
@@ -27,7 +27,7 @@ while ((${#pids[@]})); do
     code=0
     wait "$pid" 2>/dev/null || code=$?
     unset "pids[$pid]"
-    if ((code && (!status || status == 75))); then status=$code; fi
+    if ((code && (!status || status == 75 || status == 85))); then status=$code; fi
   done
   if ((status)) && [[ ! $timer ]]; then
     sleep "$grace" >/dev/null 2>&1 &

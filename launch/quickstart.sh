@@ -3,7 +3,7 @@
 # the larger one on, evaluates both and writes some Python. Run again, it goes on where it was stopped.
 #   bash launch/quickstart.sh [DIRECTORY]      (runs/quickstart by default)
 set -euo pipefail
-trap 'exit 130' INT TERM  # train saves and ends well when interrupted: what follows must not run
+trap 'exit 130' INT TERM
 cd "$(dirname "$0")/.."
 source launch/setup.sh requirements.txt
 runs=${1:-runs/quickstart}
@@ -12,7 +12,7 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.jax_cache}
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}  # a tenth of a step on a CPU: see README, Speed
 began=$SECONDS
 
-run() {
+run() {  # train that was stopped, also where this script may not see the signal, ends it with exit code 85
   echo "--- python -m tokenformer_jax.$*" >&2
   python -m "tokenformer_jax.$1" "${@:2}"
 }

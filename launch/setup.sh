@@ -5,7 +5,10 @@ requirements=$1
 python=${PYTHON:-python3}
 stamp=.venv/.$(basename "$requirements").$(cat requirements*.txt | cksum | cut -d' ' -f1)
 if [[ ! -e $stamp ]]; then
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 2; }
+  "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || {
+    echo "error: $("$python" --version): use Python 3.11 to 3.14, such as PYTHON=python3.13" >&2
+    exit 2
+  }
   echo "installing $requirements into .venv (a few minutes, once)" >&2
   "$python" -m venv .venv
   .venv/bin/pip install --quiet --disable-pip-version-check -r "$requirements"

@@ -3,8 +3,9 @@
 #   bash launch/worker.sh install [STORAGE]    installs the project, and mounts STORAGE at /mnt/shared
 #   bash launch/worker.sh mount STORAGE        gs://BUCKET, by gcsfuse, or an NFS share HOST:/SHARE
 #   bash launch/worker.sh start COMMAND…       starts a command that outlives this shell
-#   bash launch/worker.sh status               idle, running, finished, stopped, lost (it died unseen), failed CODE or
-#                                              orphaned (it ended because another worker's died or failed)
+#   bash launch/worker.sh status               idle, running, finished, stopped (it saved, and goes on when started again),
+#                                              lost (it died unseen), failed CODE or orphaned (it ended because another
+#                                              worker's died or failed)
 #   bash launch/worker.sh logs LINES|all|follow
 #   bash launch/worker.sh stop                 sends it SIGTERM, and returns when it has ended
 #   bash launch/worker.sh exec COMMAND…        runs a command in this shell
@@ -89,7 +90,7 @@ supervise() {
     [[ $signalled ]] || break
     signalled=  # the signal ended the wait, not the command
   done
-  if [[ -e $job/stopping ]] && ((code == 0 || code == 143)); then
+  if ((code == 85)) || [[ -e $job/stopping && $code == 143 ]]; then
     echo stopped
   elif ((code == 75)); then
     echo orphaned

@@ -7,8 +7,10 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -95,8 +97,8 @@ chmod +x "$3"/bin/*
     "scancel": 'echo scancel "$@" >>"$FAKE/calls"; kill -TERM "$(<"$FAKE/srun")"',
     "scontrol": 'echo scontrol "$@" >>"$FAKE/calls"',
 }
-FINISH, FAIL = "true", "echo 'no such file'; exit 3"
-HANG = """trap 'kill $!; exit 0' TERM; echo 'step 7'; "$REAL_SLEEP" 20 & touch "$FAKE/hanging"; wait"""
+FINISH, FAIL, STOPPED = "true", "echo 'no such file'; exit 3", "exit 85"
+HANG = """trap 'kill $!; exit 85' TERM; echo 'step 7'; "$REAL_SLEEP" 20 & touch "$FAKE/hanging"; wait"""
 
 
 class Cloud:
@@ -353,6 +355,61 @@ def test_variables_stand_in_for_flags(cloud):
     assert "--project=mine" in by_variables[1]
 
 
+def test_a_run_whose_command_stopped_by_itself_has_not_finished(cloud):
+    cloud.write("python", STOPPED)  # max_minutes, or a signal of the system's to one worker
+    code, _, errors = cloud.vm("run", "--", *TRAIN)
+    assert code == 1 and "the command stopped" in errors
+    assert "pod-0: stopped" in cloud.vm("status")[1]
+
+
+def test_a_command_that_finished_while_it_was_told_to_stop_has_finished(cloud):
+    cloud.write("python", HANG.replace("exit 85", "exit 0"))
+    process = cloud.start("tpu_vm.sh", "run", *(f"--{k}={v}" for k, v in SLICE.items()), "--", *TRAIN)
+    cloud.wait_for("home/pod-1/ran")
+    cloud.wait_for("hanging")
+    assert cloud.vm("stop")[0] == 0
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+
+
+# The quickstart.
+
+
+def project(cloud):
+    """A copy of what the scripts need, in a folder of its own."""
+    folder = cloud.folder / "project"
+    for name in ("launch", "configs"):
+        shutil.copytree(ROOT / name, folder / name)
+    for file in ROOT.glob("requirements*.txt"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.15", "4.0"])
+def test_a_python_that_does_not_suit_is_named(cloud, version):
+    (cloud.folder / "bin" / "python3").write_text(
+        f"""#!/usr/bin/env bash
+[[ $1 != --version ]] || {{ echo "Python {version}"; exit; }}
+exec {sys.executable} -c "import sys; sys.version_info = ({version.replace(".", ", ")}, 0); $2"
+"""
+    )
+    line = ["bash", f"{project(cloud)}/launch/quickstart.sh", f"{cloud.folder}/runs"]
+    ended = subprocess.run(line, env=cloud.environment, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 2
+    assert ended.stderr == f"error: Python {version}: use Python 3.11 to 3.14, such as PYTHON=python3.13\n"
+
+
+@pytest.mark.parametrize("code", [85, 130, 2])
+@pytest.mark.parametrize("stage, command", [(1, "train"), (2, "grow"), (3, "train"), (5, "train"), (9, "generate")])
+def test_the_quickstart_ends_at_a_command_that_did_not_finish(cloud, stage, command, code):
+    cloud.write("python", f'(($(wc -l <"$HOME/ran") < {stage})) || exit {code}')
+    line = ["bash", f"{project(cloud)}/launch/quickstart.sh", f"{cloud.folder}/runs"]
+    ended = subprocess.run(line, env=cloud.environment, capture_output=True, text=True, timeout=30)
+    ran = [shlex.split(line)[1] for line in cloud.read("ran").splitlines()]
+    assert ended.returncode == code and "done in" not in ended.stderr
+    assert len(ran) == stage and ran[-1] == f"tokenformer_jax.{command}"
+
+
 # Several slices.
 
 
@@ -402,7 +459,15 @@ def test_a_job_is_submitted_as_the_dry_run_says(cloud):
     assert printed[1] == submitted
     assert cloud.run("gpu_slurm.sh", *inside)[0] == 0
     assert printed[2:] == [["export", f"JAX_LOCAL_DEVICE_IDS={cloud.calls[-1][0]}"], cloud.calls[-1][1:]]
-    assert cloud.calls[-1] == ["0,1,2,3", "srun", "--kill-on-bad-exit=1", "python", *TRAINING, "--distributed"]
+    assert cloud.calls[-1] == [
+        "0,1,2,3",
+        "srun",
+        "--kill-on-bad-exit=0",
+        "--wait=60",
+        "python",
+        *TRAINING,
+        "--distributed",
+    ]
 
 
 def test_one_process_a_gpu_leaves_the_devices_to_jax(cloud):
@@ -422,7 +487,7 @@ def test_ahead_of_the_time_limit_the_command_is_told_and_the_job_requeued(cloud)
     assert cloud.calls[-2:] == [["scancel", "--signal=TERM", "17"], ["scontrol", "requeue", "17"]]
 
 
-@pytest.mark.parametrize("script, code", [(FINISH, 0), (FAIL, 3)])
+@pytest.mark.parametrize("script, code", [(FINISH, 0), (FAIL, 3), (STOPPED, 85)])
 def test_a_job_that_ends_by_itself_is_not_requeued_and_gives_its_code(cloud, script, code):
     _, inside = in_job(cloud)
     cloud.write("python", script)

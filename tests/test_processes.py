@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import assert_trees_equal, corpus_overrides, rows_of, tiny_config
+from tokenformer_jax.cli import STOPPED
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.metrics_file import read_metrics
@@ -216,7 +217,7 @@ def test_a_signal_to_two_processes_saves_one_step_and_the_run_goes_on(folder):
     processes = start(folder, "stopped")
     wait_for(processes, folder / "stopped", 7)
     processes.terminate()
-    assert finish(processes) == 0
+    assert finish(processes) == STOPPED
     assert finish(start(folder, "stopped")) == 0
     assert rows_of(folder / "stopped") == rows_of(folder / "whole")
 
@@ -229,13 +230,24 @@ def test_a_signal_to_one_process_saves_one_step_on_both(folder, index):
     processes = start(folder, name)
     wait_for(processes, folder / name, 7)
     os.kill(worker(processes, index), signal.SIGTERM)
-    assert finish(processes) == 0  # as both have
+    assert finish(processes) == STOPPED  # as both have
     log = (folder / f"{name}.log").read_text()
     step = int(re.search(r"stopped and saved at step (\d+)", log)[1])
     assert 7 <= step < 18
     assert not Checkpoints(folder / name / "checkpoints").faults(step)
     assert finish(start(folder, name)) == 0
     assert rows_of(folder / name) == rows_of(folder / "whole")
+
+
+@pytest.mark.slow
+def test_the_end_of_max_minutes_saves_one_step_on_both(folder):
+    folder, _ = folder
+    assert finish(start(folder, "late", "--config.max_minutes=0.0001")) == STOPPED
+    log = (folder / "late.log").read_text()
+    step = int(re.search(r"stopped after max_minutes = 0.0001 and saved at step (\d+)", log)[1])
+    assert 1 <= step < 18
+    assert finish(start(folder, "late")) == 0
+    assert rows_of(folder / "late") == rows_of(folder / "whole")
 
 
 @pytest.mark.slow

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_trees_equal, corpus_overrides, rows_of, tiny_config, write_corpus
+from tests.commands import call, complaint
+from tests.helpers import assert_trees_equal, corpus_overrides, rows_of, tiny_config, write_config, write_corpus
+from tokenformer_jax.cli import STOPPED
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.running.loop import train
@@ -122,15 +124,38 @@ def test_signal_saves_and_returns(cfg, tmp_path):
 
     sender = threading.Thread(target=send)
     sender.start()
-    train(long, tmp_path)
+    assert not train(long, tmp_path)
     sender.join()
     assert 0 < Checkpoints(tmp_path / "checkpoints").steps[-1] < 100_000
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize("minutes", [1e-9, 1e-300])
+def test_the_end_of_max_minutes_saves_and_the_same_call_goes_on(cfg, whole, tmp_path, minutes, capsys):
+    short = dataclasses.replace(cfg, max_minutes=minutes)
+    for step in range(1, 3):  # each call does what it can
+        assert not train(short, tmp_path)
+        assert Checkpoints(tmp_path / "checkpoints").steps[-1] == step
+        assert f"stopped after max_minutes = {minutes:g} and saved at step {step}" in capsys.readouterr().err
+    assert train(dataclasses.replace(cfg, max_minutes=1e9), tmp_path)
+    assert rows_of(tmp_path) == rows_of(whole)
+
+
+def test_a_stopped_command_is_told_from_a_finished_one_by_its_exit_code(cfg, tmp_path):
+    config = write_config(tmp_path / "config.py", cfg)
+    flags = config, f"--workdir={tmp_path}/run"
+    for minutes in ("1e-9", "0.0000001"):
+        stopped = call("train", *flags, f"--config.max_minutes={minutes}")
+        assert stopped.returncode == STOPPED and "saved at step" in stopped.stderr
+    for _ in range(2):
+        assert call("train", *flags).returncode == 0
+    for minutes in ("-1", "nan", "inf"):
+        assert "max_minutes" in complaint(call("train", *flags, f"--config.max_minutes={minutes}"))
+
+
 def test_finished_run_has_nothing_to_do(cfg, whole):
     before = rows_of(whole)
-    train(cfg, whole)
+    assert train(cfg, whole)
     assert rows_of(whole) == before
 
 

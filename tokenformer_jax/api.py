@@ -93,7 +93,7 @@ class TokenFormer:
     def train(cls, cfg: Config, workdir: str | pathlib.Path) -> "TokenFormer":
         """Trains as the command `train` does, or goes on with what the workdir holds; the model of its last step.
 
-        A signal (a notebook's "interrupt") saves and ends it early; the same call then goes on.
+        A signal (a notebook's "interrupt") or `cfg.max_minutes` saves and ends it early; the same call then goes on.
 
         >>> model = TokenFormer.train(read_config(quickstart.get_config("small").to_dict()), "runs/mine")
         """

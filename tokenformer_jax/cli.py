@@ -28,6 +28,7 @@ from tokenformer_jax.files import local_path
 
 COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare".split()
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell says of other programs
+STOPPED = 85  # errno's ERESTART, as HTCondor has it: saved before its end, and the same command goes on
 _PRESETS = pathlib.Path(__file__).parent / "configs"
 
 
@@ -60,9 +61,12 @@ def config_flag() -> Callable[[], Config]:
     def read() -> Config:
         with _config_errors():
             tree = holder.value
-            if tree is None:
+            if tree is None and not holder.present:
                 raise UserError("--config is missing; use --config=quickstart:small")
-            return read_config(tree.to_dict())  # what a file that failed to load left raises its error here
+            if isinstance(tree, dict | None):  # what a file that failed to load left raises its error below
+                kind = type(tree).__name__
+                raise UserError(f"--config: its get_config returned a {kind}; return a ml_collections.ConfigDict")
+            return read_config(tree.to_dict())
 
     return read
 
@@ -101,14 +105,20 @@ def _path_of_preset(value: str) -> str:
         raise UserError(
             f"--config={value}: not a Python file; use one with get_config, or a preset such as quickstart:small"
         )
-    if not name.isidentifier() or os.path.exists(name):
+    if os.path.isdir(name):
+        raise UserError(f"--config={value}: is a folder; use a file in it with get_config, such as {name}/NAME.py")
+    if os.path.exists(name):
         return value
     presets = sorted(path.stem for path in _PRESETS.glob("*.py") if path.stem != "__init__")
-    if name not in presets:
-        raise UserError(
-            f"--config={value}: no preset {name!r}{suggest(name, presets)}; use one of {', '.join(presets)}, or a file"
-        )
-    return f"{_PRESETS / name}.py{colon}{variant}"
+    if name in presets:
+        return f"{_PRESETS / name}.py{colon}{variant}"
+    if name.isidentifier():
+        what, near = f"no preset {name!r}", suggest(name, presets)
+    else:
+        path = pathlib.Path(name)
+        what = "no such file" if name else "names no file"
+        near = suggest(path.name, [file.name for file in path.parent.glob("*.py")]) if name else ""
+    raise UserError(f"--config={value}: {what}{near}; use one of {', '.join(presets)}, or a file")
 
 
 def config_or_flags(*names: str) -> Callable[[str, Callable[[dict[str, Any]], Config]], Config]:
@@ -154,6 +164,11 @@ def _config_errors() -> Iterator[None]:
             lines = [lines[0].split(": Error")[0].removeprefix("flag ") + ": " + lines[-1]]
         raise UserError(lines[0].replace(f"{_PRESETS}/", "")) from None
     except Exception as error:
+        if "load_module" in str(error.__cause__ or error):  # of importlib, until Python 3.14
+            version = ".".join(map(str, sys.version_info[:2]))
+            raise UserError(
+                f"Python {version}: ml_collections reads no config there; use Python 3.11 to 3.14"
+            ) from None
         given = [arg.split("=")[0].lstrip("-") for arg in sys.argv[1:] if arg.lstrip("-").startswith("config.")]
         known = key_names(Config)
         for name in (arg.removeprefix("config.") for arg in given):
@@ -172,8 +187,8 @@ def key_names(cls: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command's `main` under absl: a UserError becomes one line on stderr and exit code 2.
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a command's `main`, which may return an exit code: a UserError becomes one line on stderr and exit code 2.
 
     Defines `--distributed`, with which the command is one process of several.
     """
@@ -194,9 +209,9 @@ def run_command(main: Callable[[], None]) -> None:
                 raise UserError(f"{extra[1]}: not a flag; flags are written --name=value")
             return extra
 
-    def guarded(_: list[str]) -> None:
-        with _join_processes() if distributed.value else contextlib.nullcontext():
-            main()
+    def guarded(_: list[str]) -> int | None:
+        with _join_processes() if distributed.value else contextlib.nullcontext(), _platform_errors():
+            return main()
 
     _silence_orbax()
     try:
@@ -208,6 +223,30 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def _platform_errors() -> Iterator[None]:
+    """Turns what JAX raises where it cannot use its devices into a UserError."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        if not str(error).startswith("Unable to initialize backend") and _has_devices():  # it is another error
+            raise
+        platforms, reason = (
+            os.environ.get("JAX_PLATFORMS"),
+            str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0],
+        )
+        what = f"JAX_PLATFORMS={platforms}: JAX can use no such device here" if platforms else "JAX can use no device"
+        use = "use JAX_PLATFORMS=cpu, or unset it to let JAX choose" if platforms else "use JAX_PLATFORMS=cpu"
+        raise UserError(f"{what}{f' ({reason})' if reason else ''}; {use}") from None
+
+
+def _has_devices() -> bool:
+    try:
+        return bool(jax.devices())
+    except (RuntimeError, AssertionError):
+        return False
 
 
 def _silence_orbax() -> None:

@@ -159,6 +159,7 @@ class Config:
     non_finite: Annotated[str, one_of("raise", "skip", "rollback")] = "raise"
     non_finite_limit: PositiveInt = 10
     loss_spike: NotNegativeFloat = 0.0
+    max_minutes: NotNegativeFloat = 0.0
 
     def to_json(self) -> str:
         """The text of a `config.json`, with a checksum. Its paths hold wherever it is read."""

@@ -28,11 +28,13 @@ class Log:
             if rollback["to"] <= run.start < rollback["from"]:  # later rows were dropped
                 self.writer.write(run.figures(run.start) | {"step": rollback["from"], "rollback": rollback})
                 self.say(f"rolled back from step {rollback['from']} to step {rollback['to']}: {rollback['why']}")
-        used = f", on {run.step.mesh.size} of {jax.device_count()} devices" if jax.device_count() > 1 else ""
+        used, there = run.step.mesh.size, jax.device_count()
         self.say(
             f"{count_params(run.state.params):,} parameters, {self.task.describe_data(run.corpus)}, "
-            f"from step {run.start} to step {run.cfg.steps}{used}"
+            f"from step {run.start} to step {run.cfg.steps}{f', on {used} devices' if used > 1 else ''}"
         )
+        if used < there:
+            self.say(f"only {used} of {there} devices {'is' if used == 1 else 'are'} used; use {run.use_of_all(there)}")
 
     def restart_clock(self, n: int) -> None:
         """Speed is measured from the end of step n on."""

@@ -18,11 +18,11 @@ from tokenformer_jax.training.non_finite import BadStep, what_is_bad
 from tokenformer_jax.training.step import Metrics, put_batch
 
 
-def train(cfg: Config, workdir: pathlib.Path) -> None:
+def train(cfg: Config, workdir: pathlib.Path) -> bool:
     """Trains up to `cfg.steps`, from the workdir's newest checkpoint if it has one, and leaves a checkpoint.
 
-    On its way the model grows to each of the config's rungs. SIGINT or SIGTERM saves and returns; the same call then
-    goes on bit-identically, also in the middle of a growth.
+    On its way the model grows to each of the config's rungs. SIGINT, SIGTERM or the end of `cfg.max_minutes` saves and
+    returns False; the same call then goes on bit-identically, also in the middle of a growth. True: it has finished.
     """
     check_workdir(cfg, workdir)
     with contextlib.ExitStack() as stack:
@@ -31,9 +31,9 @@ def train(cfg: Config, workdir: pathlib.Path) -> None:
         stack.enter_context(contextlib.closing(run.checkpoints))
         if run.is_past_its_end:
             say_nothing_to_do(run, workdir)
-            return
+            return True
         profiler = stack.enter_context(Profiler(cfg.profile_at, workdir))
-        signals = stack.enter_context(StopSignals())
+        signals = stack.enter_context(StopSignals(cfg.max_minutes))
         while True:
             try:
                 with contextlib.closing(Log(run, workdir)) as log, jax.transfer_guard("disallow"):
@@ -42,7 +42,7 @@ def train(cfg: Config, workdir: pathlib.Path) -> None:
                 run = roll_back(run, workdir, error)
                 continue
             if not finished or run.is_last:
-                return
+                return finished
             run = next_rung(run)
 
 
@@ -58,7 +58,7 @@ def say_nothing_to_do(run: Run, workdir: pathlib.Path) -> None:
 def train_stage(run: Run, log: Log, profiler: Profiler, signals: StopSignals) -> bool:
     """Trains to the stage's end, or until the loss has stopped falling and another rung follows.
 
-    The state of the stage's last step is saved. Returns False where a signal stopped it before.
+    The state of the stage's last step is saved. Returns False where it was asked to stop before.
     """
     cfg = run.cfg
     report_start(run, log)
@@ -86,7 +86,7 @@ def train_stage(run: Run, log: Log, profiler: Profiler, signals: StopSignals) ->
             evaluate(run, log, n)
         if stopping:
             run.checkpoints.wait()
-            log.say(f"stopped and saved at step {n}; the same command goes on from there")
+            log.say(f"{signals.why} and saved at step {n}; the same command goes on from there")
             return False
     run.checkpoints.wait()
     run.save(n)

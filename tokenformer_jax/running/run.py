@@ -1,14 +1,16 @@
 """A run in progress: how it is opened, taken up again, rolled back and brought to its next rung."""
 
 import collections
+import contextlib
 import dataclasses
 import pathlib
 import sys
+from typing import Any
 
 import grain
 import jax
 
-from tokenformer_jax.config import FREE_MODEL_KEYS, Config, read_model
+from tokenformer_jax.config import FREE_MODEL_KEYS, Config, ModelConfig, read_model
 from tokenformer_jax.data.batches import keep_position
 from tokenformer_jax.devices.hardware import environment
 from tokenformer_jax.devices.sharding import make_mesh
@@ -17,7 +19,9 @@ from tokenformer_jax.files import json_text, replace_file
 from tokenformer_jax.growth.figures import describe_growth
 from tokenformer_jax.growth.grow import Growing
 from tokenformer_jax.growth.ladder import Plateau, shifted, stages
+from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.growth.resize import InMemory, Resize
+from tokenformer_jax.growth.shrink import check_shrinking
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.metrics_file import Row
@@ -35,21 +39,40 @@ def check_workdir(cfg: Config, workdir: pathlib.Path) -> None:
     path = workdir / "config.json"
     if path.exists():
         try:
-            theirs = load_config(path).model
+            theirs = load_config(path)
         except UserError as error:
             if not (workdir / "checkpoints").is_dir():
                 raise
             if jax.process_index() == 0:
                 print(f"warning: {error}", file=sys.stderr)
             return  # each checkpoint holds its model, too
-        for key, ours in dataclasses.asdict(cfg.model).items():
-            if getattr(theirs, key) != ours and key not in FREE_MODEL_KEYS:
-                raise UserError(
-                    f"model.{key} = {ours!r}: {workdir} holds a run with {getattr(theirs, key)!r}; "
-                    "use that, name another --workdir, or grow it"
-                )
+        if differ := differences(cfg.model, theirs.model):
+            ours = ", ".join(f"model.{key} = {value!r}" for key, (value, _) in differ.items())
+            flags = " ".join(f"--config.model.{key}={value}" for key, (_, value) in differ.items())
+            raise UserError(
+                f"{ours}: {workdir} holds a run of another model; use {flags}, or another --workdir"
+                f"{successor_advice(cfg, theirs, workdir)}"
+            )
     else:
         require_empty(workdir, "holds other files and no run")
+
+
+def differences(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """What makes two models different ones: key -> both values."""
+    pairs = {key: (value, getattr(theirs, key)) for key, value in dataclasses.asdict(ours).items()}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key not in FREE_MODEL_KEYS}
+
+
+def successor_advice(cfg: Config, theirs: Config, workdir: pathlib.Path) -> str:
+    """How the run of a workdir becomes one of this config, where it can."""
+    old, new = stages(theirs)[-1].model, cfg.model
+    ways = {"": lambda: check_growth(old, new, cfg.grow.recipe), " --shrink": lambda: check_shrinking(old, new)}
+    for flag, check in ways.items():
+        with contextlib.suppress(UserError):
+            check()
+            command = f"python -m tokenformer_jax.grow{flag} --source={workdir} --workdir=NEW"
+            return f"; {command}, with this --config, makes a new one of it"
+    return ""
 
 
 @dataclasses.dataclass
@@ -85,6 +108,19 @@ class Run:
     def is_past_its_end(self) -> bool:
         """Whether more was trained, by a config with more steps, than this one asks for."""
         return self.is_last and self.start > self.cfg.steps
+
+    def use_of_all(self, devices: int) -> str:
+        """The settings with which this stage uses so many devices."""
+        cfg, mesh = self.cfg, self.cfg.mesh
+        data, over = divmod(devices, mesh.slice * mesh.fsdp * mesh.tensor)
+        if over:
+            return f"a config.mesh whose sizes multiply to {devices}"
+        rows = cfg.accumulation * data * mesh.slice * mesh.fsdp
+        batch_size = -(-cfg.batch_size // rows) * rows
+        settings = {"mesh.data": data} | ({"batch_size": batch_size} if batch_size != cfg.batch_size else {})
+        if len(self.plan) > 1:
+            return " and ".join(f"{key} = {value}" for key, value in settings.items()) + " on this rung"
+        return " ".join(f"--config.{key}={value}" for key, value in settings.items()) + " for all"
 
     def figures(self, n: int) -> Row:
         """Where the run stands after step n."""
@@ -160,7 +196,8 @@ def resume_at(start: int, plan: list[Config], workdir: pathlib.Path, checkpoints
     if record.data != identity:
         raise UserError(
             f"config.data or config.seed: {workdir} was trained on {record.data}, and this is {identity}; "
-            "use those, or go on with these in a new workdir, made from this one by grow"
+            f"use those, or python -m tokenformer_jax.grow --source={workdir} --workdir=NEW, with this --config, and "
+            "train goes on there with these data, from their beginning"
         )
     data = task.train_batches(corpus, cfg, step.mesh)
     state = checkpoints.restore(start, step.abstract_state)
@@ -174,13 +211,15 @@ def stage_of(plan: list[Config], record: Record, workdir: pathlib.Path) -> Confi
     """The stage that a checkpoint belongs to; raises a UserError where the config has another model there."""
     rung = record.rung
     if rung >= len(plan):
-        raise UserError(f"config.rungs: lists {len(plan) - 1} rungs, but {workdir} has grown to rung {rung} already")
+        raise UserError(
+            f"config.rungs: lists {len(plan) - 1} rungs, but {workdir} has grown to rung {rung} already; "
+            "use the rungs of its config.json, or another --workdir"
+        )
     stage = plan[rung]
     grown = read_model(record.model, str(workdir))
-    for key, ours in dataclasses.asdict(stage.model).items():
-        if (theirs := getattr(grown, key)) != ours and key not in FREE_MODEL_KEYS:
-            where = f"rungs[{rung - 1}].model.{key}" if rung else f"model.{key}"
-            raise UserError(f"{where} = {ours!r}: {workdir} has grown to {theirs!r} there; use that")
+    for key, (ours, theirs) in differences(stage.model, grown).items():
+        where = f"rungs[{rung - 1}].model.{key}" if rung else f"model.{key}"
+        raise UserError(f"{where} = {ours!r}: {workdir} has grown to {theirs!r} there; use {theirs!r}")
     return shifted(stage, plan[rung - 1].steps, record.growth[-1]["step"]) if rung else stage
 
 

@@ -63,5 +63,5 @@ def _run(command: str, args: list[str], paths: list[str], file_limit: int, envir
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = [command, *args]
-    del sys.modules[f"tokenformer_jax.{command}"]
+    sys.modules.pop(f"tokenformer_jax.{command}", None)
     runpy.run_module(f"tokenformer_jax.{command}", run_name="__main__", alter_sys=True)

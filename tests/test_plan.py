@@ -161,7 +161,7 @@ def test_a_plan_of_gpus_adds_up_or_says_what_it_needs(tmp_path):
         ),
         (["--topology=h100:2x2x2"], "error: --topology=h100:2x2x2: must be one of v4, "),
         (["--topology=v5e:3x5"], "error: --topology=v5e:3x5: "),
-        (["--topology=v5e:2x2"], "error: mesh: is of 1 devices, but the topology has 4; --config.mesh.fsdp=4"),
+        (["--topology=v5e:2x2"], "error: mesh: is of 1 devices, but the topology has 4; use --config.mesh.fsdp=4"),
     ],
 )
 def test_a_wrong_plan_is_refused_in_one_line(arguments, message, tmp_path):

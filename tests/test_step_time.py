@@ -21,6 +21,7 @@ def test_the_peer_agrees_with_the_authors_data(name):
     np.testing.assert_allclose(model(tokens).detach().numpy(), raw["logits"], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_step_is_not_far_slower_than_its_peers(tmp_path, monkeypatch, capsys):
     """A guard with wide bounds, since the machine is shared: measured idle, 1.0 and 0.8."""
     out = tmp_path / "out.json"
@@ -32,6 +33,7 @@ def test_the_step_is_not_far_slower_than_its_peers(tmp_path, monkeypatch, capsys
     assert figures["time_over_plain"] < 2
 
 
+@pytest.mark.slow
 def test_the_waits_are_measured(tmp_path, monkeypatch):
     out = tmp_path / "out.json"
     monkeypatch.setattr(waits, "ROUNDS", 1)

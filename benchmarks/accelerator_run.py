@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.accelerator_work import NO_MEMORY, Figures
+from tokenformer_jax.files import replace_file
 
 
 class FailedError(Exception):
@@ -157,10 +158,8 @@ class Run:
         return max(0.01, min(seconds, self.clock.left()))
 
     def write(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.out.with_name(f".{self.out.name}.partial")
-        partial.write_text(json.dumps(self.results | {"elapsed_seconds": self.clock.elapsed()}, indent=1) + "\n")
-        os.replace(partial, self.out)
+        told = json.dumps(self.results | {"elapsed_seconds": self.clock.elapsed()}, indent=1)
+        replace_file(self.out, told + "\n")
 
     def part(self, name: str) -> Figures:
         return self.results["parts"].setdefault(name, {})

@@ -14,21 +14,19 @@ def train_jax(talk: Talk, size: str, projection: str, batch: int, overrides: Fig
     import jax.numpy as jnp
 
     from benchmarks.step_time import random_batch
-    from tokenformer_jax.data.batches import Batch
     from tokenformer_jax.devices.sharding import make_mesh
     from tokenformer_jax.nn.layers import count_params
     from tokenformer_jax.training.language import train_flops_per_token
     from tokenformer_jax.training.step import make_step, put_batch
+    from tokenformer_jax.training.tasks import task_of
 
     cfg = config(size, projection, batch, overrides)
     imported = time.monotonic() - talk.began
     jax.block_until_ready(jnp.zeros(8))
     step = make_step(cfg, make_mesh(cfg.mesh))
-    shape = (batch, cfg.model.context_length)
-    dtypes = dict.fromkeys(Batch._fields, jnp.int32) | {"weights_BL": jnp.float32}
-    arrays: Any = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=step.batch) for name, dtype in dtypes.items()}
+    abstract_batch = task_of(cfg).abstract_batch(cfg, step.batch)
     began = time.perf_counter()
-    program = step.train.lower(step.abstract_state, Batch(**arrays)).compile()
+    program = step.train.lower(step.abstract_state, abstract_batch).compile()
     compiled = time.perf_counter() - began
     sizes = program.memory_analysis()
     talk.reply(

@@ -140,7 +140,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def platform() -> str:
     """What the computation is for, "cpu", "tpu" or "gpu": the mesh's devices, which need not be present."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
+    name = device.platform if device else jax.default_backend()
+    return "gpu" if name == "cuda" else name
 
 
 def shardings(abstract: Any, mesh: Mesh, axes: Any) -> Any:

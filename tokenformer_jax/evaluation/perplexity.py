@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from tokenformer_jax.config import Config
-from tokenformer_jax.data.batches import data_identity, training_examples
-from tokenformer_jax.data.tokens import Corpus, TokenSplit, prepare
+from tokenformer_jax.data.batches import training_examples
+from tokenformer_jax.data.tokens import TokenSplit
 from tokenformer_jax.devices.sharding import this_process
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import json_text, replace_file
@@ -17,7 +17,7 @@ from tokenformer_jax.storage.trained import Trained
 from tokenformer_jax.training.metrics import Progress
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, put_batch
-from tokenformer_jax.training.tasks import task_of
+from tokenformer_jax.training.tasks import Prepared, task_of
 
 
 def evaluate_split(
@@ -44,17 +44,18 @@ def evaluate_split(
     return task.figures(split, nll, weights)
 
 
-def choose_split(corpus: Corpus, name: str) -> TokenSplit:
+def choose_split(corpus: Prepared, name: str) -> TokenSplit:
     splits = {"train": corpus.train, "validation": corpus.validation}
     if name not in splits:
         raise UserError(f"--split={name}: must be one of {', '.join(splits)}")
     return splits[name]
 
 
-def _prepared(run: Trained) -> Corpus:
+def _prepared(run: Trained) -> Prepared:
     """The data of a run's config; says where they are not those that it was trained on."""
-    corpus = prepare(run.cfg, run.tokenizer)
-    if data_identity(corpus.train, run.cfg) != run.record.data and jax.process_index() == 0:
+    task = task_of(run.cfg)
+    corpus = task.prepare(run.cfg, run.assets)
+    if task.identity(corpus, run.cfg) != run.record.data and jax.process_index() == 0:
         print(
             "warning: the data have changed since the run: its figures here are of other text; if they were moved, use "
             "--config.data.path=PLACE",

@@ -28,7 +28,7 @@ def attention_kernel(
     _, length, _, head_dim = shape
     if platform == "tpu" and length % SPLASH_BLOCKS[-1] == 0:
         return "splash"
-    if platform in ("gpu", "cuda") and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
+    if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
     return "blockwise"
 
@@ -55,7 +55,7 @@ def unrolls_layers(remat: str) -> bool:
     a row an H100's step takes 0.86 of the time (124M) and 0.89 (1.4B), and twice as long to compile. Where remat keeps
     little there is little to copy.
     """
-    return platform() in ("gpu", "cuda") and remat in ("none", "dots")
+    return platform() == "gpu" and remat in ("none", "dots")
 
 
 def sums_in_float32(contraction: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from tokenformer_jax.devices.sharding import platform
+from tokenformer_jax.nn.layers import inverse_norm
 
 # Measured on an H100, whose bytes a second they decide; docs/accelerator.md.
 IN_REGISTERS = 4096  # scores of a row, at most, that a program keeps; of a longer row it reads them again
@@ -32,7 +33,7 @@ LOGITS_PARTS = 4  # chunks that share one exponential of their maximum
 def apply() -> bool:
     """Whether the computation is for GPUs, and each has whole rows of scores and logits."""
     mesh = jax.sharding.get_abstract_mesh()
-    return platform() in ("gpu", "cuda") and (mesh.empty or mesh.shape["tensor"] == 1)
+    return platform() == "gpu" and (mesh.empty or mesh.shape["tensor"] == 1)
 
 
 def weights(scores_PN: jax.Array, tau: jax.Array, gelu: str, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -197,7 +198,7 @@ def _weights_kernel(scores_RN, tau_1, weights_RN, squares_R, *, num_tokens, gelu
     if num_tokens <= IN_REGISTERS:
         row = [(piece, piece.load(scores_RN)) for piece in _pieces(num_tokens)]
         total_R1 = _row_sum(*(jnp.square(s_RC) for _, s_RC in row))
-        scale_R1 = tau_1[0] * _inverse_norm(total_R1)
+        scale_R1 = tau_1[0] * inverse_norm(total_R1)
         for piece, s_RC in row:
             weigh(piece, s_RC)
     else:
@@ -206,13 +207,13 @@ def _weights_kernel(scores_RN, tau_1, weights_RN, squares_R, *, num_tokens, gelu
         total_R1 = _row_sum(
             _loop(num_tokens, chunk, lambda piece, sums_RC: sums_RC + jnp.square(piece.load(scores_RN)), zeros_RC)
         )
-        scale_R1 = tau_1[0] * _inverse_norm(total_R1)
+        scale_R1 = tau_1[0] * inverse_norm(total_R1)
         _loop(num_tokens, chunk, lambda piece, _: weigh(piece, piece.load(scores_RN)), None)
     squares_R[...] = total_R1[:, 0]
 
 
 def _weights_gradient_kernel(scores_RN, dweights_RN, squares_R, tau_1, weights_RN, dscores_RN, *, num_tokens, gelu):
-    inverse_R1 = _inverse_norm(squares_R[...])[:, None]
+    inverse_R1 = inverse_norm(squares_R[...])[:, None]
     scale_R1 = tau_1[0] * inverse_R1
 
     def weigh(piece):
@@ -267,12 +268,6 @@ def _loss_kernel(logits_RV, targets_R, weights_R, nll_R, dlogits_RV, *, num_logi
 
     target_logit_R1 = _row_sum(_loop(num_logits, chunk, write, zeros_RC))
     nll_R[...] = (max_R1 / log2e + jnp.log(sum_R1) - target_logit_R1)[:, 0]
-
-
-def _inverse_norm(squares: jax.Array) -> jax.Array:
-    """1 / ‖x‖₂; of rows shorter than 1e-12 zero, as in the plain version."""
-    nonzero = squares > 1e-24
-    return jnp.where(nonzero, jax.lax.rsqrt(jnp.where(nonzero, squares, 1.0)), 0.0)
 
 
 def _gelu_and_slope(n: jax.Array, gelu: str) -> tuple[jax.Array, jax.Array]:

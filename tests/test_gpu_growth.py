@@ -79,7 +79,7 @@ def test_it_goes_on_where_it_was_left(done, monkeypatch):
 def test_what_has_no_time_is_said_to_be_left_out(done, monkeypatch, capsys):
     folder, tree = done
     late = study(folder, monkeypatch, f"--lineages={LINEAGES + 1}", "--minutes=0")
-    assert late["dropped"] == ["small, seed 0, 0.25", "small, seed 0, 0.5"]
+    assert late["dropped"] == ["large, twice the rate, seed 0, 0.5"]
     assert late["runs"] == tree["runs"]
     said = capsys.readouterr()
     assert "the time is over" in said.err

@@ -37,14 +37,21 @@ RESERVE = 10.0  # seconds for the report
 RUN_SECONDS = 1.0  # of a run: its last evaluation, and what it saves
 
 
+def prepare_data(args: argparse.Namespace) -> None:
+    setting, data = SETTINGS[args.size], args.workdir / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    if not (data / "data.json").exists():
+        folders = [sysconfig.get_path("stdlib")] if args.size == "tiny" else ROOTS
+        prepare(data, folders, setting.max_tokens, setting.vocabulary, setting.held_out, args.prepare_seconds)
+
+
 def study(args: argparse.Namespace) -> None:
     deadline = time.monotonic() + 60 * args.minutes - RESERVE
-    setting, data, lineages = SETTINGS[args.size], args.workdir / "data", LINEAGES[: args.lineages]
+    setting, lineages = SETTINGS[args.size], LINEAGES[: args.lineages]
     if args.rates:
         small, middle, large = map(float, args.rates.split(","))
         setting = dataclasses.replace(setting, rates=(small, middle, large))
     fit = lineages[: args.fit]
-    data.mkdir(parents=True, exist_ok=True)
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(args.workdir.absolute() / "compiled"))
     programs = Programs(setting)
@@ -53,9 +60,7 @@ def study(args: argparse.Namespace) -> None:
             programs.start(part, n)
         for lineage, (before, after) in ((each, pair) for each in fit for pair in itertools.pairwise(each.sizes)):
             programs.start("grow", setting.tokens[before], setting.tokens[after], lineage.recipe)
-    if not (data / "data.json").exists():
-        folders = [sysconfig.get_path("stdlib")] if args.size == "tiny" else ROOTS
-        prepare(data, folders, setting.max_tokens, setting.vocabulary, setting.held_out)
+    prepare_data(args)
     trainer = Trainer(setting, programs, args.workdir, deadline)
     enough = trainer.num_windows // setting.batch
     say(f"data: {trainer.data['train']['tokens'] / 1e6:.1f}M tokens, {enough} steps")
@@ -103,10 +108,15 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SETTINGS), default="full")
     parser.add_argument("--fit", type=int, default=4, help="how many lineages must end in time")
     parser.add_argument("--lineages", type=int, default=len(LINEAGES), help="how many there are at most")
+    parser.add_argument("--prepare_only", action="store_true", help="the text alone, which needs no device")
+    parser.add_argument("--prepare_seconds", type=float, default=75, help="for the text")
     parser.add_argument("--report_only", action="store_true", help="sum up the workdir's JSON, and run nothing")
     args = parser.parse_args()
     try:
-        report(args.workdir / "gpu_growth.json") if args.report_only else study(args)
+        if args.report_only:
+            report(args.workdir / "gpu_growth.json")
+        else:
+            prepare_data(args) if args.prepare_only else study(args)
     except (UserError, TimeoutError) as error:
         sys.exit(f"error: {error}")
 

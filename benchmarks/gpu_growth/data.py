@@ -35,7 +35,6 @@ LETTERS = bytes(range(65, 91)) + bytes(range(97, 123))
 SAMPLE = 20_000_000  # bytes from whose beginning the tokenizer is trained
 BYTES_PER_TOKEN = 4.5  # at most, to know when enough was read
 TASK = 64  # files that a process takes at once
-SECONDS = 75  # after which nothing more is encoded, and after half of which nothing more is read
 
 
 class File(NamedTuple):
@@ -102,10 +101,13 @@ def encode(tokenizer: pathlib.Path, paths: list[str]) -> tuple[np.ndarray, int, 
     return np.concatenate([np.zeros(0, np.uint16), *ids]), len(texts), sum(map(len, texts))
 
 
-def prepare(out: pathlib.Path, folders: Iterable[str], tokens: int, vocabulary: int, held_out: int) -> None:
+def prepare(
+    out: pathlib.Path, folders: Iterable[str], tokens: int, vocabulary: int, held_out: int, limit: float
+) -> None:
     """Writes train.npy and validation.npy (uint16), tokenizer.json and, last, data.json; uses all cores, no device.
 
-    `tokens` of training are enough; one file of so many as `held_out` says is for validation.
+    `tokens` of training are enough; one file of so many as `held_out` says is for validation. Nothing more is encoded
+    after `limit` seconds, and nothing more read after half of them.
     """
     began = time.monotonic()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of the workers, which are one a core
@@ -128,7 +130,7 @@ def prepare(out: pathlib.Path, folders: Iterable[str], tokens: int, vocabulary: 
 
         paths, size, sample = list_files(folders), 0, []
         names: dict[str, list[str]] = {"validation": [], "train": []}
-        for file in unique(file for files in results(examine, paths, SECONDS / 2) for file in files):
+        for file in unique(file for files in results(examine, paths, limit / 2) for file in files):
             is_held_out = zlib.crc32(file.path.encode(errors="replace")) % held_out == 0
             names["validation" if is_held_out else "train"].append(file.path)
             size += file.size
@@ -142,7 +144,7 @@ def prepare(out: pathlib.Path, folders: Iterable[str], tokens: int, vocabulary: 
         figures: dict[str, Any] = {"files_seen": len(paths), "files_kept": sum(map(len, names.values()))}
         for split, chosen in names.items():
             parts, count = [], 0
-            for part in results(functools.partial(encode, out / "tokenizer.json"), chosen, SECONDS):
+            for part in results(functools.partial(encode, out / "tokenizer.json"), chosen, limit):
                 parts.append(part)
                 count += len(part[0])
                 if count >= tokens:

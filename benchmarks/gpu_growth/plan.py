@@ -30,7 +30,7 @@ class Setting:
     evaluate_every: int = 100  # steps
     evaluated: int = 16  # batches of an evaluation
     last_evaluations: int = 8  # so many times as many at the end of a run, if there is as much text
-    max_tokens: int = 250_000_000
+    max_tokens: int = 320_000_000
     held_out: int = 100  # one file of so many is for validation
 
     def config(self, n: int) -> Config:
@@ -114,6 +114,7 @@ class Lineage(NamedTuple):
     budgets: tuple[float, ...]
     recipe: str = "zero_keys"
     seed: int = 0
+    times_rate: float = 1.0  # of the setting's peak learning rates
 
 
 FROM_SCRATCH = (0.25, 0.5, 0.75, 1.0)
@@ -123,12 +124,15 @@ LINEAGES = (  # the most valuable first
     Lineage("middle", (1,), 0, FROM_SCRATCH),
     Lineage("ladder, 25 % small", (0, 1, 2), 0.25, GROWN),
     Lineage("middle to large, 25 % small", (1, 2), 0.25, GROWN),
-    Lineage("small", (0,), 0, (0.25, 0.5)),
+    Lineage("large, twice the rate", (2,), 0, (0.5,), times_rate=2),
+    Lineage("middle, half the rate", (1,), 0, (0.5,), times_rate=0.5),
     Lineage("ladder, 12.5 % small", (0, 1, 2), 0.125, FROM_SCRATCH),
-    Lineage("ladder, 25 % small, random keys", (0, 1, 2), 0.25, GROWN, "random_keys"),
     Lineage("large", (2,), 0, FROM_SCRATCH, seed=1),
     Lineage("ladder, 25 % small", (0, 1, 2), 0.25, GROWN, seed=1),
     Lineage("middle", (1,), 0, FROM_SCRATCH, seed=1),
+    Lineage("middle, twice the rate", (1,), 0, (0.5,), times_rate=2),
+    Lineage("small", (0,), 0, (0.25, 0.5)),
+    Lineage("ladder, 25 % small, random keys", (0, 1, 2), 0.25, GROWN, "random_keys"),
     Lineage("ladder, 50 % small", (0, 1, 2), 0.5, (0.75, 1.0)),
     Lineage("ladder, 25 % small, isometric", (0, 1, 2), 0.25, GROWN, "isometric"),
 )
@@ -140,7 +144,7 @@ def runs_of(lineage: Lineage, setting: Setting, whole: float) -> list[Run]:
     def steps(flops: float, n: int) -> int:
         return max(1, round(flops / setting.flops(n) / setting.chunk)) * setting.chunk
 
-    (n, rate), *larger = [(setting.tokens[size], setting.rates[size]) for size in lineage.sizes]
+    (n, rate), *larger = [(setting.tokens[size], setting.rates[size] * lineage.times_rate) for size in lineage.sizes]
     ends = [share * lineage.small * whole for share in (SMALLER, 1.0)[2 - len(larger) :]]
     rungs, spent = [Rung(0, n, rate)], 0.0
     for end, following, (n, rate) in zip(ends, [*ends[1:], lineage.budgets[0] * whole], larger, strict=False):

@@ -18,6 +18,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import shlex
 import sys
 import sysconfig
 import time
@@ -79,7 +80,11 @@ def study(args: argparse.Namespace) -> None:
             size["parameters"] = count_params(programs.state(n).params)
             size["flops_per_token"] = setting.flops(n) / setting.batch / setting.context
         plan = {"flops": args.flops or flops, "limited_by": "--flops" if args.flops else by, "seconds_left": left}
-        trainer.tree |= {"command": sys.argv, "environment": environment(), "data": trainer.data}
+        trainer.tree |= {
+            "command": shlex.join(["python", "-m", "benchmarks.gpu_growth", *sys.argv[1:]]),
+            "environment": environment(),
+            "data": trainer.data,
+        }
         trainer.tree |= {"plan": plan, "sizes": sizes}  # written with the first trunk
     plan = trainer.tree["plan"]
     runs = [run for lineage in lineages for run in runs_of(lineage, setting, plan["flops"])]

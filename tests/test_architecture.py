@@ -18,7 +18,7 @@ FLOORS = """
     evaluation: perplexity sampling report
     growth: recipes ladder figures verify resize grow shrink
     planning: hlo plan
-    running: signals run log loop
+    running: signals run log loop branch
     api
     cli
 """

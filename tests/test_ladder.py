@@ -18,7 +18,7 @@ from tokenformer_jax.running.loop import train
 from tokenformer_jax.running.signals import StopSignals
 from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.trained import load_trained
-from tokenformer_jax.training.schedule import Frozen
+from tokenformer_jax.training.schedule import NewTokens
 from tokenformer_jax.training.step import make_step, put_batch
 
 RUNGS = (
@@ -139,8 +139,7 @@ def test_plateau():
 
 def test_frozen_tokens_wait_while_the_new_ones_learn():
     cfg = tiny_config()
-    frozen = Frozen({"ffn": 64}, until=2)
-    step = make_step(cfg, make_mesh(cfg.mesh), frozen=frozen)
+    step = make_step(cfg, make_mesh(cfg.mesh), new_tokens=NewTokens({"ffn": 64}, step=0, freeze_steps=2))
     states = [step.init(jax.random.key(0))]
     for i in range(4):
         states.append(step.train(jax.tree.map(jnp.copy, states[-1]), put_batch(step, random_batch(cfg, i)))[0])

@@ -112,6 +112,9 @@ class OptimizerConfig:
     epsilon: PositiveFloat
     weight_decay: NotNegativeFloat
     clip_norm: PositiveFloat
+    schedule: Annotated[str, one_of("cosine", "wsd", "constant")] = "cosine"
+    decay_fraction: Fraction = 0.2
+    decay: Annotated[str, one_of("linear", "sqrt")] = "linear"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +125,8 @@ class GrowConfig:
     freeze_steps: NotNegativeInt
     patience: NotNegativeInt
     min_improvement: NotNegativeFloat
+    new_tokens_rate: PositiveFloat = 1.0
+    new_tokens_warmup: NotNegativeInt = 0
 
 
 @dataclasses.dataclass(frozen=True)

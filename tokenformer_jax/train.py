@@ -1,17 +1,41 @@
 """Trains a config, or goes on with what the workdir holds.
 
 python -m tokenformer_jax.train --config=quickstart:small --workdir=W
+python -m tokenformer_jax.train --decay_from=STEP --source=W --workdir=W2
 
 On SIGINT or SIGTERM, or after config.max_minutes, it saves and ends with exit code 85: the same command goes on.
+
+With --decay_from it makes a finished model of a run whose learning rate stays at its peak (config.optimizer.schedule =
+"constant" or "wsd"): W2 leaves W at the checkpoint of that step, and its rate decays.
 """
 
+from absl import flags
+
 from tokenformer_jax.cli import STOPPED, config_flag, run_command, workdir_flag
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.running.branch import branch
 from tokenformer_jax.running.loop import train
 
 
 def main() -> None:
     config, workdir = config_flag(), workdir_flag()
-    run_command(lambda: None if train(config(), workdir()) else STOPPED)
+    source = workdir_flag("source", "with --decay_from: the directory of the run to leave")
+    decay_from = flags.DEFINE_integer("decay_from", None, "the step of a checkpoint of --source")
+    fraction = flags.DEFINE_float("decay_fraction", None, "with --decay_from; by default optimizer.decay_fraction")
+
+    def start() -> int | None:
+        if decay_from.value is None:
+            for name in ("source", "decay_fraction"):
+                if flags.FLAGS[name].present:
+                    raise UserError(f"--{name}: goes with --decay_from, which names the step to leave the source at")
+            cfg = config()
+        elif flags.FLAGS["config"].present:
+            raise UserError("--config: a run that leaves another has its config; leave it out, or --decay_from")
+        else:
+            cfg = branch(source(), decay_from.value, workdir(), fraction.value)
+        return None if train(cfg, workdir()) else STOPPED
+
+    run_command(start)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,11 @@ def get_config() -> ConfigDict:
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.peak_learning_rate = 6e-4
-    optimizer.final_learning_rate = 6e-5  # cosine from the peak to here at the last step
+    optimizer.final_learning_rate = 6e-5  # reached at the last step, by "cosine" and "wsd"
     optimizer.warmup_steps = 10  # linear from 0
+    optimizer.schedule = "cosine"  # from the peak on; or "wsd": the peak, then a decay at the end; or "constant"
+    optimizer.decay_fraction = 0.2  # wsd: part of the schedule, at its end, in which the rate decays
+    optimizer.decay = "linear"  # wsd; or "sqrt": it falls as 1 - sqrt(part of the decay that is done)
     optimizer.beta1 = 0.9
     optimizer.beta2 = 0.95
     optimizer.epsilon = 1e-8
@@ -71,7 +74,10 @@ def get_config() -> ConfigDict:
     config.grow = grow = ConfigDict()
     grow.recipe = "zero_keys"  # or "isometric", "split", both lossless too; "random_keys", "released", "zero_padding"
     grow.tau_ramp = 0.25  # zero_keys: part of the steps after growth in which tau goes to sqrt(tokens); 0 keeps it
-    grow.restart_schedule = True  # the learning rate warms up and decays anew over the steps after growth
+    grow.restart_schedule = True  # the learning rate warms up and decays anew over the steps after growth; False: one
+    # schedule goes on over all rungs up to the last step, each at its own peak (use optimizer.schedule = "wsd")
+    grow.new_tokens_rate = 1.0  # factor of the learning rate for new tokens
+    grow.new_tokens_warmup = 0  # steps after growth in which that factor rises from 0
     grow.freeze_steps = 0  # steps after growth in which only the new tokens learn in projections that grew
     grow.patience = 0  # evaluations without improvement after which the next rung begins early; 0: never early
     grow.min_improvement = 0.01  # nats by which a validation loss must beat the best one to count as improvement

@@ -15,6 +15,7 @@ from tokenformer_jax.config import Config, read_config, validate
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.recipes import check_growth
 
+SCHEDULE_KEYS = ("schedule", "decay_fraction", "decay", "warmup_steps")  # the same in all stages of one schedule
 RUNG_KEYS = (
     "model optimizer grow mesh batch_size accumulation log_every eval_every eval_batches checkpoint_every"
 ).split()
@@ -23,7 +24,7 @@ RUNG_KEYS = (
 def stages(cfg: Config) -> list[Config]:
     """The plain configs of a run, in order: the first as `cfg` says, and one a rung, which keeps what it doesn't name.
 
-    `steps` of a stage is the step at which the next one begins, or the run ends; a learning-rate schedule spans it.
+    `steps` of a stage is the step at which the next one begins, or the run ends.
 
     Raises:
       UserError: names the rung and the key that cannot be.
@@ -66,11 +67,31 @@ def _check_rung(before: Config, stage: Config, length: int) -> None:
         validate(dataclasses.replace(stage, model=before.model))
     except UserError as error:
         raise UserError(f"the model that is to grow: {error}") from None
-    if not stage.grow.restart_schedule:
-        raise UserError("grow.restart_schedule = False: each rung has a learning-rate schedule of its own; use True")
     warmup = stage.optimizer.warmup_steps
-    if warmup >= length:
-        raise UserError(f"optimizer.warmup_steps = {warmup}: must be below the rung's {length} steps")
+    if stage.grow.restart_schedule:
+        if warmup >= length:
+            raise UserError(f"optimizer.warmup_steps = {warmup}: must be below the rung's {length} steps")
+        return
+    for key in SCHEDULE_KEYS:
+        old, new = getattr(before.optimizer, key), getattr(stage.optimizer, key)
+        if old != new:
+            raise UserError(
+                f"optimizer.{key} = {new!r}: the stage before has {old!r}, and grow.restart_schedule = False goes on "
+                "with its schedule; use that"
+            )
+    if before.grow.patience and stage.optimizer.schedule == "cosine":
+        raise UserError(
+            f"grow.patience = {before.grow.patience}: with grow.restart_schedule = False an early rung would make a "
+            "cosine's rate jump; use optimizer.schedule = 'wsd'"
+        )
+
+
+def schedule_end(plan: list[Config], rung: int) -> int:
+    """The step at which the learning-rate schedule of a stage ends: its own end, or that of those which continue it."""
+    end = rung
+    while end + 1 < len(plan) and not plan[end + 1].grow.restart_schedule:
+        end += 1
+    return plan[end].steps
 
 
 def shifted(stage: Config, planned_start: int, start: int) -> Config:

@@ -18,7 +18,7 @@ from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import json_text, replace_file
 from tokenformer_jax.growth.figures import describe_growth
 from tokenformer_jax.growth.grow import Growing
-from tokenformer_jax.growth.ladder import Plateau, shifted, stages
+from tokenformer_jax.growth.ladder import Plateau, schedule_end, shifted, stages
 from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.growth.resize import InMemory, Resize
 from tokenformer_jax.growth.shrink import check_shrinking
@@ -28,7 +28,7 @@ from tokenformer_jax.storage.metrics_file import Row
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.workdir import load_config, require_empty
 from tokenformer_jax.training.non_finite import SPIKE_WINDOW, BadStep
-from tokenformer_jax.training.schedule import Frozen
+from tokenformer_jax.training.schedule import NewTokens
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, make_step
 from tokenformer_jax.training.tasks import Prepared, task_of
@@ -162,7 +162,7 @@ def open_run(cfg: Config, workdir: pathlib.Path) -> Run:
 
 def begin(plan: list[Config], checkpoints: Checkpoints) -> Run:
     cfg = plan[0]
-    step = make_step(cfg, make_mesh(cfg.mesh))
+    step = make_step(cfg, make_mesh(cfg.mesh), 0, schedule_end(plan, 0))
     task = task_of(cfg)
     corpus = task.prepare(cfg)
     record = Record(dataclasses.asdict(cfg.model), task.identity(corpus, cfg), cfg.batch_size)
@@ -188,8 +188,8 @@ def resume_at(start: int, plan: list[Config], workdir: pathlib.Path, checkpoints
     record = checkpoints.record(start)
     cfg = stage_of(plan, record, workdir)
     last = record.growth[-1] if record.growth else None
-    frozen = frozen_tokens(cfg, last["step"], last["from"], last["to"]) if last else None
-    step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, frozen)
+    new = new_tokens(cfg, last["step"], last["from"], last["to"]) if last else None
+    step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, end_of_schedule(plan, record.rung, cfg), new)
     task = task_of(cfg)
     corpus = task.prepare(cfg, checkpoints.assets(start))
     identity = task.identity(corpus, cfg)
@@ -223,11 +223,18 @@ def stage_of(plan: list[Config], record: Record, workdir: pathlib.Path) -> Confi
     return shifted(stage, plan[rung - 1].steps, record.growth[-1]["step"]) if rung else stage
 
 
-def frozen_tokens(cfg: Config, step: int, before: dict[str, int], after: dict[str, int]) -> Frozen | None:
-    """What does not learn for a while after a growth at `step`, if the config says so."""
-    if not cfg.grow.freeze_steps:
+def end_of_schedule(plan: list[Config], rung: int, cfg: Config) -> int:
+    """Where the learning-rate schedule of a stage ends, `cfg`, which may have begun earlier than planned."""
+    return schedule_end(plan, rung) + cfg.steps - plan[rung].steps
+
+
+def new_tokens(cfg: Config, step: int, before: dict[str, int], after: dict[str, int]) -> NewTokens | None:
+    """How the tokens of a growth at `step` learn, if the config has them learn in a way of their own."""
+    grow = cfg.grow
+    own = (grow.freeze_steps, grow.new_tokens_rate, grow.new_tokens_warmup)
+    if own == (0, 1.0, 0):
         return None
-    return Frozen({name: n for name, n in before.items() if after[name] > n}, step + cfg.grow.freeze_steps)
+    return NewTokens({name: n for name, n in before.items() if after[name] > n}, step, *own)
 
 
 def roll_back(run: Run, workdir: pathlib.Path, bad: BadStep) -> Run:
@@ -257,14 +264,18 @@ def next_rung(run: Run) -> Run:
     n, rung = int(run.state.step), run.record.rung + 1
     cfg = shifted(run.plan[rung], run.plan[rung - 1].steps, n)
     old_cfg = dataclasses.replace(cfg, model=run.cfg.model)
-    step = make_step(cfg, make_mesh(cfg.mesh), n, frozen_tokens(cfg, n, old_cfg.model.tokens, cfg.model.tokens))
+    record = run.record_at(n)
+    if cfg.grow.restart_schedule:
+        record = dataclasses.replace(record, schedule_start=n)
+    new = new_tokens(cfg, n, old_cfg.model.tokens, cfg.model.tokens)
+    step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, end_of_schedule(run.plan, rung, cfg), new)
     resize = Resize(Growing(cfg.grow.recipe), n, cfg, old_cfg, step, make_step(old_cfg, step.mesh))
     source = InMemory(run.state)
     run.state = None  # type: ignore[assignment]  # so that its arrays can go as the larger ones come
     state, figures = resize.apply(source, run.corpus.validation)
     if jax.process_index() == 0:
         print(describe_growth(figures), file=sys.stderr)
-    record = dataclasses.replace(resize.record(run.record_at(n), figures), schedule_start=n, rung=rung)
+    record = dataclasses.replace(resize.record(record, figures), rung=rung)
     data = task_of(cfg).train_batches(run.corpus, cfg, step.mesh)
     data.set_state(run.data.get_state())
     keep_position(data, run.cfg.batch_size, cfg.batch_size)

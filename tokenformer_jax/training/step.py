@@ -18,7 +18,7 @@ from tokenformer_jax.devices.sharding import batch_sharding, constrain, replicat
 from tokenformer_jax.nn.layers import Key, Params, subkey
 from tokenformer_jax.nn.transformer import Tau, initial_tau
 from tokenformer_jax.training.non_finite import if_finite
-from tokenformer_jax.training.schedule import Frozen, freeze, learning_rate, make_optimizer
+from tokenformer_jax.training.schedule import NewTokens, learning_rate, make_optimizer, scale_updates
 from tokenformer_jax.training.state import TrainState, new_state
 from tokenformer_jax.training.tasks import task_of
 
@@ -60,18 +60,21 @@ class Step:
         give_back_memory()
 
 
-def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0, frozen: Frozen | None = None) -> Step:
+def make_step(
+    cfg: Config, mesh: Mesh, schedule_start: int = 0, schedule_end: int = 0, new_tokens: NewTokens | None = None
+) -> Step:
     """Compiles (on first use) the functions that train this config on this mesh.
 
     Args:
       cfg: the config; only its sizes and rates matter.
       mesh: from `sharding.make_mesh`.
       schedule_start: the step from which the learning-rate schedule counts.
-      frozen: tokens that do not learn up to some step.
+      schedule_end: the step at which it ends; `cfg.steps` where it is 0.
+      new_tokens: those of a growth, which learn in a way of their own.
     """
     task = task_of(cfg)
     graphdef, _, param_axes = task.abstract_model(cfg.model)
-    schedule = learning_rate(cfg.optimizer, cfg.steps, schedule_start)
+    schedule = learning_rate(cfg.optimizer, schedule_end or cfg.steps, schedule_start)
     optimizer = make_optimizer(cfg.optimizer, schedule)
 
     def init(key: jax.Array) -> TrainState:
@@ -84,7 +87,7 @@ def make_step(cfg: Config, mesh: Mesh, schedule_start: int = 0, frozen: Frozen |
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = masks_key(cfg, state.step)
         mean, grads = mean_gradients(loss, state, batch, key, cfg.accumulation)
-        update = functools.partial(clipped_update, optimizer, cfg.optimizer.clip_norm, frozen)
+        update = functools.partial(clipped_update, optimizer, cfg.optimizer.clip_norm, new_tokens)
         return update_state(state, mean, grads, schedule, update)
 
     def evaluate(state: TrainState, batch: Batch) -> Metrics:
@@ -170,18 +173,18 @@ def update_state(
 def clipped_update(
     optimizer: optax.GradientTransformation,
     clip_norm: float,
-    frozen: Frozen | None,
+    new_tokens: NewTokens | None,
     norm: jax.Array,
     step: jax.Array,
     params: Params,
     opt_state: optax.OptState,
     grads: Params,
 ) -> tuple[Params, optax.OptState]:
-    """The optimizer's step with the gradient, of this norm, clipped to `clip_norm`; frozen tokens stay."""
+    """The optimizer's step with the gradient, of this norm, clipped to `clip_norm`."""
     scale = clip_norm / jnp.maximum(norm, clip_norm)
     updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * scale, grads), opt_state, params)
-    if frozen is not None:
-        updates = freeze(updates, step, frozen)
+    if new_tokens is not None:
+        updates = scale_updates(updates, step, new_tokens)
     return optax.apply_updates(params, updates), opt_state
 
 

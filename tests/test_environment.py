@@ -85,6 +85,15 @@ def test_devices_that_are_not_there_are_named(folder, platforms):
     assert not (folder / "w").exists()
 
 
+def test_a_check_uses_no_device_and_leaves_nothing(folder):
+    environment = os.environ | {"JAX_PLATFORMS": "banana", "JAX_COORDINATOR_ADDRESS": "nowhere:1"}
+    line = [sys.executable, "-m", "tokenformer_jax.train", "--config=quickstart:small", f"--workdir={folder}/w"]
+    for extra, code in ([], 0), (["--config.steps=-1"], 2), (["--config.mesh.fsdp=2"], 2):
+        checked = [*line, *extra, "--distributed", "--check_for=1x1"]
+        assert subprocess.run(checked, cwd=ROOT, env=environment, capture_output=True).returncode == code
+    assert not (folder / "w").exists()
+
+
 def test_an_error_that_has_nothing_to_do_with_devices_stays_what_it_is():
     script = """
 from tokenformer_jax.cli import run_command

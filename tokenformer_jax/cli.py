@@ -23,6 +23,7 @@ from tokenformer_jax.config import (
     suggest,
 )
 from tokenformer_jax.devices.distributed import Peers
+from tokenformer_jax.devices.sharding import check_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import local_path
 
@@ -187,16 +188,22 @@ def key_names(cls: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def run_command(main: Callable[[], int | None]) -> None:
+def run_command(main: Callable[[], int | None], *readers: Callable[[], Any]) -> None:
     """Runs a command's `main`, which may return an exit code: a UserError becomes one line on stderr and exit code 2.
 
-    Defines `--distributed`, with which the command is one process of several.
+    Defines `--distributed`, with which the command is one process of several, and `--check_for`, which only calls the
+    `readers` of its flags and checks the configs that they give.
     """
     distributed = flags.DEFINE_boolean(
         "distributed",
         False,
         "this is one process of several: found out on TPU VMs, Slurm, Open MPI and Kubernetes; elsewhere told by "
         "JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    )
+    check_for = flags.DEFINE_string(
+        "check_for",
+        None,
+        "checks flags and config for so many processes x devices of each, such as 4x8, or any, and does nothing else",
     )
 
     def parse(argv: list[str]) -> list[str]:
@@ -210,6 +217,9 @@ def run_command(main: Callable[[], int | None]) -> None:
             return extra
 
     def guarded(_: list[str]) -> int | None:
+        if check_for.value is not None:
+            _check(check_for.value, [read() for read in readers])
+            return None
         with _join_processes() if distributed.value else contextlib.nullcontext(), _platform_errors():
             return main()
 
@@ -223,6 +233,18 @@ def run_command(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _check(devices: str, values: list[Any]) -> None:
+    """Finds the mistakes of configs that a command would find before its first step, without using a device."""
+    from tokenformer_jax.growth.ladder import stages  # which most commands do not need
+
+    processes, each = (int(size) if size.isdecimal() else 0 for size in f"{devices}x".split("x")[:2])
+    if devices != "any" and (devices != f"{processes}x{each}" or not processes * each):
+        raise UserError(f"--check_for={devices}: must be processes x devices of each, such as 4x8, or any")
+    for stage in (stage for value in values if isinstance(value, Config) for stage in stages(value)):
+        if devices != "any":
+            check_mesh(stage.mesh, processes, each)
 
 
 @contextlib.contextmanager

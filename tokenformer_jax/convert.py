@@ -52,7 +52,7 @@ def main() -> None:
                 done += f"\nwarning: no --tokenizer was given and {note}"
         print_once(done)
 
-    run_command(convert)
+    run_command(convert, workdir)
 
 
 if __name__ == "__main__":

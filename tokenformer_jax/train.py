@@ -11,7 +11,7 @@ from tokenformer_jax.running.loop import train
 
 def main() -> None:
     config, workdir = config_flag(), workdir_flag()
-    run_command(lambda: None if train(config(), workdir()) else STOPPED)
+    run_command(lambda: None if train(config(), workdir()) else STOPPED, config, workdir)
 
 
 if __name__ == "__main__":

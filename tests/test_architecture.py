@@ -7,6 +7,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "tokenformer_jax"
 # A line is a floor: a file of its own, or a room and its files. Presets use no other room, and the commands use any.
 FLOORS = """
     errors
+    environment
     files
     config
     configs: base quickstart pile ladder released tpu transformer

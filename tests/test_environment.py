@@ -85,6 +85,51 @@ def test_devices_that_are_not_there_are_named(folder, platforms):
     assert not (folder / "w").exists()
 
 
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("JAX_ENABLE_X64", "banana", "JAX does not take it"),
+        ("JAX_ENABLE_X64", "1", "use 0, or unset"),
+        ("JAX_DEFAULT_MATMUL_PRECISION", "banana", "JAX does not take it"),
+        ("JAX_NUM_CPU_DEVICES", "banana", "JAX does not take it"),
+        ("JAX_NUM_CPU_DEVICES", "0", "use 1"),
+        ("JAX_NUM_CPU_DEVICES", "-3", "use 1"),
+        ("JAX_DEFAULT_DEVICE", "banana", "JAX does not take it"),
+        ("JAX_NUMPY_RANK_PROMOTION", "raise", "use allow or warn"),
+        ("JAX_DISABLE_JIT", "1", "use 0, or unset"),
+        ("JAX_COMPILATION_CACHE_DIR", "/dev/null/cache", "cannot be written (Not a directory); use a folder"),
+        ("JAX_PLATFORM_NAME", "banana", "JAX can use no such device"),
+        ("XLA_FLAGS", "--xla_banana=1", "Unknown flag in XLA_FLAGS: --xla_banana=1"),
+        ("XLA_FLAGS", "no_such_file", "Could not open file"),
+        ("XLA_FLAGS", "--xla_force_host_platform_device_count=banana", "Couldn't interpret value banana"),
+        ("XLA_FLAGS", "--xla_force_host_platform_device_count=0", "0 devices are too few"),
+    ],
+)
+def test_a_variable_that_jax_or_xla_does_not_take_is_named(folder, name, value, says):
+    line = [sys.executable, "-m", "tokenformer_jax.train", "--config=quickstart:small", f"--workdir={folder}/w"]
+    environment = os.environ | {"XLA_FLAGS": "", name: value}
+    error = complaint(subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True))
+    assert f"{name}={value}" in error and says in error and "unset" in error
+    assert not (folder / "w").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "prepare", "report", "convert"])
+def test_every_command_names_such_a_variable(command):
+    line = [sys.executable, "-m", f"tokenformer_jax.{command}"]
+    environment = os.environ | {"JAX_ENABLE_X64": "banana"}
+    assert "JAX_ENABLE_X64=banana" in complaint(
+        subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    )
+
+
+def test_the_console_script_names_such_a_variable(tmp_path):
+    script = tmp_path / "tokenformer"
+    script.write_text("from tokenformer_jax.cli import main\nmain()\n")
+    environment = os.environ | {"JAX_ENABLE_X64": "banana", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, script, "train"], env=environment, capture_output=True, text=True)
+    assert "JAX_ENABLE_X64=banana" in complaint(ended)
+
+
 def test_a_check_uses_no_device_and_leaves_nothing(folder):
     environment = os.environ | {"JAX_PLATFORMS": "banana", "JAX_COORDINATOR_ADDRESS": "nowhere:1"}
     line = [sys.executable, "-m", "tokenformer_jax.train", "--config=quickstart:small", f"--workdir={folder}/w"]

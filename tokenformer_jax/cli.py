@@ -255,12 +255,14 @@ def _platform_errors() -> Iterator[None]:
     except (RuntimeError, AssertionError) as error:
         if not str(error).startswith("Unable to initialize backend") and _has_devices():  # it is another error
             raise
-        platforms, reason = (
-            os.environ.get("JAX_PLATFORMS"),
-            str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0],
-        )
-        what = f"JAX_PLATFORMS={platforms}: JAX can use no such device here" if platforms else "JAX can use no device"
-        use = "use JAX_PLATFORMS=cpu, or unset it to let JAX choose" if platforms else "use JAX_PLATFORMS=cpu"
+        said = [f"{name}={os.environ[name]}" for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(name)]
+        reason = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].partition(" (you may need")[0]
+        what = f"{', '.join(said)}: JAX can use no such device here" if said else "JAX can use no device"
+        use = "use JAX_PLATFORMS=cpu"
+        if "JAX_PLATFORM_NAME" in os.environ:
+            use = f"unset JAX_PLATFORM_NAME, and {use}"
+        if said:
+            use += ", or unset it to let JAX choose"
         raise UserError(f"{what}{f' ({reason})' if reason else ''}; {use}") from None
 
 

@@ -1,6 +1,7 @@
 """Config files that cannot be read, and machines that are not as they are said to be: one line, nothing written."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -137,6 +138,26 @@ def test_a_check_uses_no_device_and_leaves_nothing(folder):
         checked = [*line, *extra, "--distributed", "--check_for=1x1"]
         assert subprocess.run(checked, cwd=ROOT, env=environment, capture_output=True).returncode == code
     assert not (folder / "w").exists()
+
+
+def test_a_command_in_the_background_of_a_script_ends_on_sigint(tmp_path):
+    script = """
+import time
+from tokenformer_jax.cli import run_command
+def main():
+    print("ready", flush=True)
+    time.sleep(60)
+run_command(main)
+"""
+    shell = f"trap : INT; ({sys.executable} -c '{script}' && touch {tmp_path}/next) & wait $!; wait $!"
+    line = ["bash", "-c", shell]
+    process = subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors == "interrupted\n" and not (tmp_path / "next").exists()
 
 
 def test_an_error_that_has_nothing_to_do_with_devices_stays_what_it_is():

@@ -7,6 +7,7 @@ import io
 import logging as stdlib_logging
 import os
 import pathlib
+import signal
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -220,6 +221,9 @@ def run_command(main: Callable[[], int | None], *readers: Callable[[], Any]) -> 
         if check_for.value is not None:
             _check(check_for.value, [read() for read in readers])
             return None
+        if not distributed.value and signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL):
+            # Shells have it ignored in the background of a script, which would go on with what is not finished.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with _join_processes() if distributed.value else contextlib.nullcontext(), _platform_errors():
             return main()
 

@@ -6,6 +6,7 @@ could say what is wrong.
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from typing import Any, NoReturn
@@ -76,6 +77,10 @@ def check_compilation_cache() -> None:
         refuse("JAX_COMPILATION_CACHE_DIR", f"cannot be written ({error.strerror}); use a folder that can, or unset it")
 
 
+# Shells have SIGINT ignored in the background of a script: heeded from here on, also while all is imported. Processes
+# of a pod leave it to their launcher.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and not any("-distributed" in arg for arg in sys.argv):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 check_xla_flags()
 check_jax_variables()
 check_compilation_cache()

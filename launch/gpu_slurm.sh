@@ -11,7 +11,8 @@
 #   --cpus_per_gpu=N       (8 by default)
 #   --sbatch=FLAG          one more flag for sbatch, such as --sbatch=--partition=gpu; may be repeated
 #   --dry_run              prints what would be called here and in the job, and calls nothing
-# Uses the virtual environment .venv of this folder if there is one.
+# Uses the virtual environment .venv of this folder if there is one. The command's flags and config are checked here
+# first (PYTHON: by which interpreter).
 set -euo pipefail
 
 mistake() {
@@ -55,6 +56,8 @@ in_job() { # LOCAL_DEVICES COMMAND…
 if [[ ${1-} == in_job ]]; then in_job "${@:2}"; fi
 
 root=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=launch/check.sh
+source "$root/launch/check.sh"
 nodes=1 gpus_per_node='' processes=node time='' grace=300 cpus_per_gpu=8 dry_run='' sbatch_flags=() command=()
 while (($#)); do
   case $1 in
@@ -85,8 +88,10 @@ command+=(--distributed)
 
 if [[ $processes == node ]]; then
   tasks=1 devices=$(seq -s, 0 $((gpus_per_node - 1)))
+  check "$root" "${nodes}x$gpus_per_node" "${command[@]}"
 else
   tasks=$gpus_per_node devices=one
+  check "$root" "$((nodes * gpus_per_node))x1" "${command[@]}"
 fi
 submit=(sbatch --job-name=tokenformer --chdir="$root" --output="$root/runs/slurm-%j.log" --open-mode=append --requeue
   --signal="B:USR1@$grace" --time="$time" --nodes="$nodes" --ntasks-per-node="$tasks" --gpus-per-node="$gpus_per_node"

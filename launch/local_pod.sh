@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # Runs a command as N processes of one pod on this machine, to try on a CPU what runs on a pod:
 #   bash launch/local_pod.sh N python -m tokenformer_jax.train --config=… --workdir=…
-# All write to this terminal. When one dies the others end too, as on a pod, or are ended after 45 seconds (POD_GRACE),
-# as where they still wait for it to join them; the exit code is that of the first to fail, rather than 75, with which
-# processes end because another did, or 85, with which train ends that was stopped and has saved.
+# Flags and config are checked first. All write to this terminal. When one dies the others end too, as on a pod, or are
+# ended after 45 seconds (POD_GRACE), as where they still wait for it to join them; the exit code is that of the first to
+# fail, rather than 75, with which processes end because another did, or 85, with which train ends that was stopped and
+# has saved.
 set -euo pipefail
 [[ $# -ge 2 && $1 =~ ^[1-9][0-9]*$ ]] || { echo "usage: bash launch/local_pod.sh N COMMAND…" >&2; exit 2; }
 count=$1
 shift
+# shellcheck source=launch/check.sh
+source "$(dirname "$0")/check.sh"
+PYTHON=python check . any "$@"
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
 export JAX_COORDINATOR_ADDRESS=localhost:$port JAX_NUM_PROCESSES=$count
 

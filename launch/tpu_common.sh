@@ -4,6 +4,8 @@ multislice=${multislice-}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 worker='bash tokenformer_jax/launch/worker.sh' # on the workers, from the home directory
 shared=/mnt/shared
+# shellcheck source=launch/check.sh
+source "$root/launch/check.sh"
 
 # Reading the command line.
 
@@ -105,8 +107,8 @@ check_command() {
         ;;
       --config=*)
         file=${arg#--config=} file=${file%%:*}
-        [[ $file == configs/* && -e $root/$file ]] ||
-          mistake "$arg: no file in this project's configs/, which is the folder of configs that the workers get"
+        [[ $file == configs/* && -e $root/$file || $file != */* && -e $root/configs/$file.py ]] ||
+          mistake "$arg: no such file in this project's configs/, which is all that the workers get; use one in there"
         ;;
       --config.mesh.slice=*)
         [[ ${arg#*=} == "${slices:-1}" ]] || mistake "$arg: must be the number of slices, ${slices:-1}"
@@ -117,6 +119,15 @@ check_command() {
     command+=(--config.mesh.slice="$slices")
   fi
   command+=(--distributed)
+  check "$root" "$(devices)" "${command[@]}"
+}
+
+devices() { # PROCESSESxDEVICES, of all slices together; any where the type does not say it
+  local chips=${type##*-} hosts=1
+  [[ $chips =~ ^[1-9][0-9]{0,5}$ && $type =~ ^(v6e|v5litepod|v5p|v4)- ]] || { echo any && return; }
+  [[ $type != v4-* && $type != v5p-* ]] || chips=$((chips / 2)) # these names count cores
+  if ((chips > 8)) || [[ $type == v4-* || $type == v5p-* ]]; then hosts=$(((chips + 3) / 4)); fi
+  echo "$((hosts * ${slices:-1}))x$((chips / hosts))"
 }
 
 # Calling gcloud. With --dry_run every call is printed, and answered as a first run that goes well would be.

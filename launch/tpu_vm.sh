@@ -5,7 +5,8 @@
 #   bash launch/tpu_vm.sh run    --name=… … -- python -m tokenformer_jax.evaluate --workdir=/mnt/shared/…
 #   bash launch/tpu_vm.sh status|logs|stop|delete --name=… --zone=…
 #   bash launch/tpu_vm.sh exec   --name=… --zone=… -- COMMAND…     in the foreground, on one worker
-# run may be interrupted: the command goes on, and the same call follows it again. Where the slice was preempted, run
+# run checks the command's flags and config here first (PYTHON: by which interpreter; .venv's by default).
+# It may be interrupted: the command goes on, and the same call follows it again. Where the slice was preempted, run
 # deletes it, makes a new one and starts the same command: train goes on from its --workdir.
 # Flags, and the variables that stand in for them:
 #   --name (TPU_NAME)        of the slice

@@ -7,6 +7,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "tokenformer_jax"
 # A line is a floor: a file of its own, or a room and its files. Presets use no other room, and the commands use any.
 FLOORS = """
     errors
+    environment
     files
     config
     configs: base quickstart pile ladder released tpu transformer
@@ -20,6 +21,7 @@ FLOORS = """
     planning: hlo plan
     running: signals run log loop branch
     api
+    pytorch
     cli
 """
 COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare".split()
@@ -70,6 +72,10 @@ def test_files_are_short_and_commands_fit_on_a_screen():
     for path in ROOT.rglob("*.py"):
         most = 60 if path.parent == ROOT and path.stem in COMMANDS else 400
         assert len(path.read_text().splitlines()) <= most, path
+
+
+def test_the_pytorch_model_may_be_copied():
+    assert not imports("pytorch") and "jax" not in path_of("pytorch").read_text().split('"""', 2)[2]
 
 
 def test_storage_and_data_know_no_model():

@@ -1,6 +1,7 @@
 """Config files that cannot be read, and machines that are not as they are said to be: one line, nothing written."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -83,6 +84,80 @@ def test_devices_that_are_not_there_are_named(folder, platforms):
     line = complaint(result)
     assert f"JAX_PLATFORMS={platforms}: JAX can use no such device" in line and "use JAX_PLATFORMS=cpu" in line
     assert not (folder / "w").exists()
+
+
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("JAX_ENABLE_X64", "banana", "JAX does not take it"),
+        ("JAX_ENABLE_X64", "1", "use 0, or unset"),
+        ("JAX_DEFAULT_MATMUL_PRECISION", "banana", "JAX does not take it"),
+        ("JAX_NUM_CPU_DEVICES", "banana", "JAX does not take it"),
+        ("JAX_NUM_CPU_DEVICES", "0", "use 1"),
+        ("JAX_NUM_CPU_DEVICES", "-3", "use 1"),
+        ("JAX_DEFAULT_DEVICE", "banana", "JAX does not take it"),
+        ("JAX_NUMPY_RANK_PROMOTION", "raise", "use allow or warn"),
+        ("JAX_DISABLE_JIT", "1", "use 0, or unset"),
+        ("JAX_COMPILATION_CACHE_DIR", "/dev/null/cache", "cannot be written (Not a directory); use a folder"),
+        ("JAX_PLATFORM_NAME", "banana", "JAX can use no such device"),
+        ("XLA_FLAGS", "--xla_banana=1", "Unknown flag in XLA_FLAGS: --xla_banana=1"),
+        ("XLA_FLAGS", "no_such_file", "Could not open file"),
+        ("XLA_FLAGS", "--xla_force_host_platform_device_count=banana", "Couldn't interpret value banana"),
+        ("XLA_FLAGS", "--xla_force_host_platform_device_count=0", "0 devices are too few"),
+    ],
+)
+def test_a_variable_that_jax_or_xla_does_not_take_is_named(folder, name, value, says):
+    line = [sys.executable, "-m", "tokenformer_jax.train", "--config=quickstart:small", f"--workdir={folder}/w"]
+    environment = os.environ | {"XLA_FLAGS": "", name: value}
+    error = complaint(subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True))
+    assert f"{name}={value}" in error and says in error and "unset" in error
+    assert not (folder / "w").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "prepare", "report", "convert"])
+def test_every_command_names_such_a_variable(command):
+    line = [sys.executable, "-m", f"tokenformer_jax.{command}"]
+    environment = os.environ | {"JAX_ENABLE_X64": "banana"}
+    assert "JAX_ENABLE_X64=banana" in complaint(
+        subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    )
+
+
+def test_the_console_script_names_such_a_variable(tmp_path):
+    script = tmp_path / "tokenformer"
+    script.write_text("from tokenformer_jax.cli import main\nmain()\n")
+    environment = os.environ | {"JAX_ENABLE_X64": "banana", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, script, "train"], env=environment, capture_output=True, text=True)
+    assert "JAX_ENABLE_X64=banana" in complaint(ended)
+
+
+def test_a_check_uses_no_device_and_leaves_nothing(folder):
+    environment = os.environ | {"JAX_PLATFORMS": "banana", "JAX_COORDINATOR_ADDRESS": "nowhere:1"}
+    line = [sys.executable, "-m", "tokenformer_jax.train", "--config=quickstart:small", f"--workdir={folder}/w"]
+    for extra, code in ([], 0), (["--config.steps=-1"], 2), (["--config.mesh.fsdp=2"], 2):
+        checked = [*line, *extra, "--distributed", "--check_for=1x1"]
+        assert subprocess.run(checked, cwd=ROOT, env=environment, capture_output=True).returncode == code
+    assert not (folder / "w").exists()
+
+
+def test_a_command_in_the_background_of_a_script_ends_on_sigint(tmp_path):
+    script = """
+import time
+from tokenformer_jax.cli import run_command
+def main():
+    print("ready", flush=True)
+    time.sleep(60)
+run_command(main)
+"""
+    shell = f"trap : INT; ({sys.executable} -c '{script}' && touch {tmp_path}/next) & wait $!; wait $!"
+    line = ["bash", "-c", shell]
+    process = subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors == "interrupted\n" and not (tmp_path / "next").exists()
 
 
 def test_an_error_that_has_nothing_to_do_with_devices_stays_what_it_is():

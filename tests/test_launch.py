@@ -115,6 +115,7 @@ class Cloud:
         self.write("python_later", FINISH)  # and what they do once the slice was deleted
         path = f"{folder}/bin:{os.environ['PATH']}"
         self.environment = {"PATH": path, "FAKE": str(folder), "HOME": str(folder), "REAL_SLEEP": "/bin/sleep"}
+        self.environment["PYTHON"] = str(folder / "bin" / "python3")  # finds every config good, and at once
 
     def write(self, name, *lines):
         (self.folder / name).write_text("".join(f"{line}\n" for line in lines))
@@ -548,6 +549,105 @@ def test_a_mistake_on_the_command_line_is_one_line(cloud, line, named):
     code, output, errors = cloud.run(*line.split())
     assert code == 2 and not output and not cloud.calls
     assert len(errors.splitlines()) == 1 and named in errors, errors
+
+
+GPUS = ["--nodes=2", "--gpus_per_node=8", "--time=1", "--"]
+WRONG_CONFIGS = {
+    "quickstart:smal": "variant 'smal' must be small, grown or continued",
+    "quickstart:small --config.modle.num_layers=2": "modle",
+    "quickstart:small --config.model.num_layerz=2": "--config.model.num_layerz: unknown key; did you mean",
+    "quickstart:small --config.steps=many": "--config.steps=many",
+    "quickstart:small --config.model.num_heads=3": "model.num_heads = 3: must divide model.embed_dim = 128; use 2 or 4",
+    "quickstart:small --config.optimizer.beta1=2": "optimizer.beta1 = 2.0: must be 0 or above, and below 1",
+    "ladder:all_mesh --config.mesh.fsdp=16 --config.steps=7000": "rungs[2]: steps = 7000",
+    "quickstart:small --stepz=3": "stepz",
+}
+
+
+@pytest.fixture
+def checked(cloud):
+    cloud.environment["PYTHON"] = sys.executable
+    return cloud
+
+
+def refused(checked, ended):
+    """The one line of a launcher that called nothing."""
+    code, output, errors = ended
+    assert code == 2 and not output and not checked.calls
+    assert len(errors.splitlines()) == 1 and errors.startswith("error: "), errors
+    return errors
+
+
+@pytest.mark.parametrize("config", WRONG_CONFIGS)
+def test_a_wrong_config_is_found_before_anything_is_paid_for(checked, config):
+    line = [*f"--config={config}".split(), "--workdir=/mnt/shared/run"]
+    assert WRONG_CONFIGS[config] in refused(checked, checked.run("gpu_slurm.sh", "--dry_run", *GPUS, *line))
+
+
+@pytest.mark.parametrize("launcher", ["tpu_vm", "multislice", "gpu_slurm", "local_pod"])
+def test_every_launcher_checks_the_config(checked, launcher):
+    line = ["--config=quickstart:smal", "--workdir=/mnt/shared/run"]
+    ended = {
+        "tpu_vm": lambda: checked.vm("run", "--dry_run", "--", *line),
+        "multislice": lambda: checked.multislice("run", "--", *line),
+        "gpu_slurm": lambda: checked.run("gpu_slurm.sh", *GPUS, *line),
+        "local_pod": lambda: checked.run("local_pod.sh", "2", "python", "-m", "tokenformer_jax.train", *line),
+    }[launcher]()
+    assert "variant 'smal' must be small, grown or continued" in refused(checked, ended)
+
+
+@pytest.mark.parametrize("config", ["configs/nope.py:small", "nope:small", "configs/quickstrt.py"])
+def test_a_config_file_that_is_not_there_is_named(checked, config):
+    line = [f"--config={config}", "--workdir=/mnt/shared/run"]
+    for ended in (checked.vm("run", "--", *line), checked.run("gpu_slurm.sh", *GPUS, *line)):
+        errors = refused(checked, ended)
+        assert f"--config={config}: no" in errors and "use one " in errors
+
+
+@pytest.mark.parametrize(
+    "type, slices, fsdp, says",
+    [
+        ("v6e-16", 1, 16, ""),
+        ("v6e-16", 1, 8, "uses 8 of 16 devices; it must use all"),
+        ("v5p-32", 1, 32, "needs 32 devices, but there are 16"),
+        ("v6e-8", 1, 4, ""),  # one process may leave devices unused
+        ("v6e-1", 1, 2, "needs 2 devices, but there are 1"),
+        ("v4-8", 2, 4, ""),
+    ],
+)
+def test_a_mesh_must_fit_the_slices(checked, type, slices, fsdp, says):
+    run = checked.vm if slices == 1 else checked.multislice
+    flags = ["--config=quickstart:small", f"--config.mesh.fsdp={fsdp}", "--config.batch_size=64"]
+    code, _, errors = run("run", "--dry_run", "--", *flags, "--workdir=/mnt/shared/run", type=type)
+    assert (code == 2 and says in errors) if says else code == 0, errors
+
+
+def test_a_mesh_must_fit_the_gpus(checked):
+    flags = ["--config=quickstart:small", "--config.batch_size=64", "--workdir=run"]
+    for fsdp, code in ((16, 0), (8, 2), (32, 2)):
+        assert checked.run("gpu_slurm.sh", "--dry_run", *GPUS, *flags, f"--config.mesh.fsdp={fsdp}")[0] == code
+
+
+def test_data_are_prepared_on_any_worker_whatever_the_mesh(checked):
+    line = ["python", "-m", "tokenformer_jax.prepare", "--config=ladder:all_mesh", "--config.mesh.fsdp=16"]
+    assert checked.vm("run", "--dry_run", "--", *line, type="v6e-1")[0] == 0
+    assert checked.vm("run", "--dry_run", "--", *line, "--config.steps=x", type="v6e-1")[0] == 2
+
+
+@pytest.mark.parametrize("python", ["no/such/python", "lacks_packages"])
+def test_where_no_python_can_check_a_line_says_so_and_the_run_goes_on(cloud, python):
+    if python == "lacks_packages":
+        python = cloud.folder / "bin" / "bare"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+        python.chmod(0o755)
+    cloud.environment["PYTHON"] = str(python)
+    for script, flags in (("gpu_slurm.sh", GPUS[:-1]), ("tpu_vm.sh", [f"--{k}={v}" for k, v in SLICE.items()])):
+        action = ["run"] if script == "tpu_vm.sh" else []
+        code, output, errors = cloud.run(script, *action, *flags, "--dry_run", "--", *TRAIN)
+        assert code == 0 and output
+        note = errors.splitlines()[0]
+        assert note.startswith("warning: flags and config are not checked") and str(python) in note
+        assert "No module named" in note or "No such file" in note
 
 
 def test_every_script_explains_itself(cloud):

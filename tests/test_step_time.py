@@ -16,7 +16,7 @@ from benchmarks import step_time, torch_tokenformer, waits  # noqa: E402
 def test_the_peer_agrees_with_the_authors_data(name):
     cfg, params, _, raw = golden_model(name)
     model = torch_tokenformer.TokenFormer(cfg.model)
-    model.load(params)
+    model.load_params(params)
     tokens = torch.from_numpy(raw["tokens"].astype(np.int64))
     np.testing.assert_allclose(model(tokens).detach().numpy(), raw["logits"], atol=2e-5)
 

@@ -14,6 +14,8 @@ Names of arrays end in their axes:
 """
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,6 +46,9 @@ _HOMES = {
     "Pattention": "nn.pattention",
     "pattention": "nn.pattention",
 }
+
+if [os.path.basename(name) for name in sys.argv[:1]] in (["-m"], ["tokenformer"]):  # Python begins to run a command
+    importlib.import_module(f"{__name__}.environment")
 
 
 def __getattr__(name: str) -> Any:  # imported when asked for, so that each command loads only what it needs

@@ -23,7 +23,7 @@ def main() -> None:
             which = "; ".join(f"step {step}: {listed(names)}" for step, names in damaged.items())
             raise UserError(f"{checkpoints.directory}: damaged are {which}")
 
-    run_command(check)
+    run_command(check, workdir)
 
 
 if __name__ == "__main__":

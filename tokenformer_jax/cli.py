@@ -7,6 +7,7 @@ import io
 import logging as stdlib_logging
 import os
 import pathlib
+import signal
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from tokenformer_jax.config import (
     suggest,
 )
 from tokenformer_jax.devices.distributed import Peers
+from tokenformer_jax.devices.sharding import check_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import local_path
 
@@ -187,16 +189,22 @@ def key_names(cls: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def run_command(main: Callable[[], int | None]) -> None:
+def run_command(main: Callable[[], int | None], *readers: Callable[[], Any]) -> None:
     """Runs a command's `main`, which may return an exit code: a UserError becomes one line on stderr and exit code 2.
 
-    Defines `--distributed`, with which the command is one process of several.
+    Defines `--distributed`, with which the command is one process of several, and `--check_for`, which only calls the
+    `readers` of its flags and checks the configs that they give.
     """
     distributed = flags.DEFINE_boolean(
         "distributed",
         False,
         "this is one process of several: found out on TPU VMs, Slurm, Open MPI and Kubernetes; elsewhere told by "
         "JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    )
+    check_for = flags.DEFINE_string(
+        "check_for",
+        None,
+        "checks flags and config for so many processes x devices of each, such as 4x8, or any, and does nothing else",
     )
 
     def parse(argv: list[str]) -> list[str]:
@@ -210,6 +218,12 @@ def run_command(main: Callable[[], int | None]) -> None:
             return extra
 
     def guarded(_: list[str]) -> int | None:
+        if check_for.value is not None:
+            _check(check_for.value, [read() for read in readers])
+            return None
+        if not distributed.value and signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL):
+            # Shells have it ignored in the background of a script, which would go on with what is not finished.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with _join_processes() if distributed.value else contextlib.nullcontext(), _platform_errors():
             return main()
 
@@ -225,6 +239,18 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(130)
 
 
+def _check(devices: str, values: list[Any]) -> None:
+    """Finds the mistakes of configs that a command would find before its first step, without using a device."""
+    from tokenformer_jax.growth.ladder import stages  # which most commands do not need
+
+    processes, each = (int(size) if size.isdecimal() else 0 for size in f"{devices}x".split("x")[:2])
+    if devices != "any" and (devices != f"{processes}x{each}" or not processes * each):
+        raise UserError(f"--check_for={devices}: must be processes x devices of each, such as 4x8, or any")
+    for stage in (stage for value in values if isinstance(value, Config) for stage in stages(value)):
+        if devices != "any":
+            check_mesh(stage.mesh, processes, each)
+
+
 @contextlib.contextmanager
 def _platform_errors() -> Iterator[None]:
     """Turns what JAX raises where it cannot use its devices into a UserError."""
@@ -233,12 +259,14 @@ def _platform_errors() -> Iterator[None]:
     except (RuntimeError, AssertionError) as error:
         if not str(error).startswith("Unable to initialize backend") and _has_devices():  # it is another error
             raise
-        platforms, reason = (
-            os.environ.get("JAX_PLATFORMS"),
-            str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0],
-        )
-        what = f"JAX_PLATFORMS={platforms}: JAX can use no such device here" if platforms else "JAX can use no device"
-        use = "use JAX_PLATFORMS=cpu, or unset it to let JAX choose" if platforms else "use JAX_PLATFORMS=cpu"
+        said = [f"{name}={os.environ[name]}" for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(name)]
+        reason = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].partition(" (you may need")[0]
+        what = f"{', '.join(said)}: JAX can use no such device here" if said else "JAX can use no device"
+        use = "use JAX_PLATFORMS=cpu"
+        if "JAX_PLATFORM_NAME" in os.environ:
+            use = f"unset JAX_PLATFORM_NAME, and {use}"
+        if said:
+            use += ", or unset it to let JAX choose"
         raise UserError(f"{what}{f' ({reason})' if reason else ''}; {use}") from None
 
 

@@ -14,7 +14,7 @@ from absl import flags
 from tokenformer_jax.cli import config_or_flags, print_once, run_command, workdir_flag
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import local_path
-from tokenformer_jax.storage.official import config_of, export_official, import_official
+from tokenformer_jax.storage.official import config_of, export_official, import_official, in_pytorch
 from tokenformer_jax.storage.state_dicts import read_state_dict
 
 
@@ -38,6 +38,7 @@ def main() -> None:
         if to_torch.value:
             number, count = export_official(workdir(), path, step.value)
             done = f"{path}: step {number} of {workdir()}, {count:,} parameters under the official names"
+            done += in_pytorch(path, workdir())
         else:
             if step.value is not None:
                 raise UserError(f"--step={step.value}: an imported model starts at step 0; leave it out")
@@ -52,7 +53,7 @@ def main() -> None:
                 done += f"\nwarning: no --tokenizer was given and {note}"
         print_once(done)
 
-    run_command(convert)
+    run_command(convert, workdir)
 
 
 if __name__ == "__main__":

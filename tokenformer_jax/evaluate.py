@@ -31,7 +31,7 @@ def main() -> None:
         else:
             evaluate_run(run, workdir(), split.value, local_path(out.value, "--out") if out.value else None)
 
-    run_command(evaluate)
+    run_command(evaluate, workdir, mesh, examples)
 
 
 if __name__ == "__main__":

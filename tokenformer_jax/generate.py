@@ -32,7 +32,7 @@ def main() -> None:
         run = load_trained(workdir(), step.value, mesh())
         print_samples(run, prompt.value, max_tokens.value, samples.value, how, seed.value)
 
-    run_command(generate)
+    run_command(generate, workdir, mesh)
 
 
 if __name__ == "__main__":

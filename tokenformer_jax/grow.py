@@ -39,7 +39,7 @@ def main() -> None:
             text = "\n".join([describe_growth(figures), *warnings(figures)])
         print_once(text)
 
-    run_command(resize)
+    run_command(resize, config, source, workdir)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def main() -> None:
         for name, split in (("train", corpus.train), ("validation", corpus.validation)):
             print(f"{name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens")
 
-    run_command(prepare_data)
+    run_command(prepare_data, lambda: config().data)  # its mesh is the run's, and may not fit here
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ With --decay_from it makes a finished model of a run whose learning rate stays a
 "constant" or "wsd"): W2 leaves W at the checkpoint of that step, and its rate decays.
 """
 
+import pathlib
+
 from absl import flags
 
 from tokenformer_jax.cli import STOPPED, config_flag, run_command, workdir_flag
+from tokenformer_jax.config import Config
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.running.branch import branch
 from tokenformer_jax.running.loop import train
@@ -23,19 +26,23 @@ def main() -> None:
     decay_from = flags.DEFINE_integer("decay_from", None, "the step of a checkpoint of --source")
     fraction = flags.DEFINE_float("decay_fraction", None, "with --decay_from; by default optimizer.decay_fraction")
 
-    def start() -> int | None:
+    def what() -> Config | pathlib.Path:
+        """The config, or the run to leave."""
         if decay_from.value is None:
             for name in ("source", "decay_fraction"):
                 if flags.FLAGS[name].present:
                     raise UserError(f"--{name}: goes with --decay_from, which names the step to leave the source at")
-            cfg = config()
-        elif flags.FLAGS["config"].present:
+            return config()
+        if flags.FLAGS["config"].present:
             raise UserError("--config: a run that leaves another has its config; leave it out, or --decay_from")
-        else:
-            cfg = branch(source(), decay_from.value, workdir(), fraction.value)
+        return source()
+
+    def start() -> int | None:
+        given = what()
+        cfg = given if isinstance(given, Config) else branch(given, decay_from.value, workdir(), fraction.value)
         return None if train(cfg, workdir()) else STOPPED
 
-    run_command(start)
+    run_command(start, what, workdir)
 
 
 if __name__ == "__main__":

@@ -40,12 +40,31 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     mesh = Mesh(arrange(cfg, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     parts = set(_rows_of_processes(mesh).values())
-    if any(len(part) * len(parts) != cfg.batch_shards for part in parts):
+    _require_whole_rows(cfg, all(len(part) * len(parts) == cfg.batch_shards for part in parts))
+    return mesh
+
+
+def check_mesh(cfg: MeshConfig, processes: int, each: int) -> None:
+    """Raises the UserErrors of `make_mesh` for so many processes with so many devices each, which need not be there."""
+    _check_size(cfg, processes * each, must_use_all=processes > 1)
+    _require_whole_rows(cfg, processes == 1 or each % cfg.tensor == 0 or cfg.tensor % each == 0)
+
+
+def _require_whole_rows(cfg: MeshConfig, ok: bool) -> None:
+    if not ok:
         raise UserError(
             f"mesh.tensor = {cfg.tensor}: must divide the devices of a process, or be a multiple of their number, "
             "since processes read either the same rows of the batch or different ones"
         )
-    return mesh
+
+
+def _check_size(cfg: MeshConfig, devices: int, must_use_all: bool) -> None:
+    sizes = tuple(getattr(cfg, axis) for axis in MESH_AXES)
+    size, shown = math.prod(sizes), f"mesh = {sizes} ({', '.join(MESH_AXES)})"
+    if size > devices:
+        raise UserError(f"{shown}: needs {size} devices, but there are {devices}")
+    if size < devices and must_use_all:
+        raise UserError(f"{shown}: uses {size} of {devices} devices; it must use all")
 
 
 def arrange(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
@@ -54,22 +73,14 @@ def arrange(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     On GPUs, where every host counts as a slice, `cfg.slice` may differ: all are then taken as one network.
     """
     shape = tuple(getattr(cfg, axis) for axis in MESH_AXES)
-    size = math.prod(shape)
-    if size > len(devices):
-        raise UserError(f"mesh = {_sizes(cfg)}: needs {size} devices, but there are {len(devices)}")
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if size < len(devices) and (slices > 1 or jax.process_count() > 1):
-        raise UserError(f"mesh = {_sizes(cfg)}: uses {size} of {len(devices)} devices; it must use all")
+    _check_size(cfg, len(devices), must_use_all=slices > 1 or jax.process_count() > 1)
     if slices > 1 and cfg.slice != slices and devices[0].platform == "tpu":
         raise UserError(f"mesh.slice = {cfg.slice}: these devices form {slices} slices; use {slices}")
     if slices > 1 and cfg.slice == slices:
         inner, outer = (1, *shape[1:]), (slices, 1, 1, 1)
         return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
-    return mesh_utils.create_device_mesh(shape, devices[:size], allow_split_physical_axes=True)
-
-
-def _sizes(cfg: MeshConfig) -> str:
-    return f"{tuple(getattr(cfg, axis) for axis in MESH_AXES)} ({', '.join(MESH_AXES)})"
+    return mesh_utils.create_device_mesh(shape, devices[: math.prod(shape)], allow_split_physical_axes=True)
 
 
 def _rows_of_processes(mesh: Mesh) -> dict[int, tuple[int, ...]]:

@@ -272,6 +272,15 @@ def export_official(workdir: pathlib.Path, path: pathlib.Path, step_number: int 
     return run.step_number, run.num_params
 
 
+def in_pytorch(path: pathlib.Path, workdir: pathlib.Path) -> str:
+    """A line on how PyTorch loads an exported file, with what the file does not say of its model; none for .npz."""
+    model = load_config(workdir / "config.json").model
+    options = f"num_heads={model.num_heads}, rotary_fraction={model.rotary_fraction}, normalizer={model.normalizer!r}"
+    if path.suffix == ".npz":
+        return ""
+    return f"\nin PyTorch: tokenformer_jax.pytorch.TokenFormer.load({str(path)!r}, {options})"
+
+
 def check_tau(tau: Mapping[str, Any], model: ModelConfig, source: str) -> None:
     """Raises a UserError where a τ is not √N: the official format has no place for it."""
     for name, final in initial_tau(dataclasses.replace(model.padding_counted(), tau_tokens=0)).items():

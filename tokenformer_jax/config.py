@@ -39,6 +39,7 @@ BelowOne = Annotated[float, Rule(lambda value: 0 <= value < 1, "must be 0 or abo
 RECIPE_NAMES = ("zero_keys", "isometric", "split", "random_keys", "released", "zero_padding")
 PATHS = ("path", "tokenizer", "cache_dir")  # keys of the data that name files
 SIZES = ("qkv_tokens", "out_tokens", "ffn_tokens")  # keys of the model that say counts of parameter tokens
+BUDGETS = ("train_tokens", "train_flops")  # keys that say a run's length in place of `steps`
 
 
 # How to compute and to train, not what: they may change from run to run.
@@ -160,6 +161,19 @@ class Config:
     non_finite_limit: PositiveInt = 10
     loss_spike: NotNegativeFloat = 0.0
     max_minutes: NotNegativeFloat = 0.0
+    train_tokens: NotNegativeFloat = 0.0
+    train_flops: NotNegativeFloat = 0.0
+
+    @property
+    def budget(self) -> str:
+        """The key that says where the run ends, if it is not `steps`."""
+        return next((key for key in BUDGETS if getattr(self, key)), "")
+
+    @property
+    def length(self) -> str:
+        """Where the run ends, in words."""
+        steps = f"steps = {self.steps}"
+        return f"{self.budget} = {getattr(self, self.budget):.15g} ({steps})" if self.budget else steps
 
     def to_json(self) -> str:
         """The text of a `config.json`, with a checksum. Its paths hold wherever it is read."""
@@ -273,8 +287,13 @@ def validate(cfg: Config) -> None:
     _require_divisible("batch_size", cfg.batch_size, "accumulation", cfg.accumulation)
     rows = cfg.batch_size // cfg.accumulation
     _require_divisible("batch_size / accumulation", rows, "mesh.slice * mesh.data * mesh.fsdp", mesh.batch_shards)
+    if cfg.train_tokens and cfg.train_flops:
+        raise UserError(
+            f"train_tokens = {cfg.train_tokens:g} and train_flops = {cfg.train_flops:g}: each says where the run ends; "
+            "use one, and 0 for the other"
+        )
     _require(
-        cfg.optimizer.warmup_steps < cfg.steps,
+        cfg.optimizer.warmup_steps < cfg.steps or bool(cfg.budget),  # whose steps `ladder.with_budget` checks
         "optimizer.warmup_steps",
         cfg.optimizer.warmup_steps,
         f"must be below steps = {cfg.steps}",

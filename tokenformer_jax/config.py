@@ -181,6 +181,14 @@ class Config:
         return sealed(dataclasses.asdict(dataclasses.replace(self, data=dataclasses.replace(self.data, **paths))))
 
 
+class IndivisibleBatch(UserError):
+    """The batch of a config that has no other fault, or of a rung of it."""
+
+    def __init__(self, text: str, cfg: Config, rung: int = 0) -> None:
+        super().__init__(text)
+        self.cfg, self.rung = cfg, rung
+
+
 def _absolute(path: str) -> str:
     return str(pathlib.Path(path).absolute()) if path and not path.startswith("~") else path
 
@@ -284,9 +292,6 @@ def validate(cfg: Config) -> None:
     dim, heads = model.embed_dim, model.num_heads
     _require_divisible("model.num_heads", heads, "mesh.tensor", mesh.tensor, lambda n: n <= dim and dim % n == 0)
     _require_divisible("model.embed_dim", dim, "mesh.fsdp", mesh.fsdp, lambda n: n % heads == 0)
-    _require_divisible("batch_size", cfg.batch_size, "accumulation", cfg.accumulation)
-    rows = cfg.batch_size // cfg.accumulation
-    _require_divisible("batch_size / accumulation", rows, "mesh.slice * mesh.data * mesh.fsdp", mesh.batch_shards)
     if cfg.train_tokens and cfg.train_flops:
         raise UserError(
             f"train_tokens = {cfg.train_tokens:g} and train_flops = {cfg.train_flops:g}: each says where the run ends; "
@@ -297,6 +302,25 @@ def validate(cfg: Config) -> None:
         "optimizer.warmup_steps",
         cfg.optimizer.warmup_steps,
         f"must be below steps = {cfg.steps}",
+    )
+    _check_batch(cfg)  # last: `plan` looks for a mesh for what has no other fault
+
+
+def _check_batch(cfg: Config) -> None:
+    mesh, parts = cfg.mesh, cfg.accumulation
+    rows = parts * mesh.batch_shards
+    if cfg.batch_size % rows == 0:
+        return
+    down = cfg.batch_size // rows * rows
+    use = f"config.batch_size = {f'{down} or ' if down else ''}{down + rows}"
+    if cfg.batch_size % mesh.batch_shards == 0:
+        of_a_shard = cfg.batch_size // mesh.batch_shards
+        use += f", or config.accumulation = {_divisors(of_a_shard, parts)}"
+    raise IndivisibleBatch(
+        f"config.batch_size = {cfg.batch_size}: must divide by config.accumulation * config.mesh.slice * "
+        f"config.mesh.data * config.mesh.fsdp = {parts} * {mesh.slice} * {mesh.data} * {mesh.fsdp} = {rows}; "
+        f"use {use}",
+        cfg,
     )
 
 

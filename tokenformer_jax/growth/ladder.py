@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tokenformer_jax.config import BUDGETS, Config, read_config, validate
+from tokenformer_jax.config import BUDGETS, Config, IndivisibleBatch, read_config, validate
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.training.tasks import task_of
@@ -49,9 +49,15 @@ def stages(cfg: Config) -> list[Config]:
             if number:
                 _check_rung(result[-1], stage, math.inf if is_open else end - began)
             result.append(stage)
+        except IndivisibleBatch as error:
+            raise IndivisibleBatch(_named(number, error), error.cfg, number) from None
         except UserError as error:
-            raise UserError(f"rungs[{number - 1}]: {error}" if number else str(error)) from None
+            raise UserError(_named(number, error)) from None
     return result
+
+
+def _named(number: int, error: UserError) -> str:
+    return f"rungs[{number - 1}]: {error}" if number else str(error)
 
 
 def _changed(tree: dict[str, Any], rung: dict[str, Any]) -> dict[str, Any]:

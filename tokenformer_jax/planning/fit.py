@@ -92,7 +92,7 @@ def find_fit(
             needed = other.accumulation * memory[ACTIVATIONS] / limit  # as activations shrink with the parts
             rows = other.batch_size // other.mesh.batch_shards
             finer = [n for n in _divisors(rows) if n > other.accumulation]
-            parts = next((n for n in finer if n >= needed), 0) if needed < 4 * rows else 0
+            parts = next((n for n in finer if n >= needed), 0)
             if not parts:
                 break
             other = dataclasses.replace(other, accumulation=parts)

@@ -18,7 +18,7 @@ FLOORS = """
     storage: fingerprint workdir record arrays metrics_file checkpoints trained state_dicts official
     evaluation: perplexity sampling report
     growth: recipes ladder figures verify resize grow shrink
-    planning: hlo plan
+    planning: hlo plan fit whole_run
     running: signals run log loop branch
     api
     pytorch

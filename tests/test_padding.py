@@ -167,7 +167,10 @@ def test_what_padding_cannot_be_is_refused_by_name(check, message):
             {"model__embed_dim": 36, "model__rotary_fraction": 0.0, "mesh__fsdp": 8},
             "embed_dim = 36: .* use 32 or 40",
         ),
-        ({"batch_size": 6, "mesh__slice": 2, "mesh__data": 2}, "batch_size / accumulation = 6: .*slice.* use 4 or 8"),
+        (
+            {"batch_size": 6, "mesh__slice": 2, "mesh__data": 2},
+            r"config.batch_size = 6: .*slice.* use config.batch_size = 4 or 8",
+        ),
     ],
     ids=str,
 )

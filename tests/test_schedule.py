@@ -62,15 +62,15 @@ ONE_SCHEDULE = {
 
 @pytest.fixture(scope="module")
 def climbed(tmp_path_factory):
-    """A ladder under one schedule; its workdir, and the states on both sides of each growth."""
+    """A ladder under one schedule; its workdir, and the moments on both sides of each growth."""
     folder, sides = tmp_path_factory.mktemp("schedule"), []
     cfg = tiny_config(**ONE_SCHEDULE, **corpus_overrides(folder))
     apply = Resize.apply
 
     def seen(self, source, validation):
-        before = jax.device_get(source.state)
+        before = jax.device_get(source.opt_state)
         new, figures = apply(self, source, validation)
-        sides.append((before, jax.device_get(new)))
+        sides.append((before, jax.device_get(new.opt_state)))
         return new, figures
 
     with pytest.MonkeyPatch.context() as patch:
@@ -90,7 +90,7 @@ def test_a_rung_in_the_stable_phase_changes_neither_rate_nor_moments(climbed):
         def kept(old, new):
             np.testing.assert_array_equal(new[tuple(map(slice, np.shape(old)))] if np.ndim(old) else new, old)
 
-        jax.tree.map(kept, before.opt_state, after.opt_state)
+        jax.tree.map(kept, before, after)
     assert Checkpoints(workdir / "checkpoints").record(16).schedule_start == 0
 
 
@@ -153,7 +153,7 @@ def test_a_branch_ends_as_the_run_that_was_planned_to_end_there(climbed, tmp_pat
     assert_trees_equal(*(load_trained(workdir).state for workdir in (tmp_path / "branch", whole)))
     assert branch(tmp_path / "trunk", 12, tmp_path / "longer", 0.5).steps == 24
 
-    with pytest.raises(UserError, match=r"=13: .* holds the steps 4, 6, 8, 9, 12 and 14"):
+    with pytest.raises(UserError, match=r"=13: .* holds the steps 4, 6, 8, 9, 12, 14"):
         branch(tmp_path / "trunk", 13, tmp_path / "other")
     with pytest.raises(UserError, match=r"--decay_fraction=1.0: must be above 0 and below 1"):
         branch(tmp_path / "trunk", 12, tmp_path / "other", 1.0)

@@ -68,7 +68,13 @@ def config_flag() -> Callable[[], Config]:
             if isinstance(tree, dict | None):  # what a file that failed to load left raises its error below
                 kind = type(tree).__name__
                 raise UserError(f"--config: its get_config returned a {kind}; return a ml_collections.ConfigDict")
-            return read_config(tree.to_dict())
+            cfg = read_config(tree.to_dict())
+            if cfg.budget and "steps" in config_flags.get_override_values(flags.FLAGS["config"]):
+                raise UserError(
+                    f"--config.steps={cfg.steps}: config.{cfg.budget} = {getattr(cfg, cfg.budget):.15g} says where the "
+                    f"run ends; leave steps out, or use --config.{cfg.budget}=0 with it"
+                )
+            return cfg
 
     return read
 

@@ -39,6 +39,7 @@ BelowOne = Annotated[float, Rule(lambda value: 0 <= value < 1, "must be 0 or abo
 RECIPE_NAMES = ("zero_keys", "isometric", "split", "random_keys", "released", "zero_padding")
 PATHS = ("path", "tokenizer", "cache_dir")  # keys of the data that name files
 SIZES = ("qkv_tokens", "out_tokens", "ffn_tokens")  # keys of the model that say counts of parameter tokens
+BUDGETS = ("train_tokens", "train_flops")  # keys that say a run's length in place of `steps`
 
 
 # How to compute and to train, not what: they may change from run to run.
@@ -165,11 +166,32 @@ class Config:
     non_finite_limit: PositiveInt = 10
     loss_spike: NotNegativeFloat = 0.0
     max_minutes: NotNegativeFloat = 0.0
+    train_tokens: NotNegativeFloat = 0.0
+    train_flops: NotNegativeFloat = 0.0
+
+    @property
+    def budget(self) -> str:
+        """The key that says where the run ends, if it is not `steps`."""
+        return next((key for key in BUDGETS if getattr(self, key)), "")
+
+    @property
+    def length(self) -> str:
+        """Where the run ends, in words."""
+        steps = f"steps = {self.steps}"
+        return f"{self.budget} = {getattr(self, self.budget):.15g} ({steps})" if self.budget else steps
 
     def to_json(self) -> str:
         """The text of a `config.json`, with a checksum. Its paths hold wherever it is read."""
         paths: Any = {key: _absolute(getattr(self.data, key)) for key in PATHS}
         return sealed(dataclasses.asdict(dataclasses.replace(self, data=dataclasses.replace(self.data, **paths))))
+
+
+class IndivisibleBatch(UserError):
+    """The batch of a config that has no other fault, or of a rung of it."""
+
+    def __init__(self, text: str, cfg: Config, rung: int = 0) -> None:
+        super().__init__(text)
+        self.cfg, self.rung = cfg, rung
 
 
 def _absolute(path: str) -> str:
@@ -275,14 +297,35 @@ def validate(cfg: Config) -> None:
     dim, heads = model.embed_dim, model.num_heads
     _require_divisible("model.num_heads", heads, "mesh.tensor", mesh.tensor, lambda n: n <= dim and dim % n == 0)
     _require_divisible("model.embed_dim", dim, "mesh.fsdp", mesh.fsdp, lambda n: n % heads == 0)
-    _require_divisible("batch_size", cfg.batch_size, "accumulation", cfg.accumulation)
-    rows = cfg.batch_size // cfg.accumulation
-    _require_divisible("batch_size / accumulation", rows, "mesh.slice * mesh.data * mesh.fsdp", mesh.batch_shards)
+    if cfg.train_tokens and cfg.train_flops:
+        raise UserError(
+            f"train_tokens = {cfg.train_tokens:g} and train_flops = {cfg.train_flops:g}: each says where the run ends; "
+            "use one, and 0 for the other"
+        )
     _require(
-        cfg.optimizer.warmup_steps < cfg.steps,
+        cfg.optimizer.warmup_steps < cfg.steps or bool(cfg.budget),  # whose steps `ladder.with_budget` checks
         "optimizer.warmup_steps",
         cfg.optimizer.warmup_steps,
         f"must be below steps = {cfg.steps}",
+    )
+    _check_batch(cfg)  # last: `plan` looks for a mesh for what has no other fault
+
+
+def _check_batch(cfg: Config) -> None:
+    mesh, parts = cfg.mesh, cfg.accumulation
+    rows = parts * mesh.batch_shards
+    if cfg.batch_size % rows == 0:
+        return
+    down = cfg.batch_size // rows * rows
+    use = f"config.batch_size = {f'{down} or ' if down else ''}{down + rows}"
+    if cfg.batch_size % mesh.batch_shards == 0:
+        of_a_shard = cfg.batch_size // mesh.batch_shards
+        use += f", or config.accumulation = {_divisors(of_a_shard, parts)}"
+    raise IndivisibleBatch(
+        f"config.batch_size = {cfg.batch_size}: must divide by config.accumulation * config.mesh.slice * "
+        f"config.mesh.data * config.mesh.fsdp = {parts} * {mesh.slice} * {mesh.data} * {mesh.fsdp} = {rows}; "
+        f"use {use}",
+        cfg,
     )
 
 

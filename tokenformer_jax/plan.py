@@ -2,10 +2,12 @@
 
 python -m tokenformer_jax.plan --config=ladder:1b4_mesh --config.mesh.fsdp=16 --topology=v5e:4x4
 
-Reports, for each device: what memory holds and whether it fits; the FLOPs of the model by formula, those of the
-compiled program's contractions and its traffic, loop bodies × trip count; what it exchanges with other devices; and the
-least time for each. Leaves plan.json and plan.png. Needs libtpu, about 2 GB and some minutes, and no TPU. For GPUs
-(--topology=h100:8) it needs what requirements-gpu.txt installs, and no GPU.
+Reports hours, chip-hours and (with --price) cost of all steps, of every rung, at an assumed MFU. For each device: what
+memory holds and whether it fits; the FLOPs of the model by formula, those of the compiled program's contractions and
+its traffic, loop bodies × trip count; what it exchanges with other devices; and the least time for each. Where a step
+does not fit, or its batch does not divide, it looks for mesh, remat and accumulation that do. Leaves plan.json and
+plan.png. Needs libtpu, about 2 GB and some minutes, and no TPU. For GPUs (--topology=h100:8) it needs what
+requirements-gpu.txt installs, and no GPU.
 """
 
 import sys
@@ -14,39 +16,39 @@ import jax
 from absl import flags
 
 from tokenformer_jax.cli import config_flag, run_command
+from tokenformer_jax.config import IndivisibleBatch
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import json_text, local_path, replace_file
-from tokenformer_jax.planning.plan import alternatives, describe, draw, make_plan
+from tokenformer_jax.planning.plan import draw
+from tokenformer_jax.planning.whole_run import advise_division, describe_run, plan_run
 
 
 def main() -> None:
     config = config_flag()
     topology = flags.DEFINE_string("topology", "", "what to plan for: v5e:4x4, v5p:4x4x4, h100:2x8 (hosts x GPUs), …")
     slices = flags.DEFINE_integer("slices", 1, "so many of it, connected by the slower network (mesh.slice)")
+    mfu = flags.DEFINE_float("mfu", 0.4, "ASSUMED share of the peak FLOPs, for hours and cost (docs/accelerator.md)")
+    price = flags.DEFINE_float("price", 0.0, "of a chip-hour, in any currency")
+    from_step = flags.DEFINE_integer(
+        "from_step", 0, "hours and cost from here on: the step of the source of a grown run"
+    )
     suggest = flags.DEFINE_bool("suggest", True, "where it does not fit, look for what would")
     folder = flags.DEFINE_string("out", ".", "directory for plan.json and plan.png")
 
     def plan() -> None:
         jax.config.update("jax_platforms", "cpu")
-        cfg, out = config(), local_path(folder.value, "--out")
-        if not topology.value:
-            raise UserError("--topology is missing; use --topology=v5e:4x4")
-        print("compiling; it takes some minutes", file=sys.stderr, flush=True)
-        found = make_plan(cfg, topology.value, slices.value)
-        if not found["fits"] and suggest.value:
-            for asked, other in alternatives(cfg):
-                print(f"does not fit; trying {asked}", file=sys.stderr, flush=True)
-                if make_plan(other, topology.value, slices.value)["fits"]:
-                    found["would_fit"] = asked
-                    break
-        print(describe(found))
-        if not found["fits"] and suggest.value:
-            fits = (
-                f"{found['would_fit']} would fit"
-                if "would_fit" in found
-                else "nothing tried fits: take a larger topology"
-            )
-            print(fits)
+        say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+        out = local_path(folder.value, "--out")
+        try:
+            cfg, where = config(), topology.value
+            if not where:
+                raise UserError("--topology is missing; use --topology=v5e:4x4")
+            found = plan_run(cfg, where, slices.value, mfu.value, price.value, from_step.value, suggest.value, say)
+        except IndivisibleBatch as error:
+            if not (topology.value and suggest.value):
+                raise
+            raise UserError(f"{error}{advise_division(error, topology.value, slices.value, say)}") from None
+        print(describe_run(found))
         replace_file(out / "plan.json", json_text(found, indent=1) + "\n")
         draw(found, out / "plan.png")
 

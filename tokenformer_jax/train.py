@@ -39,7 +39,7 @@ def main() -> None:
 
     def start() -> int | None:
         given = what()
-        cfg = given if isinstance(given, Config) else branch(given, decay_from.value, workdir(), fraction.value)
+        cfg = given if isinstance(given, Config) else branch(given, decay_from.value or 0, workdir(), fraction.value)
         return None if train(cfg, workdir()) else STOPPED
 
     run_command(start, what, workdir)

@@ -12,6 +12,8 @@ def get_config() -> ConfigDict:
     config.task = "language"  # what the model learns: to predict each next token of a text
     config.seed = 0
     config.steps = 1000  # the run ends at this step, counted from the model's birth
+    config.train_tokens = 0.0  # in place of steps: the run ends once it has seen so many, since its birth; 0: steps
+    config.train_flops = 0.0  # in place of steps: model FLOPs, as `report` counts them, smaller rungs' too; 0: steps
     config.max_minutes = 0.0  # after which training is saved and stops, as by a signal (exit code 85); 0: never
     config.batch_size = 32  # sequences a step, over all devices
     config.accumulation = 1  # the batch is worked through in this many parts

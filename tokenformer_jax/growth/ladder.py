@@ -11,9 +11,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tokenformer_jax.config import Config, read_config, validate
+from tokenformer_jax.config import BUDGETS, Config, IndivisibleBatch, read_config, validate
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.recipes import check_growth
+from tokenformer_jax.training.tasks import task_of
 
 SCHEDULE_KEYS = ("schedule", "decay_fraction", "decay", "warmup_steps")  # the same in all stages of one schedule
 RUNG_KEYS = (
@@ -25,12 +26,15 @@ def stages(cfg: Config) -> list[Config]:
     """The plain configs of a run, in order: the first as `cfg` says, and one a rung, which keeps what it doesn't name.
 
     `steps` of a stage is the step at which the next one begins, or the run ends.
+    Where a budget says the end, `with_budget` fills it in.
 
     Raises:
       UserError: names the rung and the key that cannot be.
     """
     steps: list[Any] = [*(rung.get("step") for rung in cfg.rungs), cfg.steps]
-    tree = dataclasses.asdict(cfg) | {"rungs": (), "steps": steps[0]}
+    if cfg.budget:
+        steps[-1] = max(step for step in (0, *steps[:-1]) if type(step) is int) + 1
+    tree = dataclasses.asdict(cfg) | {"rungs": ()} | dict.fromkeys(BUDGETS, 0.0)
     result: list[Config] = []
     for number, end in enumerate(steps):
         try:
@@ -40,13 +44,21 @@ def stages(cfg: Config) -> list[Config]:
                 raise UserError(f"{name} = {end!r}: must be a step after {began}, where the stage before begins")
             if number:
                 tree = _changed(tree, cfg.rungs[number - 1])
+            if is_open := bool(cfg.budget) and number == len(cfg.rungs):
+                tree |= {cfg.budget: getattr(cfg, cfg.budget)}
             stage = read_config(tree | {"steps": end})
             if number:
-                _check_rung(result[-1], stage, end - began)
+                _check_rung(result[-1], stage, math.inf if is_open else end - began)
             result.append(stage)
+        except IndivisibleBatch as error:
+            raise IndivisibleBatch(_named(number, error), error.cfg, number) from None
         except UserError as error:
-            raise UserError(f"rungs[{number - 1}]: {error}" if number else str(error)) from None
+            raise UserError(_named(number, error)) from None
     return result
+
+
+def _named(number: int, error: UserError) -> str:
+    return f"rungs[{number - 1}]: {error}" if number else str(error)
 
 
 def _changed(tree: dict[str, Any], rung: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +71,7 @@ def _changed(tree: dict[str, Any], rung: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _check_rung(before: Config, stage: Config, length: int) -> None:
+def _check_rung(before: Config, stage: Config, length: float) -> None:
     check_growth(before.model, stage.model, stage.grow.recipe)
     if before.model.tokens == stage.model.tokens:
         raise UserError("model: no token count changes; a rung makes one larger, such as model.ffn_tokens")
@@ -92,6 +104,46 @@ def schedule_end(plan: list[Config], rung: int) -> int:
     while end + 1 < len(plan) and not plan[end + 1].grow.restart_schedule:
         end += 1
     return plan[end].steps
+
+
+def with_budget(plan: list[Config], rung: int = 0, step: int = 0, tokens: int = 0, flops: float = 0.0) -> list[Config]:
+    """The stages, with the last one's `steps` where the run has spent its budget, if the config has one.
+
+    Args:
+      rung, step: where the run stands. The step is the planned one, also where this rung began early.
+      tokens, flops: what it has spent so far.
+
+    Raises:
+      UserError: the budget is too small.
+    """
+    last = plan[-1]
+    key = last.budget
+    if not key:
+        return plan
+    budget, spent = getattr(last, key), tokens if key == "train_tokens" else flops
+    *costs, cost = (_cost_of_a_step(stage, key) for stage in plan)
+    unit = key.removeprefix("train_")
+    if budget < cost:
+        raise UserError(f"{key} = {budget:.15g}: is less than one step's {cost:.15g} {unit}; use that or more")
+    for stage, each in list(zip(plan, costs, strict=False))[rung:]:
+        spent, step = spent + (stage.steps - step) * each, stage.steps
+    left = (budget - spent) / cost
+    steps = step + math.ceil(round(left, 6) if key == "train_flops" else left)  # sums of FLOPs are rounded
+    if rung + 1 < len(plan) and steps <= step:
+        raise UserError(f"{key} = {budget:.15g}: the rungs before the last take {spent:.15g} {unit}; use more")
+    length = steps - (plan[-2].steps if costs else 0)
+    if step < steps and last.optimizer.warmup_steps >= length:
+        raise UserError(
+            f"optimizer.warmup_steps = {last.optimizer.warmup_steps}: must be below the {length} steps "
+            f"that {key} = {budget:.15g} leaves"
+        )
+    return [*plan[:-1], dataclasses.replace(last, steps=steps)]
+
+
+def _cost_of_a_step(stage: Config, key: str) -> float:
+    task = task_of(stage)
+    tokens = task.tokens_per_step(stage)
+    return tokens if key == "train_tokens" else tokens * task.train_flops_per_token(stage.model)
 
 
 def shifted(stage: Config, planned_start: int, start: int) -> Config:

@@ -22,7 +22,7 @@ from tokenformer_jax.devices.sharding import constrain, make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import json_text, parse_json, replace_file
 from tokenformer_jax.growth.figures import size_figures
-from tokenformer_jax.growth.ladder import stages
+from tokenformer_jax.growth.ladder import stages, with_budget
 from tokenformer_jax.storage.checkpoints import Checkpoints, save_one
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.trained import newest_good, open_checkpoint
@@ -202,8 +202,9 @@ def resize_checkpoint(
     change: Change, source: pathlib.Path, cfg: Config, workdir: pathlib.Path, number: int
 ) -> dict[str, Any]:
     """Resizes that checkpoint, as `resize_run` does."""
-    first = stages(cfg)[0]
     source_cfg, checkpoints, record = open_checkpoint(source, number)
+    plan = with_budget(stages(cfg), 0, number, record.tokens, record.train_flops)
+    first, cfg = plan[0], dataclasses.replace(cfg, steps=plan[-1].steps)
     old_cfg = dataclasses.replace(first, model=source_cfg.model)
     check_successor(change, old_cfg, first, workdir, number)
     if first.grow.restart_schedule:
@@ -239,13 +240,13 @@ def check_successor(change: Change, old_cfg: Config, cfg: Config, workdir: pathl
             raise UserError(f"--workdir={workdir}: {_what_is_there(workdir / name)}; train goes on with it")
     require_empty(workdir, "holds something already")
     if cfg.steps <= number:
-        raise UserError(f"steps = {cfg.steps}: the source was trained for {number} already; use a larger number")
+        raise UserError(f"{cfg.length}: the source was trained for {number} already; use a larger number")
     validate(old_cfg)  # the source, too, must divide by the mesh
     warmup, left = cfg.optimizer.warmup_steps, cfg.steps - number
     if cfg.grow.restart_schedule and warmup >= left:
         raise UserError(
             f"optimizer.warmup_steps = {warmup}: must be below the {left} "
-            f"steps from the source's {number} to steps = {cfg.steps}"
+            f"steps from the source's {number} to {cfg.length}"
         )
 
 

@@ -21,6 +21,7 @@ from tokenformer_jax.devices.sharding import MESH_AXES, make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.planning.hlo import Program, read_program
+from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import make_step
 from tokenformer_jax.training.tasks import task_of
 
@@ -48,7 +49,6 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 # JAX's attention kernels: how many L x L products each makes, of which causality leaves half.
 KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 KERNEL_PRODUCTS |= {"dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5}
-STRONGER_REMAT = {"none": "projections", "dots": "projections", "projections": "full"}
 
 
 def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
@@ -110,9 +110,12 @@ def lower_step(cfg: Config, devices: list[Any]) -> tuple[jax.stages.Lowered, dic
         )
     step = make_step(cfg, make_mesh(cfg.mesh, devices))
     batch = task_of(cfg).abstract_batch(cfg, step.batch)
-    state = step.abstract_state
-    held = {"parameters": state.params, "moments": state.opt_state}
-    return step.train.lower(state, batch), {name: _bytes_on_a_device(tree) for name, tree in held.items()}
+    return step.train.lower(step.abstract_state, batch), state_bytes(step.abstract_state)
+
+
+def state_bytes(state: TrainState) -> dict[str, float]:
+    """What a device holds of an abstract state."""
+    return {"parameters": _bytes_on_a_device(state.params), "moments": _bytes_on_a_device(state.opt_state)}
 
 
 def _bytes_on_a_device(tree: Any) -> float:
@@ -225,23 +228,6 @@ def costs(program: Program, cfg: Config, chip: Chip, model_flops: float) -> dict
         "mfu_at_most": best / max(seconds["compute"], seconds["memory"], seconds["network"]),
         "mfu_one_after_another": best / (seconds["one operation after another"] + seconds["network"]),
     }
-
-
-def alternatives(cfg: Config) -> list[tuple[str, Config]]:
-    """Gentler ways to the same step, and the flags that ask for them: more rematerialization, then smaller parts."""
-    found = []
-    remat = cfg.model.remat
-    while remat in STRONGER_REMAT:
-        remat = STRONGER_REMAT[remat]
-        model = dataclasses.replace(cfg.model, remat=remat)
-        found.append((f"--config.model.remat={remat}", dataclasses.replace(cfg, model=model)))
-    strongest = found[-1][1] if found else cfg
-    prefix = f"{found[-1][0]} " if found else ""
-    parts = cfg.accumulation * 2
-    while cfg.batch_size % (parts * cfg.mesh.batch_shards) == 0:
-        found.append((f"{prefix}--config.accumulation={parts}", dataclasses.replace(strongest, accumulation=parts)))
-        parts *= 2
-    return found
 
 
 def describe(plan: dict[str, Any]) -> str:

@@ -7,13 +7,15 @@ import dataclasses
 import math
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 
-from tokenformer_jax.config import Config
+from tokenformer_jax.config import BUDGETS, Config
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import replace_file
-from tokenformer_jax.growth.ladder import schedule_end, stages
+from tokenformer_jax.growth.ladder import stages
+from tokenformer_jax.running.run import end_of_schedule, stage_of
 from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.workdir import load_config, new_workdir, require_empty
@@ -54,8 +56,8 @@ def branch(source: pathlib.Path, number: int, workdir: pathlib.Path, decay_fract
 
 def check_source(theirs: Config, source: pathlib.Path, number: int, record: Record) -> None:
     """Raises a UserError where the source's rate is not at its peak at that step."""
-    plan = stages(theirs)
-    optimizer, end = plan[record.rung].optimizer, schedule_end(plan, record.rung)
+    plan, stage = stage_of(stages(theirs), record, number, source)
+    optimizer, end = stage.optimizer, end_of_schedule(plan, record.rung, stage)
     rate = float(learning_rate(optimizer, end, record.schedule_start)(number))
     if not math.isclose(rate, optimizer.peak_learning_rate, rel_tol=1e-6):
         raise UserError(
@@ -76,4 +78,5 @@ def branch_config(theirs: Config, number: int, record: Record, decay_fraction: f
     # Rungs that began early, since the loss no longer fell, move the end by as much.
     early = record.growth[-1]["step"] - rungs[-1]["step"] if rungs else 0
     optimizer = dataclasses.replace(theirs.optimizer, schedule="wsd", decay_fraction=fraction)
-    return dataclasses.replace(theirs, steps=number + length - early, rungs=rungs, optimizer=optimizer)
+    no_budget: Any = dict.fromkeys(BUDGETS, 0.0)
+    return dataclasses.replace(theirs, steps=number + length - early, rungs=rungs, optimizer=optimizer, **no_budget)

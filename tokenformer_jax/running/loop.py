@@ -19,7 +19,7 @@ from tokenformer_jax.training.step import Metrics, put_batch
 
 
 def train(cfg: Config, workdir: pathlib.Path) -> bool:
-    """Trains up to `cfg.steps`, from the workdir's newest checkpoint if it has one, and leaves a checkpoint.
+    """Trains up to `cfg.steps` or a budget, from the workdir's newest checkpoint if it has one; leaves a checkpoint.
 
     On its way the model grows to each of the config's rungs. SIGINT, SIGTERM or the end of `cfg.max_minutes` saves and
     returns False; the same call then goes on bit-identically, also in the middle of a growth. True: it has finished.
@@ -48,9 +48,11 @@ def train(cfg: Config, workdir: pathlib.Path) -> bool:
 
 def say_nothing_to_do(run: Run, workdir: pathlib.Path) -> None:
     if jax.process_index() == 0:
+        key = run.cfg.budget or "steps"
+        more = 2 * {"steps": run.start, "train_tokens": run.record.tokens, "train_flops": run.record.train_flops}[key]
         print(
-            f"nothing to do: {workdir} was trained to step {run.start} already, and steps = {run.cfg.steps} asks for "
-            f"less; its config is kept; steps = {2 * run.start}, for instance, goes on",
+            f"nothing to do: {workdir} was trained to step {run.start} already, and {run.cfg.length} asks for "
+            f"less; its config is kept; {key} = {more:.15g}, for instance, goes on",
             file=sys.stderr,
         )
 

@@ -18,7 +18,7 @@ from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import json_text, replace_file
 from tokenformer_jax.growth.figures import describe_growth
 from tokenformer_jax.growth.grow import Growing
-from tokenformer_jax.growth.ladder import Plateau, schedule_end, shifted, stages
+from tokenformer_jax.growth.ladder import Plateau, schedule_end, shifted, stages, with_budget
 from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.growth.resize import InMemory, Resize
 from tokenformer_jax.growth.shrink import check_shrinking
@@ -155,12 +155,14 @@ def open_run(cfg: Config, workdir: pathlib.Path) -> Run:
     checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.checkpoints_kept)
     run = resume(plan, workdir, checkpoints) if checkpoints.steps else begin(plan, checkpoints)
     if jax.process_index() == 0 and not run.is_past_its_end:
+        cfg = dataclasses.replace(cfg, steps=run.plan[-1].steps)  # what a budget comes to
         replace_file(workdir / "config.json", cfg.to_json())
         replace_file(workdir / "environment.json", json_text(environment(), indent=2) + "\n")
     return run
 
 
 def begin(plan: list[Config], checkpoints: Checkpoints) -> Run:
+    plan = with_budget(plan)
     cfg = plan[0]
     step = make_step(cfg, make_mesh(cfg.mesh), 0, schedule_end(plan, 0))
     task = task_of(cfg)
@@ -186,7 +188,7 @@ def resume(plan: list[Config], workdir: pathlib.Path, checkpoints: Checkpoints) 
 def resume_at(start: int, plan: list[Config], workdir: pathlib.Path, checkpoints: Checkpoints) -> Run:
     """Takes a run up at a checkpoint."""
     record = checkpoints.record(start)
-    cfg = stage_of(plan, record, workdir)
+    plan, cfg = stage_of(plan, record, start, workdir)
     last = record.growth[-1] if record.growth else None
     new = new_tokens(cfg, last["step"], last["from"], last["to"]) if last else None
     step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, end_of_schedule(plan, record.rung, cfg), new)
@@ -207,8 +209,11 @@ def resume_at(start: int, plan: list[Config], workdir: pathlib.Path, checkpoints
     return Run(plan, cfg, start, step, state, data, corpus, checkpoints, record, Plateau(**record.plateau))
 
 
-def stage_of(plan: list[Config], record: Record, workdir: pathlib.Path) -> Config:
-    """The stage that a checkpoint belongs to; raises a UserError where the config has another model there."""
+def stage_of(plan: list[Config], record: Record, start: int, workdir: pathlib.Path) -> tuple[list[Config], Config]:
+    """The stages with what a checkpoint has spent, and the one that it belongs to.
+
+    Raises a UserError where the config has another model there.
+    """
     rung = record.rung
     if rung >= len(plan):
         raise UserError(
@@ -220,7 +225,9 @@ def stage_of(plan: list[Config], record: Record, workdir: pathlib.Path) -> Confi
     for key, (ours, theirs) in differences(stage.model, grown).items():
         where = f"rungs[{rung - 1}].model.{key}" if rung else f"model.{key}"
         raise UserError(f"{where} = {ours!r}: {workdir} has grown to {theirs!r} there; use {theirs!r}")
-    return shifted(stage, plan[rung - 1].steps, record.growth[-1]["step"]) if rung else stage
+    planned, began = (plan[rung - 1].steps, record.growth[-1]["step"]) if rung else (0, 0)
+    plan = with_budget(plan, rung, start + planned - began, record.tokens, record.train_flops)
+    return plan, shifted(plan[rung], planned, began)
 
 
 def end_of_schedule(plan: list[Config], rung: int, cfg: Config) -> int:
@@ -262,13 +269,15 @@ def next_rung(run: Run) -> Run:
     kept for good, and grows again to the same state.
     """
     n, rung = int(run.state.step), run.record.rung + 1
-    cfg = shifted(run.plan[rung], run.plan[rung - 1].steps, n)
+    planned, now = run.plan[rung - 1].steps, run.figures(n)
+    plan = with_budget(run.plan, rung, planned, now["tokens"], now["train_flops"])
+    cfg = shifted(plan[rung], planned, n)
     old_cfg = dataclasses.replace(cfg, model=run.cfg.model)
     record = run.record_at(n)
     if cfg.grow.restart_schedule:
         record = dataclasses.replace(record, schedule_start=n)
     new = new_tokens(cfg, n, old_cfg.model.tokens, cfg.model.tokens)
-    step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, end_of_schedule(run.plan, rung, cfg), new)
+    step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, end_of_schedule(plan, rung, cfg), new)
     resize = Resize(Growing(cfg.grow.recipe), n, cfg, old_cfg, step, make_step(old_cfg, step.mesh))
     source = InMemory(run.state)
     run.state = None  # type: ignore[assignment]  # so that its arrays can go as the larger ones come
@@ -280,4 +289,4 @@ def next_rung(run: Run) -> Run:
     data.set_state(run.data.get_state())
     keep_position(data, run.cfg.batch_size, cfg.batch_size)
     run.checkpoints.kept_for_good.add(n)
-    return Run(run.plan, cfg, n, step, state, data, run.corpus, run.checkpoints, record)
+    return Run(plan, cfg, n, step, state, data, run.corpus, run.checkpoints, record)

@@ -15,7 +15,7 @@ from flax import nnx
 from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.nn.attention import KVCache, UnstackedKVCache
-from tokenformer_jax.nn.backends import stacks_layers_to_decode
+from tokenformer_jax.nn.backends import stacks_layers_to_decode, turn_values
 from tokenformer_jax.nn.language import abstract_model
 from tokenformer_jax.nn.layers import Params
 from tokenformer_jax.nn.transformer import Tau, unstack
@@ -64,24 +64,35 @@ def sample(logits_BV: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
 def make_decoder(
     cfg: ModelConfig, how: Sampling, num_ids: int | None = None
 ) -> Callable[[Params, Tau, jax.Array, KVCache, jax.Array], tuple[jax.Array, KVCache]]:
-    """A compiled function: (params, τ, tokens [B, L], cache, key) -> next tokens [B] (or BROKEN), cache.
+    """A compiled function: (params, τ, tokens [B, L] or [B], cache, key) -> next tokens [B] (or BROKEN), cache.
 
-    The blocks' parameters are stacked, or a list, from `unstack`. The cache is donated. Of the vocabulary only the
-    first `num_ids` are drawn: the rest may be padding.
+    The blocks' parameters are stacked, or a list, from `decoding_params`. The cache is donated. Of the vocabulary only
+    the first `num_ids` are drawn: the rest may be padding.
     """
     graphdef, _, _ = abstract_model(cfg)
 
-    def decode(params: Params, tau: Tau, tokens_BL: jax.Array, cache: KVCache, key: jax.Array):
+    def decode(params: Params, tau: Tau, tokens: jax.Array, cache: KVCache, key: jax.Array):
         layers = params["blocks"] if isinstance(params["blocks"], list) else None
         if layers:
+            layers = turn_values(layers)
             params = params | {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *layers)}  # which nothing reads
         model = nnx.merge(graphdef, params)
-        x_BLD, cache = model.features(tokens_BL, tau, cache=cache, layers=layers)
+        x_BLD, cache = model.features(tokens.reshape(len(tokens), -1), tau, cache=cache, layers=layers)
         logits_BV = model.logits(x_BLD[:, -1:])[:, 0, :num_ids]
         is_finite_B = jnp.isfinite(logits_BV).all(axis=-1)
         return jnp.where(is_finite_B, sample(logits_BV, key, how), BROKEN), cache
 
     return jax.jit(decode, donate_argnums=3)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decoding_params(cfg: ModelConfig, params: Params) -> Params:
+    """Parameters as a next token reads them: cast once, and where the platform wants it each layer's own, in a list.
+
+    The final norm's scale and bias, the only vectors, are computed with in float32 and stay so.
+    """
+    params = jax.tree.map(lambda x: x.astype(cfg.dtype) if x.ndim > 1 else x, params)
+    return params if stacks_layers_to_decode() else params | {"blocks": turn_values(unstack(params["blocks"]))}
 
 
 def generate(
@@ -115,17 +126,14 @@ def generate(
         )
     decode = make_decoder(cfg, how, num_ids)
     key = jax.random.key(seed)
-    kind: Any = KVCache
-    if not stacks_layers_to_decode():
-        kind = UnstackedKVCache
-        params = params | {"blocks": unstack(params["blocks"])}
+    params = decoding_params(cfg, params)
+    kind: Any = KVCache if stacks_layers_to_decode() else UnstackedKVCache
 
     def stream() -> Iterator[jax.Array]:
-        tokens_BL, cache = prompt_BL, kind.empty(cfg, batch, length + max_tokens - 1)
+        tokens, cache = prompt_BL, kind.empty(cfg, batch, length + max_tokens - 1)
         for i in range(max_tokens):
-            tokens_B, cache = decode(params, tau, tokens_BL, cache, jax.random.fold_in(key, i))
-            yield tokens_B
-            tokens_BL = tokens_B[:, None]
+            tokens, cache = decode(params, tau, tokens, cache, jax.random.fold_in(key, i))
+            yield tokens
 
     return stream()
 

@@ -41,11 +41,23 @@ def rotary_width(head_dim: int, dim: int) -> int:
 def stacks_layers_to_decode() -> bool:
     """Whether the next token is computed from stacked layers.
 
-    A CPU gets parameters and KV cache of each layer as arrays of their own: slicing a stack for every token costs it
-    more than computing with the slices. This, `product_with_keys` and keys that are multiplied as they lie made 1.5 ×
-    as many tokens a second.
+    A CPU and a GPU get parameters and KV cache of each layer as arrays of their own. Slicing a stack for every token
+    costs a CPU more than computing with the slices; this, `product_with_keys` and keys that are multiplied as they lie
+    made 1.5 × as many tokens a second. On a GPU, by the compiled program, it saves 12 to 28 % of a token's kernels, and
+    all of them are launched at once, as one graph, where a loop launches one for each layer.
     """
-    return platform() != "cpu"
+    return platform() == "tpu"
+
+
+def turn_values(layers: Any) -> Any:
+    """Layers with value tokens [E, N] instead of [N, E] on a GPU, or back: so they lie in memory while it decodes.
+
+    Its product of a single position with values as they are trained sums over rows: XLA writes all products, and sums
+    them up on 6 of 132 processors. This way it sums along rows, in one kernel: 0.6 of a token's bytes at 124M.
+    """
+    if platform() != "gpu":
+        return layers
+    return jax.tree.map_with_path(lambda path, x: x.T if path[-1].key == "values" else x, layers)
 
 
 def unrolls_layers(remat: str) -> bool:

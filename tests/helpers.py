@@ -2,7 +2,7 @@
 
 import pathlib
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 from configs import base
 from tokenformer_jax.config import Config, read_config
 from tokenformer_jax.data.batches import Batch
+from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.storage.metrics_file import read_metrics
+from tokenformer_jax.training.step import Step, make_step
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -48,6 +50,12 @@ def tiny_config(**overrides: Any) -> Config:
 def tiny_linear_config(**overrides: Any) -> Config:
     linear = {"model__projection": "linear", "model__qkv_tokens": 0, "model__out_tokens": 0}
     return tiny_config(**linear | overrides)
+
+
+@cache
+def step_of(cfg: Config) -> Step:
+    """The training step of a config on its mesh, compiled once for all tests of a process."""
+    return make_step(cfg, make_mesh(cfg.mesh))
 
 
 def golden_model(name: str) -> tuple[Config, Any, Any, dict[str, np.ndarray]]:

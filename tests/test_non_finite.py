@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from tests.commands import call_well
-from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, rows_of, step_of, tiny_config
+from tests.helpers import (
+    assert_trees_equal,
+    corpus_overrides,
+    random_batch,
+    rows_of,
+    shared_steps,
+    step_of,
+    tiny_config,
+)
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.running.run import open_run
@@ -17,6 +25,12 @@ from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.metrics_file import read_metrics
 from tokenformer_jax.training.non_finite import what_is_bad
 from tokenformer_jax.training.step import put_batch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps():
+    with shared_steps():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from tests.helpers import (
     assert_trees_equal,
     corpus_overrides,
     rows_of,
+    shared_steps,
     step_of,
     tiny_config,
     write_config,
@@ -31,6 +32,12 @@ from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.metrics_file import read_metrics
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.workdir import load_config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps():
+    with shared_steps():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,27 @@
 """Small configs and the golden models, shared by the tests."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import base
 from tokenformer_jax.config import Config, read_config
 from tokenformer_jax.data.batches import Batch
+from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.growth import resize
+from tokenformer_jax.running import run
+from tokenformer_jax.storage import trained
 from tokenformer_jax.storage.metrics_file import read_metrics
+from tokenformer_jax.training.step import Step, make_step
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -48,6 +57,29 @@ def tiny_config(**overrides: Any) -> Config:
 def tiny_linear_config(**overrides: Any) -> Config:
     linear = {"model__projection": "linear", "model__qkv_tokens": 0, "model__out_tokens": 0}
     return tiny_config(**linear | overrides)
+
+
+@cache
+def step_of(cfg: Config) -> Step:
+    """The training step of a config on its mesh, compiled once for all tests of a process."""
+    return make_step(cfg, make_mesh(cfg.mesh))
+
+
+@contextlib.contextmanager
+def shared_steps() -> Iterator[None]:
+    """Within it, runs that are resumed, repeated or read do not compile a step that one before them compiled."""
+    made: dict[tuple[Any, str], Step] = {}
+
+    def shared(cfg: Config, mesh: Mesh, *others: Any) -> Step:
+        key = mesh, repr((cfg, others))
+        if key not in made:
+            made[key] = make_step(cfg, mesh, *others)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (run, resize, trained):
+            patch.setattr(module, "make_step", shared)
+        yield
 
 
 def golden_model(name: str) -> tuple[Config, Any, Any, dict[str, np.ndarray]]:

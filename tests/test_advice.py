@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.helpers import corpus_overrides, tiny_tree, write_corpus
+from tests.helpers import corpus_overrides, shared_steps, tiny_tree, write_corpus
 from tokenformer_jax.config import read_config
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow
@@ -15,6 +15,12 @@ from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.checkpoints import Checkpoints
 
 RUNG = {"step": 2, "model": {"ffn_tokens": 128}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps():
+    with shared_steps():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,8 @@ def test_another_model_is_told_what_to_use_in_flags_and_no_growth_that_cannot_be
     assert "another --workdir" in said and "grow" not in said
     train(follow(config, said, {"steps": 5} | other), tmp_path / "run")
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps[-1] == 5
-    train(config(steps=2, **other), tmp_path / "another")
+    if other is OTHER[-1]:  # compiled for one of them
+        assert train(config(steps=2, **other), tmp_path / "another")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Laws of growth: nothing changes, everything can learn, and nothing half-done is left."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -8,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, tiny_config, tiny_linear_config
-from tokenformer_jax.devices.sharding import make_mesh
+from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, step_of, tiny_config, tiny_linear_config
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow, grow_state
 from tokenformer_jax.growth.recipes import check_growth
@@ -19,26 +19,30 @@ from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.storage.workdir import load_config
 from tokenformer_jax.training.schedule import learning_rate
-from tokenformer_jax.training.step import make_step, put_batch
+from tokenformer_jax.training.step import put_batch
 
 GROWN = {"model__qkv_tokens": 48, "model__out_tokens": 56, "model__ffn_tokens": 200, "steps": 16}
 
 
+@functools.cache
 def trained(cfg, steps=4):
-    step = make_step(cfg, make_mesh(cfg.mesh))
+    step = step_of(cfg)
     state = step.init(jax.random.key(0))
     for i in range(steps):
         state, _ = step.train(state, put_batch(step, random_batch(cfg, i)))
-    return step, state
+    return state
+
+
+@functools.cache
+def growing(cfg, ramp_steps):
+    abstract, key = step_of(cfg).abstract_state, jax.random.key(5)
+    return jax.jit(lambda s: grow_state(s, abstract, cfg.model, key, cfg.grow.recipe, ramp_steps))
 
 
 def grown(small_cfg, cfg, ramp_steps=4):
-    _, state = trained(small_cfg)
-    step = make_step(cfg, make_mesh(cfg.mesh))
-    pad = jax.jit(
-        lambda s: grow_state(s, step.abstract_state, cfg.model, jax.random.key(5), cfg.grow.recipe, ramp_steps)
-    )
-    return step, state, pad(state)
+    state = trained(small_cfg)
+    copy = jax.tree.map(jnp.copy, state)  # training on gives its arrays away
+    return step_of(cfg), state, growing(cfg, ramp_steps)(copy)
 
 
 @pytest.mark.parametrize("normalizer", ["l2_norm_gelu", "gelu_l2_norm"])
@@ -128,7 +132,7 @@ def test_what_moved_is_named():
 def test_growing_twice_equals_the_first_model():
     small, middle, large = tiny_config(), tiny_config(**GROWN), tiny_config(model__ffn_tokens=300, **GROWN_QKV)
     step, first, second = grown(small, middle, ramp_steps=2)
-    step = make_step(large, make_mesh(large.mesh))
+    step = step_of(large)
     third = jax.jit(lambda s: grow_state(s, step.abstract_state, large.model, jax.random.key(6), "zero_keys", 2))(
         second
     )
@@ -144,7 +148,7 @@ def test_growing_in_the_middle_of_a_ramp_holds_each_tau_where_it_is():
         state, _ = step.train(state, put_batch(step, random_batch(middle, i)))
     now = {name: float(tau) for name, tau in state.tau_now().items()}
     assert 96**0.5 < now["ffn"] < 200**0.5
-    step = make_step(large, make_mesh(large.mesh))
+    step = step_of(large)
     key = jax.random.key(6)
     bigger = jax.jit(lambda s: grow_state(s, step.abstract_state, large.model, key, "zero_keys", 10))(state)
     assert {name: float(tau) for name, tau in bigger.tau_now().items()} == now

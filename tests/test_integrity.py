@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from tests.commands import call
-from tests.helpers import assert_trees_equal, corpus_overrides, tiny_config
-from tokenformer_jax.devices.sharding import make_mesh
+from tests.helpers import assert_trees_equal, corpus_overrides, shared_steps, step_of, tiny_config
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow
 from tokenformer_jax.growth.shrink import shrink
@@ -20,9 +19,14 @@ from tokenformer_jax.storage.arrays import by_name
 from tokenformer_jax.storage.checkpoints import Checkpoints, DamagedError, save_one
 from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.storage.workdir import load_config
-from tokenformer_jax.training.step import make_step
 
 OLD, NEW = 2, 4  # steps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps():
+    with shared_steps():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def flip(path, byte, bit=0):
 def damage(workdir, name, step=NEW):
     """Flips a bit of an array, which is found in the files by what it holds."""
     cfg = load_config(workdir / "config.json")
-    abstract = make_step(cfg, make_mesh(cfg.mesh)).abstract_state
+    abstract = step_of(cfg).abstract_state
     row = np.asarray(by_name(Checkpoints(workdir / "checkpoints").restore(step, abstract))[name])[7].tobytes()
     (path,) = [p for p in (workdir / "checkpoints" / str(step)).rglob("*") if p.is_file() and row in p.read_bytes()]
     flip(path, path.read_bytes().index(row) + 5, 3)

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers import assert_trees_equal, random_batch, tiny_config
+from tests.helpers import assert_trees_equal, random_batch, step_of, tiny_config
 from tokenformer_jax.config import MeshConfig
 from tokenformer_jax.data.tokenizer import train_tokenizer
 from tokenformer_jax.devices.sharding import MESH_AXES, arrange, make_mesh, this_process
@@ -63,7 +63,7 @@ def placed(state, step):
 @pytest.fixture(scope="module")
 def alone():
     """One device: the state at first, and the state and the metrics after each of two steps."""
-    step = make_step(CFG, make_mesh(CFG.mesh))
+    step = step_of(CFG)
     state = step.init(jax.random.key(0))
     return [(jax.device_get(state), None), *steps_from(state, step)]
 
@@ -77,7 +77,7 @@ def steps_from(state, step):
 @pytest.mark.parametrize("mesh", [pytest.param(m, marks=() if m in MESHES else pytest.mark.slow) for m in ALL], ids=str)
 def test_loss_gradients_and_a_training_step_equal_those_of_one_device(alone, mesh):
     """Gradients to 2e-5 of each array's largest, losses to 1e-6; Adam's step magnifies what tiny gradients round to."""
-    step = make_step(on(mesh), make_mesh(on(mesh).mesh))
+    step = step_of(on(mesh))
     (start, _), *expected = alone
     for (got, metrics), (want, wanted) in zip(steps_from(placed(start, step), step), expected, strict=True):
         assert metrics["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
@@ -95,7 +95,7 @@ def test_every_mesh_reads_the_checkpoint_of_another_bit_for_bit(alone, tmp_path,
     """One device writes, the first mesh reads and writes, the next reads, and so on to the one device again."""
     state = alone[-1][0]
     tokenizer, record = train_tokenizer(["a"], 257), Record({}, "", 1)
-    steps = [make_step(on(mesh), make_mesh(on(mesh).mesh)) for mesh in [(1, 1, 1, 1), *meshes]]
+    steps = [step_of(on(mesh)) for mesh in [(1, 1, 1, 1), *meshes]]
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=len(steps))
     for n, (writer, reader) in enumerate(zip(steps, steps[1:] + steps[:1], strict=True)):
         data = iter(grain.MapDataset.range(3).to_iter_dataset())
@@ -111,7 +111,7 @@ def test_evaluation_and_generation_on_the_trained_mesh_equal_those_of_one_device
     state, tokens, losses = alone[-1][0], [], []
     for mesh in ((1, 1, 1, 1), SLICED):
         cfg = on(mesh)
-        step = make_step(cfg, make_mesh(cfg.mesh))
+        step = step_of(cfg)
         here = placed(state, step)
         losses.append(jax.device_get(step.evaluate(here, put_batch(step, random_batch(CFG, 9)))))
         prompt_BL = jnp.asarray(random_batch(CFG).tokens_BL[:, :3])

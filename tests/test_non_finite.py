@@ -9,15 +9,28 @@ import numpy as np
 import pytest
 
 from tests.commands import call_well
-from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, rows_of, tiny_config
-from tokenformer_jax.devices.sharding import make_mesh
+from tests.helpers import (
+    assert_trees_equal,
+    corpus_overrides,
+    random_batch,
+    rows_of,
+    shared_steps,
+    step_of,
+    tiny_config,
+)
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.running.run import open_run
 from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.metrics_file import read_metrics
 from tokenformer_jax.training.non_finite import what_is_bad
-from tokenformer_jax.training.step import make_step, put_batch
+from tokenformer_jax.training.step import put_batch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps():
+    with shared_steps():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +60,7 @@ def poison(cfg, tmp_path, monkeypatch):
 
 def test_what_is_not_finite_changes_neither_parameters_nor_moments():
     cfg = tiny_config()
-    step = make_step(cfg, make_mesh(cfg.mesh))
+    step = step_of(cfg)
     state, _ = step.train(step.init(jax.random.key(0)), put_batch(step, random_batch(cfg)))
     for weight in (np.nan, np.inf):
         bad = random_batch(cfg)

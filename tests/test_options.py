@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import assert_trees_equal, random_batch, tiny_config, tiny_linear_config
+from tests.helpers import assert_trees_equal, random_batch, step_of, tiny_config, tiny_linear_config
 from tokenformer_jax.api import TokenFormer
-from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.nn.language import abstract_model, init_params
@@ -20,19 +19,14 @@ from tokenformer_jax.nn.pattention import pattention
 from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.storage.official import check_tau
 from tokenformer_jax.training.state import TauRamp, TrainState
-from tokenformer_jax.training.step import make_step, masks_key, put_batch
+from tokenformer_jax.training.step import masks_key, put_batch
 
 DROPPED = {"model__dropout": 0.2, "model__stochastic_depth": 0.3}
 SMALL = {"model__vocab_size": 64, "model__context_length": 8, "steps": 4}
 
 
-@functools.cache
-def compiled(cfg):
-    return make_step(cfg, make_mesh(cfg.mesh))
-
-
 def train(cfg, steps=2):
-    step = compiled(cfg)
+    step = step_of(cfg)
     state = step.init(jax.random.key(0))
     metrics = []
     for i in range(steps):
@@ -86,7 +80,7 @@ def test_tau_tokens_fixes_tau_whatever_the_tokens():
     expected = dict.fromkeys(("query", "key", "value", "out"), 3.0) | {"ffn": 6.0}  # the authors': 4 x zoom_dim
     assert initial_tau(cfg.model) == expected
     assert initial_tau(tiny_config(model__tau_tokens=9, model__ffn_tokens=200).model) == expected
-    state = make_step(cfg, make_mesh(cfg.mesh)).init(jax.random.key(0))
+    state = step_of(cfg).init(jax.random.key(0))
     assert {name: float(tau) for name, tau in state.tau_now().items()} == expected
 
 
@@ -199,7 +193,7 @@ def test_training_twice_gives_the_same_bits():
 
 def test_every_step_and_every_microbatch_has_its_own_masks():
     """Rows 2i and 2i + 1 are the same and fall into different microbatches; weights choose one of them."""
-    batch, step = random_batch(TRAINED), compiled(TRAINED)
+    batch, step = random_batch(TRAINED), step_of(TRAINED)
     even = np.broadcast_to(np.arange(TRAINED.batch_size)[:, None] % 2 == 0, batch.tokens_BL.shape)
     twins = jax.tree.map(lambda x: np.repeat(x[::2], 2, axis=0), batch)
     losses = []

@@ -73,8 +73,8 @@ def start_pod(count, log, module, *flags):
 
 
 def popen(log, devices, *command):
-    flag = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
-    environment = os.environ | {"XLA_FLAGS": flag, "PYTHONPATH": str(ROOT)}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one counts
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     with log.open("a") as out:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=out, stdout=out, start_new_session=True)
 

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_trees_equal, random_batch, tiny_config
+from tests.helpers import assert_trees_equal, random_batch, step_of, tiny_config
 from tokenformer_jax.config import RECIPE_NAMES
-from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.growth.recipes import RECIPES, check_growth
 from tokenformer_jax.growth.verify import measure, verify
-from tokenformer_jax.training.step import make_step, put_batch
+from tokenformer_jax.training.step import put_batch
 
 DOUBLED = {"model__qkv_tokens": 48, "model__out_tokens": 80, "model__ffn_tokens": 192, "steps": 16}
 UNEVEN = {"model__qkv_tokens": 48, "model__out_tokens": 100, "model__ffn_tokens": 128, "steps": 16}
@@ -28,7 +27,7 @@ ONLY_QKV = {"model__qkv_tokens": 96, "steps": 16}
 def trained():
     """A model of 32 dims with 24, 40 and 96 tokens: fewer than dims, and more."""
     cfg = tiny_config()
-    step = make_step(cfg, make_mesh(cfg.mesh))
+    step = step_of(cfg)
     state = step.init(jax.random.key(0))
     for i in range(6):
         state, _ = step.train(state, put_batch(step, random_batch(cfg, i)))
@@ -39,7 +38,7 @@ def grown(trained, recipe, sizes, **mesh):
     small, state = trained
     cfg = tiny_config(**sizes, **mesh, grow__recipe=recipe)
     check_growth(small.model, cfg.model, recipe)
-    step = make_step(cfg, make_mesh(cfg.mesh))
+    step = step_of(cfg)
     shardings = jax.tree.map(lambda a: a.sharding, step.abstract_state)
 
     @jax.jit

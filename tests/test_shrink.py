@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_trees_equal, corpus_overrides, tiny_config, tiny_linear_config
+from tests.helpers import assert_trees_equal, corpus_overrides, step_of, tiny_config, tiny_linear_config
 from tokenformer_jax.api import TokenFormer
-from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow, grow_state
 from tokenformer_jax.growth.shrink import check_shrinking, most_useful, shrink, shrink_state
@@ -19,7 +18,6 @@ from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.training.state import TauRamp, TrainState
-from tokenformer_jax.training.step import make_step
 
 SIZES = {"model__qkv_tokens": 64, "model__out_tokens": 80, "model__ffn_tokens": 192}
 
@@ -28,18 +26,18 @@ SIZES = {"model__qkv_tokens": 64, "model__out_tokens": 80, "model__ffn_tokens": 
 def trained(normalizer="l2_norm_gelu"):
     """A state at step 3 whose moments are anything but zero."""
     cfg = tiny_config(model__normalizer=normalizer)
-    state = make_step(cfg, make_mesh(cfg.mesh)).init(jax.random.key(0))
+    state = step_of(cfg).init(jax.random.key(0))
     rng = np.random.default_rng(0)
     opt_state = jax.tree.map(lambda x: jnp.asarray(rng.random(x.shape), x.dtype) if x.ndim else x, state.opt_state)
     return cfg, state._replace(step=jnp.int32(3), opt_state=opt_state)
 
 
 def put(state, cfg):
-    return jax.device_put(state, jax.tree.map(lambda a: a.sharding, make_step(cfg, make_mesh(cfg.mesh)).abstract_state))
+    return jax.device_put(state, jax.tree.map(lambda a: a.sharding, step_of(cfg).abstract_state))
 
 
 def grown(state, cfg):
-    step = make_step(cfg, make_mesh(cfg.mesh))
+    step = step_of(cfg)
     shardings = jax.tree.map(lambda a: a.sharding, step.abstract_state)
 
     def larger(s):
@@ -50,7 +48,7 @@ def grown(state, cfg):
 
 
 def shrunk(state, cfg, ramp_steps=4):
-    step = make_step(cfg, make_mesh(cfg.mesh))
+    step = step_of(cfg)
     shardings = jax.tree.map(lambda a: a.sharding, step.abstract_state)
     with jax.set_mesh(step.mesh):
         return jax.jit(lambda s: shrink_state(s, cfg.model, ramp_steps), out_shardings=shardings)(state)

@@ -7,18 +7,17 @@ import optax
 import pytest
 from flax import nnx
 
-from tests.helpers import assert_trees_equal, random_batch, tiny_config, tiny_linear_config
-from tokenformer_jax.devices.sharding import make_mesh
+from tests.helpers import assert_trees_equal, random_batch, step_of, tiny_config, tiny_linear_config
 from tokenformer_jax.nn.language import abstract_model
 from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.training.schedule import decayed, learning_rate
 from tokenformer_jax.training.state import TauRamp
-from tokenformer_jax.training.step import make_step, put_batch
+from tokenformer_jax.training.step import put_batch
 
 
 def train(cfg, steps=3):
     """Final state and the metrics of a few steps on random batches."""
-    step = make_step(cfg, make_mesh(cfg.mesh))
+    step = step_of(cfg)
     state = step.init(jax.random.key(0))
     metrics = []
     for i in range(steps):
@@ -29,7 +28,7 @@ def train(cfg, steps=3):
 
 def test_parameters_and_moments_are_sharded_as_the_table_says():
     cfg = tiny_config(mesh__fsdp=2, mesh__tensor=4)
-    state = make_step(cfg, make_mesh(cfg.mesh)).init(jax.random.key(0))
+    state = step_of(cfg).init(jax.random.key(0))
     adam = state.opt_state[0]
     for tree in (state.params, adam.mu, adam.nu):
         keys = tree["blocks"]["ffn"]["keys"]
@@ -54,7 +53,7 @@ def test_accumulated_step_equals_the_full_batch(mesh):
 
 def test_padding_has_no_weight():
     cfg = tiny_config()
-    step = make_step(cfg, make_mesh(cfg.mesh))
+    step = step_of(cfg)
     state = step.init(jax.random.key(0))
     batch = random_batch(cfg)
     real = batch.weights_BL > 0
@@ -86,7 +85,7 @@ def test_schedule_at_named_steps():
 
 def test_weight_decay_spares_the_final_norm_only():
     cfg = tiny_config()
-    state = make_step(cfg, make_mesh(cfg.mesh)).init(jax.random.key(0))
+    state = step_of(cfg).init(jax.random.key(0))
     mask = decayed(state.params)
     assert mask["norm_scale"] is mask["norm_bias"] is False
     assert all(jax.tree.leaves({name: mask[name] for name in ("embed", "blocks")}))
@@ -95,7 +94,7 @@ def test_weight_decay_spares_the_final_norm_only():
 def test_optimizer_is_clipped_adamw():
     """Two steps against Adam written out by hand."""
     cfg = tiny_config(optimizer__clip_norm=0.1)
-    step = make_step(cfg, make_mesh(cfg.mesh))
+    step = step_of(cfg)
     state = step.init(jax.random.key(0))
     embed, moment1, moment2 = np.asarray(state.params["embed"], np.float64), 0.0, 0.0
     for t in (1, 2):

@@ -15,16 +15,29 @@ import numpy as np
 import pytest
 
 from tests.commands import call, complaint
-from tests.helpers import assert_trees_equal, corpus_overrides, rows_of, tiny_config, write_config, write_corpus
+from tests.helpers import (
+    assert_trees_equal,
+    corpus_overrides,
+    rows_of,
+    shared_steps,
+    step_of,
+    tiny_config,
+    write_config,
+    write_corpus,
+)
 from tokenformer_jax.cli import STOPPED
-from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.metrics_file import read_metrics
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.workdir import load_config
-from tokenformer_jax.training.step import make_step
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps():
+    with shared_steps():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +55,7 @@ def whole(cfg, tmp_path_factory):
 
 
 def final_state(cfg, workdir):
-    step = make_step(cfg, make_mesh(cfg.mesh))
+    step = step_of(cfg)
     checkpoints = Checkpoints(workdir / "checkpoints")
     return jax.device_get(checkpoints.restore(checkpoints.choose(None), step.abstract_state))
 

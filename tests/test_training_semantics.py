@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from tests.helpers import golden_model, random_batch, tiny_config
+from tests.helpers import golden_model, random_batch, step_of, tiny_config
 from tokenformer_jax.config import Config
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.growth.grow import grow_state
@@ -247,7 +247,7 @@ def test_hand_written_model_is_the_authors(name):
 
 def test_training_is_clipped_adamw_on_the_hand_written_gradients():
     cfg = tiny_config(**SOMETIMES_CLIPPED)
-    step = make_step(cfg, make_mesh(cfg.mesh))
+    step = step_of(cfg)
     state = step.init(jax.random.key(0))
     _, norms = train_both(step, state, Trainer(cfg, flat(state.params)), steps=6)
     clipped = norms > cfg.optimizer.clip_norm
@@ -257,7 +257,7 @@ def test_training_is_clipped_adamw_on_the_hand_written_gradients():
 def test_training_on_after_growth_is_that_of_the_larger_model():
     sizes = {"model__qkv_tokens": 30, "model__ffn_tokens": 200, "steps": 12}  # "out" does not grow
     cfg, grown_cfg = (tiny_config(**SOMETIMES_CLIPPED, **more) for more in ({}, sizes))
-    step = make_step(cfg, make_mesh(cfg.mesh))
+    step = step_of(cfg)
     state = step.init(jax.random.key(0))
     trainer = Trainer(cfg, flat(state.params))
     state, _ = train_both(step, state, trainer, steps=3)

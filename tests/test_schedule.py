@@ -179,5 +179,5 @@ def test_new_tokens_learn_at_a_rate_of_their_own():
         moved = (tree["blocks"][name]["keys"][:, :tokens] for tree in (own, full))
         np.testing.assert_allclose(*moved, atol=1e-8)
     of_new = [moved["blocks"]["ffn"]["values"][:, 64:] for moved in (own, full)]
-    np.testing.assert_allclose(of_new[0], of_new[1] * 0.5 * 2 / 4, atol=1e-8)  # the second of four steps of warm-up
+    np.testing.assert_allclose(of_new[0], of_new[1] * 0.5 * 2 / 4, atol=1e-7)  # the second of four steps of warm-up
     assert np.abs(of_new[0]).max() > 1e-5

@@ -48,9 +48,9 @@ def measure_device(run: Run) -> None:
 
 # (b)
 
-EXACTLY = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true "
-    "--xla_gpu_enable_scatter_determinism_expander=false"  # with that pass jax 0.11.2 fails to compile the step
-}
+# With the pass that orders scatters jax 0.11.2 failed to compile the step.
+IN_ORDER = "--xla_gpu_deterministic_ops=true --xla_gpu_enable_scatter_determinism_expander=false"
+EXACTLY = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {IN_ORDER}"}
 SOME_LAWS = ["golden_pattention_l2_norm_gelu", "golden_lm_2layer", "growth"]  # which tiny has time for
 LAWS_SECONDS = 60.0  # after which the steps' measurement no longer waits for them
 
@@ -114,7 +114,7 @@ def measure_decoding(run: Run, part: str, size: str, batches: list[int], prompt:
     device = run.part("a")
 
     def put(figures: Figures) -> None:
-        """With the bounds: all parameters as they are stored, and the cache filled so far, read once for a token."""
+        """With the bounds: all parameters as `generate` keeps them, and the cache filled so far, read once a token."""
         for batch in map(str, batches):
             one = figures.get(batch)
             if not one or not device.get("copy_bytes_per_second"):
@@ -122,10 +122,11 @@ def measure_decoding(run: Run, part: str, size: str, batches: list[int], prompt:
             if "prefill_tokens_per_second" in one:
                 rate = one["prefill_tokens_per_second"] / (int(batch) * prompt) * one["prompt_flops"]
                 one["prefill_share_of_matrix_rate"] = rate / device["matrix_flops_per_second"]
-            for way in ("generate", "loop", "loop_bfloat16"):
+            for way in ("generate", "loop"):
                 if f"{way}_tokens_per_second" in one:
-                    stored = figures["parameter_bytes_bfloat16" if "bfloat16" in way else "parameter_bytes"]
-                    read = one[f"{way}_tokens_per_second"] / int(batch) * (stored + one["cache_bytes"])
+                    read = (
+                        one[f"{way}_tokens_per_second"] / int(batch) * (figures["parameter_bytes"] + one["cache_bytes"])
+                    )
                     one[f"{way}_share_of_copy_rate"] = read / device["copy_bytes_per_second"]
                     one[f"{way}_share_of_read_rate"] = read / device["read_bytes_per_second"]
         run.add(part, figures | {"size": size})

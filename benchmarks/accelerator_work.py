@@ -152,14 +152,12 @@ def device(talk: Talk, tiny: bool) -> Figures:
 def decode(talk: Talk, size: str, batches: list[int], prompt: int, new: int) -> Figures:
     """Prompts and next tokens: through `generate`, and by the same function in a loop on the device.
 
-    The loop shows what the device does where nobody waits for Python; with bfloat16 parameters, what storing those
-    would give.
+    The loop shows what the device does where nobody waits for Python.
     """
     import jax
     import jax.numpy as jnp
 
-    from tokenformer_jax.evaluation.sampling import Sampling, generate, make_decoder
-    from tokenformer_jax.nn.attention import KVCache
+    from tokenformer_jax.evaluation.sampling import Sampling, decoding_params, empty_cache, generate, make_decoder
     from tokenformer_jax.nn.language import init_params
     from tokenformer_jax.nn.transformer import initial_tau
     from tokenformer_jax.training.language import train_flops_per_token
@@ -168,9 +166,9 @@ def decode(talk: Talk, size: str, batches: list[int], prompt: int, new: int) -> 
     how = Sampling(temperature=0.0)
     step = make_decoder(cfg, how)
     params = jax.jit(functools.partial(init_params, cfg))(jax.random.key(0))
-    halved = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
+    ready = decoding_params(cfg, params)
     tau = jax.tree.map(jnp.float32, initial_tau(cfg))
-    held, halved_bytes = (sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (params, halved))
+    held = sum(x.nbytes for x in jax.tree.leaves(ready))
     vocabulary = 2 * cfg.vocab_size * cfg.embed_dim  # FLOPs of a position's logits; of a prompt only the last has some
     flops = prompt * (train_flops_per_token(cfg) / 3 - vocabulary) + vocabulary
 
@@ -178,11 +176,11 @@ def decode(talk: Talk, size: str, batches: list[int], prompt: int, new: int) -> 
     def loop(params: Any, tau: Any, tokens_B: Any, cache: Any, key: Any) -> Any:
         def one(carry: Any, _: None) -> Any:
             tokens_B, cache = carry
-            return step(params, tau, tokens_B[:, None], cache, key), None
+            return step(params, tau, tokens_B, cache, key), None
 
         return jax.lax.scan(one, (tokens_B, cache), length=new - 1)[0]
 
-    found: Figures = {"parameter_bytes": held, "parameter_bytes_bfloat16": halved_bytes, "prompt": prompt, "new": new}
+    found: Figures = {"parameter_bytes": held, "prompt": prompt, "new": new}
     for batch in batches:
         prompt_BL = jax.random.randint(jax.random.key(1), (batch, prompt), 0, cfg.vocab_size)
         token = 2 * cfg.num_layers * cfg.embed_dim * jnp.dtype(cfg.dtype).itemsize
@@ -208,14 +206,13 @@ def decode(talk: Talk, size: str, batches: list[int], prompt: int, new: int) -> 
             took.append(seconds(lambda: list(stream)) / (new - 1))  # noqa: B023
         figures["generate_tokens_per_second"] = batch / statistics.median(took)
         say()
-        for name, tree in (("loop", params), ("loop_bfloat16", halved)):
-            took = []
-            for _ in range(4):
-                cache = KVCache.empty(cfg, batch, prompt + new)
-                tokens_B, cache = jax.block_until_ready(step(tree, tau, prompt_BL, cache, jax.random.key(0)))
-                took.append(seconds(lambda: loop(tree, tau, tokens_B, cache, jax.random.key(0))) / (new - 1))  # noqa: B023
-            figures[f"{name}_tokens_per_second"] = batch / statistics.median(took[1:])
-            say()
+        took = []
+        for _ in range(4):
+            cache = empty_cache(cfg, batch, prompt + new)
+            tokens_B, cache = jax.block_until_ready(step(ready, tau, prompt_BL, cache, jax.random.key(0)))
+            took.append(seconds(lambda: loop(ready, tau, tokens_B, cache, jax.random.key(0))) / (new - 1))  # noqa: B023
+        figures["loop_tokens_per_second"] = batch / statistics.median(took[1:])
+        say()
         found[str(batch)] = figures
     return found | {"peak_bytes": peak_bytes()}
 

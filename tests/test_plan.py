@@ -33,6 +33,27 @@ ENTRY %main (x: f32[8,32], w: f32[32,16]) -> f32[8,16] {
 }
 """
 
+# An element of a tuple, as older versions of jax write it, and as newer ones do.
+ELEMENTS = {
+    "named": """
+ENTRY %main (x: f32[8], y: f32[16]) -> f32[16] {
+  %x = f32[8]{0} parameter(0)
+  %y = f32[16]{0} parameter(1)
+  %pair = (f32[8]{0}, f32[16]{0}) tuple(%x, %y)
+  %second = f32[16]{0} get-tuple-element(%pair), index=1
+  ROOT %out = f32[16]{0} negate(%second)
+}
+""",
+    "numbered": """
+ENTRY %main (x: f32[8], y: f32[16]) -> f32[16] {
+  %x = f32[8]{0} parameter(0)
+  %y = f32[16]{0} parameter(1)
+  %pair = (f32[8]{0}, f32[16]{0}) tuple(%x, %y)
+  ROOT %out = f32[16]{0} negate(%pair#1)
+}
+""",
+}
+
 
 def compiled_text(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().as_text()
@@ -47,6 +68,12 @@ def test_contractions_in_nested_loops_are_counted_as_often_as_they_run():
     program = read_program(compiled_text(lambda x, w: jax.lax.scan(layer, x, w)[0], x, weights), {"data": 1})
     assert sum(o.flops * o.count for o in program.operations) == 5 * 3 * 2 * 8 * 16 * 16
     assert not program.collectives
+
+
+@pytest.mark.parametrize("written", ELEMENTS)
+def test_an_element_of_a_tuple_is_read_as_what_it_is(written):
+    (operation,) = read_program(ELEMENTS[written], {"data": 1}).operations
+    assert operation.bytes == 4 * (16 + 16)
 
 
 def test_a_convolution_counts_where_its_window_meets_inputs():

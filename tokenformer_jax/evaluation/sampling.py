@@ -95,6 +95,11 @@ def decoding_params(cfg: ModelConfig, params: Params) -> Params:
     return params if stacks_layers_to_decode() else params | {"blocks": turn_values(unstack(params["blocks"]))}
 
 
+def empty_cache(cfg: ModelConfig, batch: int, size: int) -> Any:
+    """A cache that goes with `decoding_params`."""
+    return (KVCache if stacks_layers_to_decode() else UnstackedKVCache).empty(cfg, batch, size)
+
+
 def generate(
     cfg: ModelConfig,
     params: Params,
@@ -127,10 +132,9 @@ def generate(
     decode = make_decoder(cfg, how, num_ids)
     key = jax.random.key(seed)
     params = decoding_params(cfg, params)
-    kind: Any = KVCache if stacks_layers_to_decode() else UnstackedKVCache
 
     def stream() -> Iterator[jax.Array]:
-        tokens, cache = prompt_BL, kind.empty(cfg, batch, length + max_tokens - 1)
+        tokens, cache = prompt_BL, empty_cache(cfg, batch, length + max_tokens - 1)
         for i in range(max_tokens):
             tokens, cache = decode(params, tau, tokens, cache, jax.random.fold_in(key, i))
             yield tokens

@@ -121,7 +121,12 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
         found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(", line)
         if found:
             inside = _up_to_closing(line, found.end())
-            operands = tuple(re.findall(r"%([\w.\-]+)", line[found.end() : inside]))
+            operands = tuple(re.findall(r"%([\w.\-#]+)", line[found.end() : inside]))
+            for operand in operands:  # `%while.17#1` is what newer versions write for an element of a tuple
+                whole, _, index = operand.partition("#")
+                if index and whole in current and operand not in current:
+                    element = current[whole].arrays[int(index) : int(index) + 1]
+                    current[operand] = Instruction(operand, "get-tuple-element", element, (whole,), "", False)
             if found[4] in ("constant", "parameter"):
                 operands = (line[found.end() : inside],)
             current[found[2]] = Instruction(

@@ -3,9 +3,13 @@
 import dataclasses
 import io
 import json
+import math
 import pathlib
 import shutil
+import tempfile
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,10 +17,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tests.helpers import corpus_overrides, tiny_config
+from tests.test_data_files import texts as documents
 from tokenformer_jax.config import read_config
 from tokenformer_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from tokenformer_jax.data.tokens import prepare
 from tokenformer_jax.errors import UserError
+from tokenformer_jax.evaluation.sampling import Sampling, sample
 from tokenformer_jax.growth.ladder import stages
 from tokenformer_jax.nn.language import abstract_model
 from tokenformer_jax.running.loop import train
@@ -187,3 +193,78 @@ def test_corpora(folder, damage, kind):
         prepare(cfg)
     except UserError as error:
         assert "\n" not in str(error)
+
+
+# Of a folder of data: what an entry is named and is, and how many documents it adds.
+ENTRIES = {
+    "text": ("{i}.txt", 1),
+    "text, in capitals": ("{i}.TXT", 1),
+    "text behind a byte-order mark": ("bom{i}.txt", 1),
+    "a name that is no UTF-8": ("\udcff{i}.txt", 1),
+    "a name like a glob": ("[{i}]*.txt", 1),
+    "lines of JSON": ("{i}.jsonl", 2),
+    "another ending": ("{i}.md", 0),
+    "hidden": (".{i}.txt", 0),
+    "in a hidden folder": (".git{i}/x.txt", 0),
+    "in a folder": ("sub{i}/x.txt", 1),
+    "a link to a file that is there": ("link{i}.txt", 0),
+    "a link to a file elsewhere": ("far{i}.txt", 1),
+    "a link to a folder elsewhere": ("farther{i}", 1),
+    "a link to the folder itself": ("circle{i}", 0),
+    "a link to nothing": ("dangling{i}.txt", 0),
+    "a run": ("run{i}/checkpoints/3/assets/a.txt", 0),
+}
+
+
+@settings(FILES, max_examples=100)
+@given(st.lists(st.sampled_from(sorted(ENTRIES)), max_size=8))
+def test_a_folder_holds_the_documents_that_people_put_there(kinds):
+    with tempfile.TemporaryDirectory() as name:
+        place, elsewhere = pathlib.Path(name) / "data", pathlib.Path(name) / "elsewhere"
+        place.mkdir()
+        (place / "first.txt").write_text("the first")
+        expected = ["the first"]
+        for i, kind in enumerate(kinds):
+            path, count = place / ENTRIES[kind][0].format(i=i), ENTRIES[kind][1]
+            texts = [f"text {i} {j}" for j in range(max(count, 1))]
+            target = elsewhere / str(i) / "x.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True)
+            target.write_text(texts[0])
+            if kind.startswith("a link"):
+                ends = {"there": place / "first.txt", "elsewhere": target, "itself": place, "nothing": place / "none"}
+                end = ends[kind.rpartition(" ")[2]] if "folder elsewhere" not in kind else target.parent
+                path.symlink_to(ends["there"] if "that is there" in kind else end)
+            elif path.suffix == ".jsonl":
+                path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            else:
+                path.write_bytes(("\ufeff" if "mark" in kind else "").encode() + texts[0].encode())
+            if kind == "a run":
+                (path.parents[3] / "config.json").write_text("{}")
+            expected += texts[:count]
+        assert documents(place) == sorted(expected)
+        assert documents(place / "**") == sorted(expected)  # the same as a glob
+
+
+@settings(QUICK, max_examples=100)
+@given(
+    st.lists(
+        st.floats(-(2.0**99), 2.0**99, width=32) | st.sampled_from([0.0, 1e-45, -math.inf]), min_size=1, max_size=6
+    ),
+    st.floats() | st.sampled_from([0, 1e-39, 5e-324, 1e-45, 1e38]),
+    st.integers(-1, 8),
+    st.floats(-0.1, 1.1) | st.sampled_from([5e-324, 1e-45, 1.0]),
+)
+def test_a_token_is_drawn_from_those_that_are_left(logits, temperature, top_k, top_p):
+    how = Sampling(temperature, top_k, top_p)
+    try:
+        how.check()
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    if not any(map(math.isfinite, logits)):
+        return
+    drawn = int(sample(jnp.asarray([logits], jnp.float32), jax.random.key(0), how)[0])
+    assert math.isfinite(logits[drawn])
+    if temperature < 1e-37 or top_k == 1 or top_p < 1e-37:
+        assert logits[drawn] == pytest.approx(max(logits), rel=1e-6)

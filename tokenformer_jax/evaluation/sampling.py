@@ -22,6 +22,7 @@ from tokenformer_jax.nn.transformer import Tau, unstack
 from tokenformer_jax.storage.trained import Trained
 
 SMALLEST = float(np.finfo(np.float32).tiny)  # what is smaller is 0 to a device
+HOTTEST = 1e30  # evens out all logits; a device lacks the inverse of far higher ones
 BROKEN = -1  # in the place of a token id whose logits are not finite
 
 
@@ -46,7 +47,8 @@ def sample(logits_BV: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
     """Draws token ids [B] from float32 logits [B, V]: temperature, then top-k, then top-p (nucleus)."""
     if how.temperature < SMALLEST:
         return jnp.argmax(logits_BV, axis=-1)
-    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / how.temperature  # the largest stays finite
+    logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)  # so that the largest stays finite
+    logits_BV /= min(how.temperature, HOTTEST)
     if 0 < how.top_k < logits_BV.shape[-1]:
         kth_B1 = jax.lax.top_k(logits_BV, how.top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 import time
 
 import pytest
@@ -13,7 +14,11 @@ from benchmarks.accelerator_step import OURS, PLAIN, TORCH, Steps, measure_step
 
 def call(monkeypatch, out: pathlib.Path, *flags: str) -> dict:
     monkeypatch.setattr("sys.argv", ["accelerator", "--size=tiny", f"--out={out}", *flags])
-    accelerator.main()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        accelerator.main()
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
     return json.loads(out.read_text())
 
 

@@ -16,7 +16,7 @@ FLOORS = """
     nn: backends layers row_kernels pattention_vjp pattention attention transformer loss language
     training: metrics language tasks state schedule non_finite step
     storage: fingerprint workdir record arrays metrics_file checkpoints trained state_dicts official
-    evaluation: perplexity sampling report
+    evaluation: perplexity sampling report advice
     growth: recipes ladder figures verify resize grow shrink
     planning: hlo plan fit whole_run
     running: signals run log loop branch

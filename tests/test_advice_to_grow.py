@@ -58,7 +58,7 @@ def test_crossing_and_head_start_are_those_of_the_curves(runs):
     )
     told = describe(found)
     assert f"cross at {found['crossing']['flops']:.3g} FLOPs" in told and f"grow at step {growth['step']:,}" in told
-    assert "if the grown model learns as fast" in told and "cosine" not in told
+    assert "if the grown model learns as fast" in told and "cosine" not in told and "last loss" not in told
 
 
 def test_what_cannot_be_known_is_said(tmp_path, runs):
@@ -66,6 +66,7 @@ def test_what_cannot_be_known_is_said(tmp_path, runs):
     early = write(tmp_path / "early", LARGE, few)
     (found,) = advise({"small": runs["small"], "early": early})
     assert found["crossing"] is None and "do not cross yet: small is the better size" in describe(found)
+    assert "the last loss that both reached" in describe(found)
     assert "a cosine's losses on the way are too high" in describe(found)
     (found,) = advise({"small": write(tmp_path / "late", SMALL, later), "early": early})
     assert found["growth"] is None and "cannot be said: there is no loss that both reached" in describe(found)

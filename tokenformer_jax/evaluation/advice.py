@@ -73,7 +73,7 @@ def compare(small: Curve, large: Curve) -> dict[str, Any]:
         at = losses[best]
         spent = float(small.at(at, small.flops_E))
         found["growth"] = {"loss": at, "step": round(float(small.at(at, small.steps_E))), "flops": spent}
-        found["growth"] |= {"saves_at_most_flops": float(ahead[best])}
+        found["growth"] |= {"saves_at_most_flops": float(ahead[best]), "still_gaining": best == POINTS - 1}
     return found
 
 
@@ -112,6 +112,8 @@ def describe(found: dict[str, Any]) -> str:
         f"grow at step {growth['step']:,} of {small} (loss {growth['loss']:.3f}): there it is furthest ahead, and "
         f"growing saves {growth['saves_at_most_flops']:.3g} FLOPs at most"
     )
+    if growth["still_gaining"]:
+        lines.append("that is the last loss that both reached: longer runs may find a later step that saves more")
     if crossing:
         part = growth["saves_at_most_flops"] / crossing["flops"]
         lines.append(f"that is {part:.0%} of the FLOPs at the crossing, and less of any larger budget")

@@ -6,6 +6,8 @@ import shutil
 import tempfile
 from importlib.metadata import version
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "TOKENFORMER_TESTS" not in os.environ:  # not yet set by the process that started this one
     os.environ["TOKENFORMER_TESTS"] = tempfile.mkdtemp(prefix="tokenformer_tests_")
@@ -17,6 +19,15 @@ if "TOKENFORMER_TESTS" not in os.environ:  # not yet set by the process that sta
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["TOKENFORMER_TESTS"], "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+@pytest.fixture
+def tpu_compiler(monkeypatch):
+    """For tests that compile for a TPU: its compiler ends the process at a flag that only the CPU's one knows."""
+    import jax  # not before the flags are set
+
+    jax.devices()  # the CPU's has read them
+    monkeypatch.setenv("XLA_FLAGS", "")
 
 
 def pytest_runtest_setup():

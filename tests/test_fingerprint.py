@@ -140,7 +140,7 @@ def test_a_changed_byte_of_sealed_json_shows_or_changes_nothing():
             continue
 
 
-def test_on_a_tpu_each_device_reads_its_shard_once_and_exchanges_nothing():
+def test_on_a_tpu_each_device_reads_its_shard_once_and_exchanges_nothing(tpu_compiler):
     pytest.importorskip("libtpu")
     devices, _ = devices_of("v5e:2x2")
     sharding = NamedSharding(Mesh(np.array(devices), "fsdp"), P(None, "fsdp"))

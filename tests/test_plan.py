@@ -18,6 +18,7 @@ from tokenformer_jax.planning.hlo import read_program
 from tokenformer_jax.planning.plan import alternatives, make_plan
 from tokenformer_jax.training.language import train_flops_per_token
 
+pytestmark = pytest.mark.usefixtures("tpu_compiler")
 MESH = MeshConfig(slice=1, data=2, fsdp=2, tensor=2)
 SIZES = {axis: getattr(MESH, axis) for axis in MESH_AXES}
 

@@ -30,7 +30,14 @@ def say(line: str) -> None:
 class Trainer:
     """Trains trunks and decays, keeps the states that others begin from, and writes what it finds at once."""
 
-    def __init__(self, setting: Setting, programs: Programs, workdir: pathlib.Path, deadline: float):
+    def __init__(
+        self,
+        setting: Setting,
+        programs: Programs,
+        workdir: pathlib.Path,
+        deadline: float,
+        results: str = "gpu_growth.json",
+    ):
         self.setting, self.programs, self.workdir, self.deadline = setting, programs, workdir, deadline
         train, validation = (np.load(workdir / "data" / f"{split}.npy") for split in ("train", "validation"))
         self.train_T, self.validation_T = (
@@ -49,7 +56,7 @@ class Trainer:
         prints = [self.data[split]["fingerprint"] for split in ("train", "validation")]
         identity = {"setting": vars(setting), "data": prints}
         self.tree: dict[str, Any] = {"identity": identity, "trunks": {}, "growths": {}, "runs": {}}
-        self.path = workdir / "gpu_growth.json"
+        self.path = workdir / results
         if self.path.exists():
             begun = json.loads(self.path.read_text())
             if begun["identity"] != json.loads(json.dumps(identity)):

@@ -1,0 +1,141 @@
+"""Does growth pay beyond the crossing, at which learning rates? A small study on two cores, every FLOP counted.
+
+python -m benchmarks.growth_rates [--workdir=runs/growth_rates] [--seeds=0,1,2,3]
+
+One TokenFormer of 2 layers and width 64 with n = 16 or 64 parameter tokens (4 n in the feed-forward) trains on the
+source code of all packages of the interpreter's environment, each window read once. All arms spend the same FLOPs:
+
+- the large model from scratch, and the small one, for all of them;
+- the small one for 3000 or 1000 steps, then grown to the large one, by each recipe.
+
+All warm up, stay at a peak rate, and fall to zero in the last 20 %; the peak of the last size differs between arms, and
+is 0.002 before. Arms that are finished are not run again. Leaves growth_rates.json in the workdir, and prints a table.
+`--report_only --workdir=docs` prints that of the file in docs.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sysconfig
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from benchmarks.gpu_growth.data import prepare
+from benchmarks.gpu_growth.plan import Run, Rung, Setting, Trunk
+from benchmarks.gpu_growth.programs import Programs
+from benchmarks.gpu_growth.training import Trainer, say
+
+SMALL, LARGE = 16, 64
+SETTING = Setting(
+    tokens=(SMALL, LARGE, LARGE),
+    width=64,
+    layers=2,
+    heads=2,
+    context=64,
+    vocabulary=1024,
+    dtype="float32",
+    batch=8,
+    chunk=100,
+    evaluate_every=500,
+    evaluated=32,
+    max_tokens=60_000_000,
+)
+FLOPS, DECAY, RATE, RAMP = 4.2e12, 0.2, 2e-3, 500
+
+
+class Arm(NamedTuple):
+    sizes: tuple[int, ...]
+    rate: float = RATE  # peak, of the last size
+    grown_at: int = 0
+    recipe: str = ""
+
+    @property
+    def name(self) -> str:
+        how = f"{self.recipe} at step {self.grown_at}" if self.recipe else "from scratch"
+        return f"{' -> '.join(map(str, self.sizes))}, {how}, rate {self.rate:g}"
+
+    def run(self, seed: int) -> Run:
+        """In whole chunks, with as many FLOPs as all others."""
+        *before, last = self.sizes
+        rungs = [Rung(0, (before or [last])[0], RATE if before else self.rate)]
+        spent = self.grown_at * SETTING.flops(SMALL)
+        if before:
+            rungs.append(Rung(self.grown_at, last, self.rate, self.recipe, RAMP))
+        each = SETTING.flops(last) * SETTING.chunk
+        steps, decay = (round(flops / each) * SETTING.chunk for flops in (FLOPS - spent, DECAY * FLOPS))
+        return Run(self.name, Trunk(seed, tuple(rungs)), 1.0, self.grown_at + steps - decay, decay, spent)
+
+
+ARMS = (
+    Arm((LARGE,)),
+    Arm((SMALL, LARGE), RATE, 3000, "zero_keys"),
+    *(arm for rate in (1e-3, 4e-3) for arm in (Arm((LARGE,), rate), Arm((SMALL, LARGE), rate, 3000, "zero_keys"))),
+    Arm((SMALL,)),
+    Arm((SMALL, LARGE), RATE, 1000, "zero_keys"),
+    Arm((SMALL, LARGE), RATE, 3000, "random_keys"),
+    Arm((SMALL, LARGE), RATE, 3000, "isometric"),
+)
+
+
+def table(runs: dict[str, Any]) -> str:
+    """Losses of each arm over its seeds, and by how much it beats the large model from scratch at its best rate."""
+    losses: dict[str, dict[int, float]] = {}
+    for run in runs.values():
+        losses.setdefault(run["lineage"], {})[run["seed"]] = run["loss"]
+    means = {name: statistics.fmean(each.values()) for name, each in losses.items()}
+    scratch = min((name for name in losses if name.startswith(f"{LARGE},")), key=means.__getitem__)
+    lines = ["| arm | loss: mean (least .. most) | seeds | ahead of the best from scratch, mean ± standard error |"]
+    lines.append("|---" * 4 + "|")
+    for name in sorted(losses, key=means.__getitem__):
+        each = losses[name]
+        ahead = [losses[scratch][seed] - loss for seed, loss in each.items() if seed in losses[scratch]]
+        error = statistics.stdev(ahead) / len(ahead) ** 0.5 if len(ahead) > 1 else 0.0
+        told = f"{statistics.fmean(ahead):+.3f} ± {error:.3f}" if name != scratch and ahead else ""
+        spread = f"{means[name]:.3f} ({min(each.values()):.3f} .. {max(each.values()):.3f})"
+        lines.append(f"| {name} | {spread} | {len(each)} | {told} |")
+    return "\n".join(lines)
+
+
+def study(workdir: pathlib.Path, seeds: list[int]) -> None:
+    data = workdir / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    if not (data / "data.json").exists():
+        folders = [sysconfig.get_path("purelib"), sysconfig.get_path("stdlib")]
+        prepare(data, folders, SETTING.max_tokens, SETTING.vocabulary, SETTING.held_out, 600)
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+    trainer = Trainer(SETTING, Programs(SETTING), workdir, np.inf, "growth_rates.json")
+    trainer.tree |= {"command": "python -m benchmarks.growth_rates", "data": trainer.data, "flops": FLOPS}
+    runs = [arm.run(seed) for seed in seeds for arm in ARMS]
+    for run in runs:
+        trainer.marks.setdefault(run.trunk, set()).add(run.trunk_steps)
+        if len(run.trunk.rungs) > 1:
+            trainer.marks.setdefault(run.trunk.up_to(1), set()).add(run.trunk.last.step)
+    for number, run in enumerate(runs, 1):
+        if run.name not in trainer.tree["runs"]:
+            began = time.monotonic()
+            trainer.run(run)
+            left = (time.monotonic() - began) * (len(runs) - number)
+            say(f"{number} of {len(runs)}, about {left / 60:.0f} minutes left")
+    trainer.write()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/growth_rates"))
+    parser.add_argument("--seeds", default="0,1,2,3")
+    parser.add_argument(
+        "--report_only", action="store_true", help="print the table of the workdir's file, and run nothing"
+    )
+    args = parser.parse_args()
+    if not args.report_only:
+        study(args.workdir, [int(seed) for seed in args.seeds.split(",")])
+    print(table(json.loads((args.workdir / "growth_rates.json").read_text())["runs"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -155,11 +155,36 @@ def test_a_branch_ends_as_the_run_that_was_planned_to_end_there(climbed, tmp_pat
 
     with pytest.raises(UserError, match=r"=13: .* holds the steps 4, 6, 8, 9, 12, 14"):
         branch(tmp_path / "trunk", 13, tmp_path / "other")
-    with pytest.raises(UserError, match=r"--decay_fraction=1.0: must be above 0 and below 1"):
+    for other in ((tmp_path / "trunk", 9), (tmp_path / "trunk", 12, 0.3), (whole, 9)):
+        with pytest.raises(UserError, match="holds a run that did not leave"):
+            branch(*other[:2], tmp_path / "branch", *other[2:])
+    with pytest.raises(UserError, match="holds a run that did not leave"):
+        branch(tmp_path / "trunk", 12, tmp_path / "trunk")
+    with pytest.raises(UserError, match=r"--decay_fraction=1: must be above 0 and below 1; use 0.2"):
         branch(tmp_path / "trunk", 12, tmp_path / "other", 1.0)
     with pytest.raises(UserError, match=r"--decay_from=16: the learning rate of .* is 0 there, not at its peak"):
         branch(whole, 16, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_branch_off_a_rung_with_a_schedule_of_its_own_decays_too(tmp_path):
+    rungs = ({**RUNGS[0], "optimizer": {"schedule": "constant", "decay_fraction": 0.5, "warmup_steps": 1}},)
+    cfg = tiny_config(rungs=rungs, steps=14, log_every=1, checkpoint_every=4, **corpus_overrides(tmp_path))
+    train(dataclasses.replace(cfg, checkpoints_kept=9), tmp_path / "trunk")
+    made = branch(tmp_path / "trunk", 12, tmp_path / "branch")
+    assert made.steps == 12 + (12 - 6)  # half of the rung's schedule
+    train(made, tmp_path / "branch")
+    rates = [row["learning_rate"] for row in rows_of(tmp_path / "branch") if "loss" in row]
+    final = made.optimizer.final_learning_rate
+    np.testing.assert_allclose(rates, [PEAK + (final - PEAK) * t / 6 for t in range(6)], rtol=1e-5)
+
+
+def test_a_branch_does_not_end_before_tau_has_its_target(tmp_path):
+    keys = ONE_SCHEDULE | {"optimizer__schedule": "constant", "rungs": RUNGS[:1], "steps": 12, "grow__tau_ramp": 1.0}
+    train(tiny_config(**keys | {"checkpoint_every": 4}, **corpus_overrides(tmp_path)), tmp_path / "trunk")
+    with pytest.raises(UserError, match="=8: the branch would end at step 11, before τ reaches its target at step 12"):
+        branch(tmp_path / "trunk", 8, tmp_path / "branch")
+    assert branch(tmp_path / "trunk", 8, tmp_path / "branch", 0.4).steps == 13
 
 
 def test_new_tokens_learn_at_a_rate_of_their_own():

@@ -166,6 +166,8 @@ def _config_errors() -> Iterator[None]:
         raise
     except flags.Error as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
+        if "flag 'config." in lines[0] and any(arg.lstrip("-").startswith("decay_from") for arg in sys.argv):
+            raise UserError("--config: a run that leaves another has its config; use --decay_fraction") from None
         if "flag 'config." in lines[0] and "config" in flags.FLAGS:
             raise UserError("--config is missing: it must stand before what overrides its keys") from None
         if len(lines) > 1:  # the file raised: its traceback

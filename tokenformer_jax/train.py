@@ -9,14 +9,12 @@ With --decay_from it makes a finished model of a run whose learning rate stays a
 "constant" or "wsd"): W2 leaves W at the checkpoint of that step, and its rate decays.
 """
 
-import pathlib
-
 from absl import flags
 
-from tokenformer_jax.cli import STOPPED, config_flag, run_command, workdir_flag
+from tokenformer_jax.cli import STOPPED, config_flag, print_once, run_command, workdir_flag
 from tokenformer_jax.config import Config
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.running.branch import branch
+from tokenformer_jax.running.branch import branch, branch_config, check_fraction
 from tokenformer_jax.running.loop import train
 
 
@@ -26,8 +24,8 @@ def main() -> None:
     decay_from = flags.DEFINE_integer("decay_from", None, "the step of a checkpoint of --source")
     fraction = flags.DEFINE_float("decay_fraction", None, "with --decay_from; by default optimizer.decay_fraction")
 
-    def what() -> Config | pathlib.Path:
-        """The config, or the run to leave."""
+    def planned() -> Config | None:
+        """The config that will be trained; None where the run to leave is on another machine."""
         if decay_from.value is None:
             for name in ("source", "decay_fraction"):
                 if flags.FLAGS[name].present:
@@ -35,14 +33,20 @@ def main() -> None:
             return config()
         if flags.FLAGS["config"].present:
             raise UserError("--config: a run that leaves another has its config; leave it out, or --decay_from")
-        return source()
+        if fraction.value is not None:
+            check_fraction(fraction.value)
+        return branch_config(source(), decay_from.value, fraction.value) if source().exists() else None
 
     def start() -> int | None:
-        given = what()
-        cfg = given if isinstance(given, Config) else branch(given, decay_from.value or 0, workdir(), fraction.value)
+        if decay_from.value is None or flags.FLAGS["config"].present:
+            cfg = planned()
+        else:
+            cfg = branch(source(), decay_from.value, workdir(), fraction.value)
+            print_once(f"leaves {source()} at step {decay_from.value}; the rate decays until step {cfg.steps}")
+        assert cfg is not None
         return None if train(cfg, workdir()) else STOPPED
 
-    run_command(start, what, workdir)
+    run_command(start, planned, workdir)
 
 
 if __name__ == "__main__":

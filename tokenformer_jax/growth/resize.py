@@ -31,7 +31,8 @@ from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, make_step
 from tokenformer_jax.training.tasks import task_of
 
-RECORDED = "recipe", "max_logit_difference", "max_logit", "loss_before", "loss_after"  # figures that checkpoints keep
+# Figures that checkpoints keep.
+RECORDED = "recipe", "tau_ramp_steps", "max_logit_difference", "max_logit", "loss_before", "loss_after"
 
 
 class Source(Protocol):

@@ -169,3 +169,11 @@ run_command(main)
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and "RuntimeError: of another kind" in result.stderr and "use " not in result.stderr
+
+
+def test_a_python_without_jax_is_named():
+    command = [sys.executable, "-S", "-m", "tokenformer_jax.train", "--help"]  # -S: without what is installed
+    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert told.returncode == 2
+    assert told.stderr.startswith("error: ") and told.stderr.count("\n") == 1
+    assert "has no module jax; use source .venv/bin/activate" in told.stderr

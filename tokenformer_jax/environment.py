@@ -45,6 +45,10 @@ def check_jax_variables() -> None:
     """Imports JAX."""
     try:
         import jax
+    except ModuleNotFoundError as error:
+        use = "source .venv/bin/activate, or pip install -r requirements.txt"
+        print(f"error: {sys.executable}: has no module {error.name}; use {use}", file=sys.stderr, flush=True)
+        sys.exit(UserError.exit_code)
     except Exception as error:  # ValueErrors, so far; in which words depends on the variable
         said = f"{error}\n{error.__context__}".lower().replace("jax.", "jax_")
         given = {name: value for name, value in os.environ.items() if name.startswith("JAX_")}

@@ -13,10 +13,11 @@ check() { # FOLDER DEVICES COMMAND…
   fi
   said=$(cd "$1" && JAX_PLATFORMS=cpu "$python" "${@:4}" --check_for="$2" 2>&1 >/dev/null) || code=$?
   line=${said##*$'\n'}
-  if ((code == 2)) && [[ $line == "error: "* ]]; then
+  if ((code == 2)) && [[ $line == "error: "* && $line != *": has no module "* ]]; then
     echo "$line" >&2
     exit 2
   elif ((code)); then
+    line=${line#error: }
     echo "warning: flags and config are not checked before the start ($python: ${line##*: line *: }):" \
       "to have them checked, run bash -c 'source launch/setup.sh requirements.txt'" >&2
   fi

@@ -269,6 +269,16 @@ def test_shrinking_tells_the_loss_before_and_after(folder):
     assert f"{figures['loss_before']:.5f} -> {figures['loss_after']:.5f} nats" in out
 
 
+def test_a_path_for_data_that_have_none_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "small", tmp_path / "run")
+    tree = json.loads((tmp_path / "run" / "config.json").read_text())
+    del tree["checksum"]  # of a config that was changed by hand
+    tree["data"]["dataset"] = "python_source"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(tree))
+    told = complaint(call("evaluate", f"--workdir={tmp_path}/run", "--config.data.path=text"))
+    assert "--config.data.path=text: python_source, the run's data set, reads no path" in told
+
+
 WRONG = [
     ("train", "--config={f}/config.py --config.modle.num_heads=3 --workdir={f}/w", "model.num_heads"),
     ("train", "--config={f}/config.py --config.stepz=3 --workdir={f}/w", "did you mean 'steps'"),

@@ -18,11 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from tokenformer_jax import __version__
-from tokenformer_jax.config import (
-    Config,
-    read_config,
-    suggest,
-)
+from tokenformer_jax.config import Config, read_config, suggest
 from tokenformer_jax.devices.distributed import Peers
 from tokenformer_jax.devices.sharding import check_mesh
 from tokenformer_jax.errors import UserError
@@ -361,6 +357,8 @@ def data_flags() -> Callable[[Config], Config]:
         given: Any = {key: holder.value for key, holder in holders.items() if holder.value is not None}
         for key, value in given.items():
             local_path(value, f"--config.data.{key}", any_bytes=key == "path")
+        if "path" in given and cfg.data.dataset == "python_source":
+            raise UserError(f"--config.data.path={given['path']}: python_source, the run's data set, reads no path")
         return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **given))
 
     return change

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from benchmarks.gpu_growth.data import prepare
-from benchmarks.gpu_growth.plan import Run, Rung, Setting, Trunk
+from benchmarks.gpu_growth.plan import Run, Rung, Setting, Trunk, marks
 from benchmarks.gpu_growth.programs import Programs
 from benchmarks.gpu_growth.training import Trainer, say
 
@@ -111,10 +111,7 @@ def study(workdir: pathlib.Path, seeds: list[int]) -> None:
     trainer = Trainer(SETTING, Programs(SETTING), workdir, np.inf, "growth_rates.json")
     trainer.tree |= {"command": "python -m benchmarks.growth_rates", "data": trainer.data, "flops": FLOPS}
     runs = [arm.run(seed) for seed in seeds for arm in ARMS]
-    for run in runs:
-        trainer.marks.setdefault(run.trunk, set()).add(run.trunk_steps)
-        if len(run.trunk.rungs) > 1:
-            trainer.marks.setdefault(run.trunk.up_to(1), set()).add(run.trunk.last.step)
+    trainer.marks = marks(runs)
     for number, run in enumerate(runs, 1):
         if run.name not in trainer.tree["runs"]:
             began = time.monotonic()

@@ -30,6 +30,15 @@ def tpu_compiler(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
 
 
+@pytest.fixture(scope="module")
+def steps_are_shared():
+    """For files whose runs are resumed, repeated or read."""
+    from tests.helpers import shared_steps  # not before the flags are set
+
+    with shared_steps():
+        yield
+
+
 def pytest_runtest_setup():
     gc.freeze()  # each run of `train` collects garbage, which takes the longer the more earlier tests left
 

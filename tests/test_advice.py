@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.helpers import corpus_overrides, shared_steps, tiny_tree, write_corpus
+from tests.helpers import corpus_overrides, tiny_tree, write_corpus
 from tokenformer_jax.config import read_config
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow
@@ -14,13 +14,9 @@ from tokenformer_jax.growth.shrink import shrink
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("steps_are_shared")
+
 RUNG = {"step": 2, "model": {"ffn_tokens": 128}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps():
-    with shared_steps():
-        yield
 
 
 @pytest.fixture(scope="module")

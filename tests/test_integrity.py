@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.commands import call
-from tests.helpers import assert_trees_equal, corpus_overrides, shared_steps, step_of, tiny_config
+from tests.helpers import assert_trees_equal, corpus_overrides, step_of, tiny_config
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow
 from tokenformer_jax.growth.shrink import shrink
@@ -20,13 +20,9 @@ from tokenformer_jax.storage.checkpoints import Checkpoints, DamagedError, save_
 from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.storage.workdir import load_config
 
+pytestmark = pytest.mark.usefixtures("steps_are_shared")
+
 OLD, NEW = 2, 4  # steps
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps():
-    with shared_steps():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, rows_of, shared_steps, tiny_config
+from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, rows_of, tiny_config
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.ladder import Plateau, stages
@@ -21,6 +21,8 @@ from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.training.schedule import NewTokens
 from tokenformer_jax.training.step import make_step, put_batch
 
+pytestmark = pytest.mark.usefixtures("steps_are_shared")
+
 RUNGS = (
     {"step": 6, "model": {"qkv_tokens": 32, "ffn_tokens": 128}, "mesh": {"fsdp": 4, "tensor": 2}},
     {"step": 12, "model": {"ffn_tokens": 192}, "batch_size": 16, "grow": {"recipe": "isometric"}},
@@ -30,12 +32,6 @@ LADDER = {"rungs": RUNGS, "steps": 18, "checkpoint_every": 4, "eval_every": 3, "
 
 class Killed(Exception):
     """Stands in for a kill -9: nothing is saved, and nothing is tidied."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps():
-    with shared_steps():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from tests.helpers import (
     corpus_overrides,
     random_batch,
     rows_of,
-    shared_steps,
     step_of,
     tiny_config,
 )
@@ -26,11 +25,7 @@ from tokenformer_jax.storage.metrics_file import read_metrics
 from tokenformer_jax.training.non_finite import what_is_bad
 from tokenformer_jax.training.step import put_batch
 
-
-@pytest.fixture(scope="module", autouse=True)
-def steps():
-    with shared_steps():
-        yield
+pytestmark = pytest.mark.usefixtures("steps_are_shared")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from tests.helpers import (
     assert_trees_equal,
     corpus_overrides,
     rows_of,
-    shared_steps,
     step_of,
     tiny_config,
     write_config,
@@ -33,11 +32,7 @@ from tokenformer_jax.storage.metrics_file import read_metrics
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.workdir import load_config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def steps():
-    with shared_steps():
-        yield
+pytestmark = pytest.mark.usefixtures("steps_are_shared")
 
 
 @pytest.fixture(scope="module")

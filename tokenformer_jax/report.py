@@ -9,7 +9,6 @@ from absl import flags
 
 from tokenformer_jax.cli import run_command
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.evaluation.advice import advise, describe
 from tokenformer_jax.evaluation.report import named_runs, plot, summarise, table
 from tokenformer_jax.files import json_text, local_path, replace_file
 
@@ -25,14 +24,18 @@ def main() -> None:
             raise UserError("--runs is missing; use --runs=small=W,grown=W2")
         rows = [row for name, workdir in runs.items() for row in summarise(name, workdir)]
         out = local_path(folder.value, "--out")
-        advice = advise(runs) if advising.value else []
+        advice, told = [], []
+        if advising.value:
+            from tokenformer_jax.evaluation.advice import advise, describe  # takes half a second
+
+            advice = advise(runs)
+            told = [describe(pair) for pair in advice]
         print(table(rows), flush=True)
         replace_file(out / "report.json", json_text(rows, indent=2) + "\n")
         plot(runs, out / "loss.png")
         print(f"plot: {out / 'loss.png'}")
-        for pair in advice:
-            print(describe(pair))
         if advice:
+            print("\n".join(told))
             replace_file(out / "advice.json", json_text(advice, indent=2) + "\n")
 
     run_command(report)

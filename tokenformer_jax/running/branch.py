@@ -84,15 +84,15 @@ def branch_config(source: pathlib.Path, number: int, decay_fraction: float | Non
     check_fraction(fraction)
     end = number + max(1, round((number - record.schedule_start) * fraction / (1 - fraction)))
     rungs = theirs.rungs[: record.rung]
-    began = record.growth[-1]["step"] if record.growth else 0
-    ramped = began + record.growth[-1].get("tau_ramp_steps", 0) if record.growth else 0
+    growth = record.growth[-1] if record.growth else {"step": 0}
+    ramped = growth["step"] + growth.get("tau_ramp_steps", 0)
     if ramped > end:
         raise UserError(
             f"--decay_from={number}: the branch would end at step {end}, before τ reaches its target at step {ramped}; "
             "use a later step, or a larger --decay_fraction"
         )
     # Rungs that began early, since the loss no longer fell, move the end by as much.
-    early = began - rungs[-1]["step"] if rungs else 0
+    early = growth["step"] - rungs[-1]["step"] if rungs else 0
     decays = {"schedule": "wsd", "decay_fraction": fraction}
     no_budget: Any = dict.fromkeys(BUDGETS, 0.0)
     return dataclasses.replace(

@@ -67,7 +67,7 @@ class Arm(NamedTuple):
             rungs.append(Rung(self.grown_at, last, self.rate, self.recipe, RAMP))
         each = SETTING.flops(last) * SETTING.chunk
         steps, decay = (round(flops / each) * SETTING.chunk for flops in (FLOPS - spent, DECAY * FLOPS))
-        return Run(self.name, Trunk(seed, tuple(rungs)), 1.0, self.grown_at + steps - decay, decay, spent)
+        return Run(self.name, Trunk((seed,), tuple(rungs)), 1.0, self.grown_at + steps - decay, decay, spent)
 
 
 ARMS = (
@@ -113,7 +113,7 @@ def study(workdir: pathlib.Path, seeds: list[int]) -> None:
     runs = [arm.run(seed) for seed in seeds for arm in ARMS]
     trainer.marks = marks(runs)
     for number, run in enumerate(runs, 1):
-        if run.name not in trainer.tree["runs"]:
+        if not trainer.tree["runs"].keys() >= set(run.names):
             began = time.monotonic()
             trainer.run(run)
             left = (time.monotonic() - began) * (len(runs) - number)

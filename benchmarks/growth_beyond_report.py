@@ -16,26 +16,29 @@ Record = dict[str, Any]
 ENDS = 1.02  # by so much a run's FLOPs may exceed those of a size's longest run and be compared with it
 
 
-def mean(values: list[float]) -> str:
-    """With the standard error, where there are several."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):+.3f} ± {error:.3f}"
+def family(lineage: str) -> str:
+    """A lineage without its learning rates."""
+    return lineage.partition(", rate")[0]
 
 
 def summarize(tree: Record) -> dict[str, dict[float, Record]]:
-    """Of each lineage and budget, seed by seed: loss, nats ahead of scratch at equal FLOPs, cost over scratch's."""
-    runs, large = list(tree["runs"].values()), max(tree["sizes"], key=int)
+    """Of each lineage and budget, seed by seed: loss, nats ahead of scratch at equal FLOPs, cost over scratch's.
+
+    Scratch is each size at the rate that is best for the seed and the budget; "best" is the best size of those that
+    were trained for as many FLOPs.
+    """
+    runs, large = list(tree["runs"].values()), int(max(tree["sizes"], key=int))
     found: dict[str, dict[float, Record]] = {}
     for seed in dict.fromkeys(run["seed"] for run in runs):
         lines = frontiers(runs, seed)
         for run in (run for run in runs if run["seed"] == seed and run["loss"] is not None):
-            row = found.setdefault(run["lineage"], {}).setdefault(run["budget"], {"sizes": run["sizes"]})
-            row.setdefault("flops", run["cumulative_flops"])
-            row.setdefault("loss", []).append(run["loss"])
             flops = run["cumulative_flops"]
+            row = found.setdefault(run["lineage"], {}).setdefault(
+                run["budget"], {"sizes": run["sizes"], "flops": flops}
+            )
+            row.setdefault("loss", []).append(run["loss"])
             reached = {n: each for n, each in lines.items() if flops <= ENDS * max(each.costs)}
-            known = {"large": [int(large)], "best": list(reached)}
-            for name, sizes in known.items():
+            for name, sizes in {"large": [large], "best": list(reached)}.items():
                 theirs = [reached[n] for n in sizes if n in reached]
                 if len(run["sizes"]) > 1 and theirs:
                     ahead = min(each.loss_at(flops) for each in theirs) - run["loss"]
@@ -44,80 +47,87 @@ def summarize(tree: Record) -> dict[str, dict[float, Record]]:
     return found
 
 
+def at_best_rate(found: dict[str, dict[float, Record]]) -> dict[str, dict[float, Record]]:
+    """Of each family the lineage with the lowest mean loss, budget by budget."""
+    best: dict[str, dict[float, Record]] = {}
+    for name, rows in found.items():
+        for budget, row in rows.items():
+            others = best.setdefault(family(name), {})
+            if budget not in others or statistics.fmean(row["loss"]) < statistics.fmean(others[budget]["loss"]):
+                others[budget] = row
+    return best
+
+
 def markdown(rows: list[list[str]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def costs(ratios: list[Record]) -> str:
-    """Their mean, as a bound if one of them is."""
-    bounds = {each["bound"] for each in ratios} - {""}
-    return f"{min(bounds, default='')}{statistics.fmean(each['ratio'] for each in ratios):.0%}"
+def told(row: Record, other: str) -> str:
+    """Nats ahead with the standard error, the seeds that are, and the cost; a bound if that of one seed is."""
+    if f"ahead of {other}" not in row:
+        return ""
+    ahead, ratios = row[f"ahead of {other}"], row[f"cost over {other}"]
+    error = f" ± {statistics.stdev(ahead) / len(ahead) ** 0.5:.3f}" if len(ahead) > 1 else ""
+    bound = min({each["bound"] for each in ratios} - {""}, default="")
+    cost = f"{bound}{statistics.fmean(each['ratio'] for each in ratios):.0%}"
+    return f"{statistics.fmean(ahead):+.3f}{error} ({sum(a > 0 for a in ahead)} of {len(ahead)}; {cost})"
 
 
 def tables(tree: Record) -> str:
     found = summarize(tree)
-    budgets = sorted({budget for rows in found.values() for budget in rows})
-    shown = [budget for budget in budgets if sum(budget in rows for rows in found.values()) > 1]
+    best = at_best_rate(found)
+    budgets = sorted({budget for rows in best.values() for budget in rows})
+
+    def table(head: str, rows_of: dict[str, dict[float, Record]], cell: Any) -> str:
+        cells = {name: [cell(rows[b]) if b in rows else "" for b in budgets] for name, rows in rows_of.items()}
+        return markdown(
+            [[head, *(f"{b:g}" for b in budgets)], *([name, *row] for name, row in cells.items() if any(row))]
+        )
+
     sizes = [["n", "parameters", "FLOPs a token", "best rate from scratch"]]
     for n, size in tree["sizes"].items():
         rate = tree.get("rates", {}).get(n, "")
         sizes.append([n, f"{size['parameters']:,}", f"{size['flops_per_token']:.3g}", f"{rate}"])
-    parts = [markdown(sizes)]
-
-    def rows_of(cell: Any, chosen: list[str]) -> list[list[str]]:
-        return [[name, *(cell(found[name][b]) if b in found[name] else "" for b in shown)] for name in chosen]
-
-    head = ["loss; FLOPs", *(f"{budget * tree['unit_flops']:.2g}" for budget in shown)]
-    parts.append(markdown([head, *rows_of(lambda row: f"{statistics.fmean(row['loss']):.3f}", list(found))]))
-    grown = [name for name, rows in found.items() if any(len(row["sizes"]) > 1 for row in rows.values())]
+    parts = [
+        markdown(sizes),
+        f"Columns are budgets, all rungs counted, in units of {tree['unit_flops']:.3g} FLOPs: a token a parameter of the "
+        "largest model.",
+        table("loss at the best rate, mean of seeds", best, lambda row: f"{statistics.fmean(row['loss']):.3f}"),
+    ]
     for other, what in ("best", "the best size from scratch"), ("large", "the largest from scratch"):
-        ahead, cost = f"ahead of {other}", f"cost over {other}"
-        head = [f"nats ahead of {what} at equal FLOPs (cost over its at equal loss)", *(f"{each:g}" for each in shown)]
-        rows = rows_of(lambda row, a=ahead, c=cost: f"{mean(row[a])} ({costs(row[c])})" if a in row else "", grown)
-        parts.append(markdown([head, *rows]))
-    odd = [(name, b, row) for name, rows in found.items() for b, row in rows.items() if b not in shown]
-    for name, budget, row in odd:
-        told = f"{name}, budget {budget:.3g}: loss {statistics.fmean(row['loss']):.3f}"
-        for other in ("best", "large"):
-            if f"ahead of {other}" in row:
-                told += f"; {mean(row[f'ahead of {other}'])} ahead of {other} ({costs(row[f'cost over {other}'])})"
-        parts.append(told)
-    growths = list(tree["growths"].values())
-    lossless = [each for each in growths if each["meant_lossless"]]
-    if lossless:
-        moved = max(each["max_logit_difference"] / max(each["max_logit"], 1.0) for each in lossless)
-        parts.append(f"{len(lossless)} growths meant lossless; logits moved by at most {moved:.1e} of the largest.")
+        head = f"nats ahead of {what} at equal FLOPs (seeds ahead; cost over its cost of the same loss)"
+        parts.append(table(head, best, lambda row, other=other: told(row, other)))
+    parts.append(table("every rate: loss", found, lambda row: f"{statistics.fmean(row['loss']):.3f}"))
+    parts.append(table("every rate: nats ahead of the best size", found, lambda row: told(row, "best")))
+    lossless = [each for each in tree["growths"].values() if each["meant_lossless"]]
+    moved = max((each["max_logit_difference"] / max(each["max_logit"], 1.0) for each in lossless), default=0.0)
+    parts.append(f"{len(lossless)} growths meant lossless; logits moved by at most {moved:.1e} of the largest.")
     return "\n\n".join(parts)
 
 
 def plot(tree: Record, path: pathlib.Path) -> None:
     """Left the losses, right by how much ladders are ahead of the best size from scratch."""
-    found = summarize(tree)
+    found = at_best_rate(summarize(tree))
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
-    best: dict[int, dict[float, float]] = {}
-    for rows in found.values():
-        for row in rows.values():
-            if len(row["sizes"]) == 1:
-                points, loss = best.setdefault(row["sizes"][0], {}), statistics.fmean(row["loss"])
-                points[row["flops"]] = min(loss, points.get(row["flops"], loss))
-    for dashes, (n, points) in zip(("-", "--", ":"), sorted(best.items(), reverse=True), strict=False):
-        left.plot(*zip(*sorted(points.items()), strict=True), f"ko{dashes}", label=f"n = {n} from scratch")
-    ladders = {name: rows for name, rows in found.items() if len(next(iter(rows.values()))["sizes"]) > 1}
-    for number, (name, rows) in enumerate(ladders.items()):
-        style: Record = {"color": f"C{number % 10}", "marker": "os^vD"[number // 2 % 5], "label": name}
+    for number, (name, rows) in enumerate(sorted(found.items(), key=lambda item: "scratch" in item[0])):
         ordered = [rows[budget] for budget in sorted(rows)]
+        ladder = len(ordered[0]["sizes"]) > 1
+        style: Record = {"color": f"C{number % 10}" if ladder else "black", "label": name}
+        style |= {"marker": "os^vDPX*"[number % 8], "linestyle": "-" if ladder else "--"}
         left.plot([row["flops"] for row in ordered], [statistics.fmean(row["loss"]) for row in ordered], **style)
-        known = [row for row in ordered if "ahead of best" in row]
-        aheads = [row["ahead of best"] for row in known]
-        errors = [statistics.stdev(a) / len(a) ** 0.5 if len(a) > 1 else 0 for a in aheads]
-        right.errorbar([row["flops"] for row in known], list(map(statistics.fmean, aheads)), errors, capsize=3, **style)
-    right.axhline(0, color="black")
-    left.set(xscale="log", ylabel="validation loss (nats a token)", xlabel="all training FLOPs, every rung counted")
-    right.set(xscale="log", ylabel="nats ahead of the best size from scratch", xlabel=left.get_xlabel())
-    right.legend(fontsize="x-small")
-    left.legend(fontsize="x-small")
+        if known := [row for row in ordered if "ahead of best" in row]:
+            aheads = [row["ahead of best"] for row in known]
+            errors = [statistics.stdev(a) / len(a) ** 0.5 if len(a) > 1 else 0 for a in aheads]
+            means = list(map(statistics.fmean, aheads))
+            right.errorbar([row["flops"] for row in known], means, errors, capsize=3, **style)
+    right.axhline(0, color="black", linestyle="--")
+    left.set(ylabel="validation loss (nats a token)")
+    right.set(ylabel="nats ahead of the best size from scratch, at equal FLOPs")
+    left.legend(fontsize="small")
     for axis in (left, right):
+        axis.set(xscale="log", xlabel="all training FLOPs, every rung counted")
+        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axis.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=110)
     plt.close(figure)

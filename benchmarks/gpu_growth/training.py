@@ -126,7 +126,10 @@ class Trainer:
             if (done - start) % setting.evaluate_every == 0 or done == end:
                 flops = spent + (done - start) * setting.flops(rung.n)
                 found = np.mean(losses, axis=0), self.evaluate(rung.n, state)
-                curve, losses = [*curve, [flops, done, *(np.round(each, 5).tolist() for each in found)]], []
+                curve, losses = (
+                    [*curve, [flops, done, *(np.round(each.astype(float), 5).tolist() for each in found)]],
+                    [],
+                )
         return state, curve
 
     def reach(self, trunk: Trunk, step: int) -> tuple[TrainState, Curve]:

@@ -6,9 +6,9 @@ One TokenFormer of 2 layers and width 64 with n = 16 or 64 parameter tokens (4 n
 source code of all packages of the interpreter's environment, each window read once. All arms spend the same FLOPs:
 
 - the large model from scratch, and the small one, for all of them;
-- the small one for 3000 or 1000 steps, then grown to the large one, by each recipe.
+- the small one for 3000, 1000 or 100 steps, then grown to the large one, by each recipe.
 
-All warm up, stay at a peak rate, and fall to zero in the last 20 %; the peak of the last size differs between arms, and
+All warm up (over 200 steps, or 2000), stay at a peak rate, and fall to zero in the last 20 %; the peak of the last size differs between arms, and
 is 0.002 before. Arms that are finished are not run again. Leaves growth_rates.json in the workdir, and prints a table.
 `--report_only --workdir=docs` prints that of the file in docs.
 """
@@ -52,16 +52,18 @@ class Arm(NamedTuple):
     rate: float = RATE  # peak, of the last size
     grown_at: int = 0
     recipe: str = ""
+    warmup: int = 0  # steps; 0: the setting's
 
     @property
     def name(self) -> str:
         how = f"{self.recipe} at step {self.grown_at}" if self.recipe else "from scratch"
-        return f"{' -> '.join(map(str, self.sizes))}, {how}, rate {self.rate:g}"
+        warmup = f", warm-up {self.warmup}" if self.warmup else ""
+        return f"{' -> '.join(map(str, self.sizes))}, {how}, rate {self.rate:g}{warmup}"
 
     def run(self, seed: int) -> Run:
         """In whole chunks, with as many FLOPs as all others."""
         *before, last = self.sizes
-        rungs = [Rung(0, (before or [last])[0], RATE if before else self.rate)]
+        rungs = [Rung(0, (before or [last])[0], RATE if before else self.rate, warmup=self.warmup)]
         spent = self.grown_at * SETTING.flops(SMALL)
         if before:
             rungs.append(Rung(self.grown_at, last, self.rate, self.recipe, RAMP))
@@ -78,6 +80,10 @@ ARMS = (
     Arm((SMALL, LARGE), RATE, 1000, "zero_keys"),
     Arm((SMALL, LARGE), RATE, 3000, "random_keys"),
     Arm((SMALL, LARGE), RATE, 3000, "isometric"),
+    # Is it growth, or what it is for the large model: a gentle beginning, or other keys to begin with?
+    Arm((LARGE,), warmup=2000),
+    Arm((SMALL, LARGE), RATE, 1000, "zero_keys", warmup=2000),
+    Arm((SMALL, LARGE), RATE, 100, "zero_keys"),
 )
 
 

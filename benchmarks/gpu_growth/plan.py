@@ -67,6 +67,7 @@ class Rung(NamedTuple):
     recipe: str = ""  # how it grew; empty at birth
     ramp: int = 0  # steps in which τ goes to its target
     falls: tuple[int, int] = (0, 0)  # steps between which the rate goes to zero; the next rung warms up again
+    warmup: int = 0  # steps, of the first rung; 0: as the setting has it
 
 
 class Trunk(NamedTuple):
@@ -79,6 +80,7 @@ class Trunk(NamedTuple):
     def name(self) -> str:
         parts = [f"{r.recipe}{r.ramp}-n{r.n}-{r.rate:g}-at{r.step}" for r in self.rungs]
         parts += [f"falls{start}to{end}" for start, end in (rung.falls for rung in self.rungs) if end]
+        parts += [f"warmup{rung.warmup}" for rung in self.rungs if rung.warmup]
         return f"seed{'+'.join(map(str, self.seeds))}-" + "-".join(parts)
 
     @property
@@ -90,7 +92,7 @@ class Trunk(NamedTuple):
         before = self.rungs[-2].falls if len(self.rungs) > 1 else ()
         begins, (start, end) = self.last.step if any(before) else 0, self.last.falls
         falling = np.clip((end - steps) / (end - start), 0, 1) if end else 1
-        return self.last.rate * np.minimum(1, (steps - begins + 1) / warmup) * falling
+        return self.last.rate * np.minimum(1, (steps - begins + 1) / (self.rungs[0].warmup or warmup)) * falling
 
     def up_to(self, step: int) -> "Trunk":
         """The part that leads to the state at a step, before that step's growth."""

@@ -128,8 +128,8 @@ def describe(found: dict[str, Any]) -> str:
     if growth["slope"]:
         lines.append(f"its loss falls there by {growth['slope']:.2f} nats for twice the FLOPs: grow.slope, of a ladder")
     lines.append(
-        f"this holds if the grown model learns as fast as {large} did at that loss. Grown early, under one schedule, it "
-        "learned faster; grown late, slower (docs/growth_beyond.md)"
+        f"this holds if the grown model learns as fast as {large} did at that loss. Grown early, under one schedule, "
+        "it learned faster; grown late, slower (docs/growth_beyond.md)"
     )
     if found["rates_decay"]:
         lines.append("a cosine's losses on the way are too high: 'wsd' or 'constant' tells more (optimizer.schedule)")

@@ -91,8 +91,8 @@ def tables(tree: Record) -> str:
         sizes.append([n, f"{size['parameters']:,}", f"{size['flops_per_token']:.3g}", f"{rate}"])
     parts = [
         markdown(sizes),
-        f"Columns are budgets, all rungs counted, in units of {tree['unit_flops']:.3g} FLOPs: a token for each parameter "
-        "of the largest model.",
+        f"Columns are budgets, all rungs counted, in units of {tree['unit_flops']:.3g} FLOPs: a token for each "
+        "parameter of the largest model.",
         table("loss at the best rate, mean of seeds", best, lambda row: f"{statistics.fmean(row['loss']):.3f}"),
     ]
     for other, what in ("best", "the best size from scratch"), ("large", "the largest from scratch"):

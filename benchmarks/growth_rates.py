@@ -8,9 +8,9 @@ source code of all packages of the interpreter's environment, each window read o
 - the large model from scratch, and the small one, for all of them;
 - the small one for 3000, 1000 or 100 steps, then grown to the large one, by each recipe.
 
-All warm up (over 200 steps, or 2000), stay at a peak rate, and fall to zero in the last 20 %; the peak of the last size differs between arms, and
-is 0.002 before. Arms that are finished are not run again. Leaves growth_rates.json in the workdir, and prints a table.
-`--report_only --workdir=docs` prints that of the file in docs.
+All warm up (over 200 steps, or 2000), stay at a peak rate, and fall to zero in the last 20 %; the peak of the last size
+differs between arms, and is 0.002 before. Arms that are finished are not run again. Leaves growth_rates.json in the
+workdir, and prints a table. `--report_only --workdir=docs` prints that of the file in docs.
 """
 
 import argparse

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import jax
 
 from benchmarks.gpu_growth.data import ROOTS, prepare
-from benchmarks.gpu_growth.plan import DECAY, Run, Rung, Setting, Trunk, marks
+from benchmarks.gpu_growth.plan import DECAY, Run, Rung, Setting, Size, Trunk, marks
 from benchmarks.gpu_growth.programs import Programs
 from benchmarks.gpu_growth.training import Trainer, say
 from benchmarks.growth_beyond_report import report
@@ -75,7 +75,7 @@ class Lineage(NamedTuple):
         """In whole chunks of steps; a budget of 1 has `unit` FLOPs."""
         chunk = SETTING.chunk
 
-        def steps(flops: float, n: int) -> int:
+        def steps(flops: float, n: Size) -> int:
             return max(1, round(flops / SETTING.flops(n) / chunk)) * chunk
 
         rungs, spent = [Rung(0, self.sizes[0], self.rates[0])], 0.0

@@ -26,7 +26,7 @@ import time
 import jax
 
 from benchmarks.gpu_growth.data import ROOTS, prepare
-from benchmarks.gpu_growth.plan import LINEAGES, SETTINGS, marks, runs_of, whole_budget
+from benchmarks.gpu_growth.plan import LINEAGES, SETTINGS, Size, marks, runs_of, whole_budget
 from benchmarks.gpu_growth.programs import Programs
 from benchmarks.gpu_growth.report import report
 from benchmarks.gpu_growth.training import Trainer, say
@@ -70,7 +70,7 @@ def study(args: argparse.Namespace) -> None:
         for key in programs.futures:  # what still compiles keeps the device from what is measured
             programs(*key)
         say(f"compiled: {json.dumps(programs.seconds)}")
-        step_seconds = {n: trainer.measure(n) for n in reversed(setting.tokens)}
+        step_seconds: dict[Size, float] = {n: trainer.measure(n) for n in reversed(setting.tokens)}
         say("measured: " + ", ".join(f"n = {n}: {1e3 * s:.2f} ms a step" for n, s in step_seconds.items()))
         left = deadline - time.monotonic() - RUN_SECONDS * sum(len(each.budgets) for each in fit)
         limit = enough - 3 * setting.chunk  # by as much the rounding to chunks may exceed it

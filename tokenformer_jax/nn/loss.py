@@ -74,7 +74,27 @@ def _by_rows(logits_BCV, targets_BC, weights_BC, dtype):
     return nll_P.reshape(targets_BC.shape), dlogits_PV.reshape(logits_BCV.shape)
 
 
-def _parts(shape: tuple[int, int], vocab_size: int) -> int:
+def log_likelihoods(h_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log softmax(h tableᵀ)[target] of each position, float32 [B, L], and whether the target is the likeliest token.
+
+    Without a gradient; arguments as of `cross_entropy`.
+    """
+    table_VD = constrain(table_VD.astype(h_BLD.dtype), "vocab", None)
+
+    def of_part(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        h_BCD, targets_BC = part
+        logits_BCV = constrain(sums_in_float32("bcd,vd->bcv", h_BCD, table_VD), "batch", None, "vocab")
+        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        likeliest_BC = jnp.argmax(logits_BCV, axis=-1)
+        return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1), likeliest_BC == targets_BC
+
+    parts = _parts(targets_BL.shape, len(table_VD))
+    split = [x.reshape(x.shape[0], parts, -1, *x.shape[2:]).swapaxes(0, 1) for x in (h_BLD, targets_BL)]
+    scores_PBC, are_likeliest_PBC = jax.lax.map(of_part, tuple(split))
+    return tuple(x.swapaxes(0, 1).reshape(targets_BL.shape) for x in (scores_PBC, are_likeliest_PBC))
+
+
+def _parts(shape: tuple[int, ...], vocab_size: int) -> int:
     """In how many equal parts the positions [B, L] are worked through, so that each has LOGITS logits at most."""
     batch, length = shape
     fits = (n for n in range(1, length) if length % n == 0 and batch * length // n * vocab_size <= LOGITS)

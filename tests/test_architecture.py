@@ -24,7 +24,7 @@ FLOORS = """
     pytorch
     cli
 """
-COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare".split()
+COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare lm_eval".split()
 
 
 def order() -> list[str]:

@@ -6,6 +6,7 @@ python -m tokenformer_jax.lm_eval ls tasks
 Its flags are the harness' own; `--model_args workdir=W,step=600` names a checkpoint.
 """
 
+import importlib
 import os
 import sys
 
@@ -18,9 +19,7 @@ def main() -> None:
         require_harness()
         from lm_eval.__main__ import cli_evaluate
 
-        from tokenformer_jax.evaluation import harness
-
-        assert harness.HarnessModel  # its import has registered the model
+        importlib.import_module("tokenformer_jax.evaluation.harness")  # registers the model
         os.environ["DISABLE_MULTIPROC"] = "1"  # JAX's threads do not survive the forks that standard errors are made in
         cli_evaluate()
     except UserError as error:

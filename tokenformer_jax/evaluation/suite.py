@@ -3,16 +3,20 @@
 import dataclasses
 import importlib.metadata
 import pathlib
+import re
 from typing import Any
 
 import jax
 
 from tokenformer_jax.data.tokens import prepare
+from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.perplexity import evaluate_own, evaluate_run, evaluate_split, summary, write_result
 from tokenformer_jax.evaluation.scoring import Scorer
 from tokenformer_jax.evaluation.settings import DataSet, EvalConfig, applied
 from tokenformer_jax.evaluation.zero_shot import require_harness, run_tasks, task_figures
 from tokenformer_jax.storage.trained import Trained
+
+_OF_DATA = re.compile(r"(?:config\.)?\bdata\.(dataset|path|text_key|split)\b")
 
 
 def evaluate_all(
@@ -31,7 +35,7 @@ def evaluate_all(
     result: dict[str, Any] = summary(run) | {"settings": _described(run, settings)}
     first = jax.process_index() == 0
     if settings.datasets:
-        result["datasets"] = {name: _evaluate(run, data, settings) for name, data in settings.data_sets.items()}
+        result["datasets"] = {name: _evaluate(run, name, data, settings) for name, data in settings.data_sets.items()}
         if first:
             print(_table(result["datasets"]), flush=True)
     if settings.task_names:
@@ -58,14 +62,18 @@ def _described(run: Trained, settings: EvalConfig) -> dict[str, Any]:
     }
 
 
-def _evaluate(run: Trained, data: DataSet, settings: EvalConfig) -> dict[str, float]:
+def _evaluate(run: Trained, name: str, data: DataSet, settings: EvalConfig) -> dict[str, float]:
     how = {"length": settings.context_length, "stride": settings.stride}
     if not data.dataset:
         return evaluate_own(run, data.split, **how)
     given: Any = {"dataset": data.dataset, "path": data.path, "text_key": data.text_key}
     given |= dict.fromkeys(("train_split", "validation_split"), data.split)
     cfg = dataclasses.replace(run.cfg, data=dataclasses.replace(run.cfg.data, **given))
-    split = prepare(cfg, run.tokenizer).validation
+    try:
+        split = prepare(cfg, run.tokenizer).validation
+    except UserError as error:  # which names keys of a training config
+        told = re.sub(r"(train|validation)_split", "split", str(error))
+        raise UserError(_OF_DATA.sub(rf"config.datasets.{name}.\1", told)) from None
     return evaluate_split(run.step, run.state, split, cfg, progress=True, **how)
 
 

@@ -118,13 +118,13 @@ def test_batches_are_few_shapes_and_hold_each_request_once():
         assert max(lengths[i] for i in batch.members) <= batch.length and len(batch.members) <= batch.rows
         assert batch.rows % 8 == 0 and batch.rows * batch.length <= 16 * 2048
     shapes = {(batch.rows, batch.length) for batch in found}
-    assert len(shapes) <= 14
+    assert len(shapes) <= 16
     assert sum(lengths) >= 0.8 * sum(batch.rows * batch.length for batch in found)
 
 
 def test_lengths_are_rounded_up_to_few():
     found = [padded_length(n, 1000) for n in range(1, 1001)]
-    assert sorted(set(found)) == [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1000]
+    assert sorted(set(found)) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1000]
     assert all(n <= length for n, length in enumerate(found, 1))
 
 

@@ -20,7 +20,7 @@ from tokenformer_jax.nn.transformer import Tau
 from tokenformer_jax.storage.trained import Trained
 from tokenformer_jax.training.metrics import Progress
 
-SHORTEST = 32  # length of a batch
+SHORTEST = 16  # length of a batch
 
 
 class Scored(NamedTuple):
@@ -32,7 +32,7 @@ class Scored(NamedTuple):
 
 class Score(NamedTuple):
     log_likelihood: float  # in nats, of all predicted ids together
-    is_greedy: bool  # whether each is the likeliest one
+    is_greedy: bool  # whether none is likelier than any of them
 
 
 class Prompt(NamedTuple):
@@ -41,21 +41,23 @@ class Prompt(NamedTuple):
     how: Sampling
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
+    """Requests that are computed together."""
+
     members: list[int]  # numbers of the requests
     rows: int  # at least as many as members
     length: int
 
 
 def padded_length(length: int, longest: int) -> int:
-    """The length that a request is padded to: one of 32, 48, 64, 96, 128, …, or the longest there is."""
+    """The length that a request is padded to: one of 16, 24, 32, 48, 64, …, or the longest there is."""
     size = SHORTEST
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return min(size, longest)
 
 
-def batches(lengths: Sequence[int], tokens: int, longest: int, shards: int = 1, more: int = 0) -> Iterator[_Batch]:
+def batches(lengths: Sequence[int], tokens: int, longest: int, shards: int = 1, more: int = 0) -> Iterator[Batch]:
     """Batches of requests of like length, the longest first, so that what does not fit in memory fails at once.
 
     Args:
@@ -69,7 +71,7 @@ def batches(lengths: Sequence[int], tokens: int, longest: int, shards: int = 1, 
     while order:
         length = padded_length(lengths[order[0]], longest)
         rows = min(max(tokens // (length + more) // shards, 1), -(-len(order) // shards)) * shards
-        yield _Batch(order[:rows], rows, length)
+        yield Batch(order[:rows], rows, length)
         order = order[rows:]
 
 
@@ -83,7 +85,7 @@ def _score(
     is_scored_BL: jax.Array,
     whole: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-likelihoods [B] of the scored targets, and whether all are the likeliest, on every device."""
+    """Log-likelihoods [B] of the scored targets, and whether no id is likelier than one of them, on every device."""
     model = nnx.merge(abstract_model(cfg)[0], params)
     scores_BL, are_likeliest_BL = model.log_likelihoods(tokens_BL, targets_BL, tau)
     scores_B = jnp.sum(jnp.where(is_scored_BL, scores_BL, 0.0), axis=1)
@@ -111,6 +113,11 @@ class Scorer:
         self.tau = jax.device_get(run.state.tau_now())
         self.shapes: set[tuple[int, ...]] = set()  # of batches so far: a program each
 
+    def plan(self, requests: Sequence[Scored]) -> Iterator[Batch]:
+        """The batches that requests are scored in."""
+        lengths = [min(len(ids) - 1, self.context_length) for ids, _ in requests]
+        return batches(lengths, self.tokens, self.context_length, self.shards)
+
     def score(self, requests: Sequence[Scored]) -> list[Score]:
         """The scores of requests, in their order.
 
@@ -119,7 +126,7 @@ class Scorer:
         cuts = [ids[-self.context_length - 1 :] for ids, _ in requests]
         found: list[Score] = [Score(0.0, True)] * len(requests)
         bar, done = Progress(0, len(requests), "request"), 0
-        waiting: list[tuple[_Batch, Any]] = []
+        waiting: list[tuple[Batch, Any]] = []
 
         def take() -> None:
             nonlocal done
@@ -132,7 +139,7 @@ class Scorer:
             done += len(batch.members)
             bar.update(done)
 
-        for batch in batches([len(ids) - 1 for ids in cuts], self.tokens, self.context_length, self.shards):
+        for batch in self.plan(requests):
             ids_BL = np.zeros((batch.rows, batch.length + 1), np.int32)
             is_scored_BL = np.zeros((batch.rows, batch.length), bool)
             for row, number in enumerate(batch.members):

@@ -113,7 +113,7 @@ class LanguageModel(nnx.Module):
         return self(batch.tokens_BL, tau, segments_BL=segments_BL)[0]
 
     def log_likelihoods(self, tokens_BL: jax.Array, targets_BL: jax.Array, tau: Tau) -> tuple[jax.Array, jax.Array]:
-        """Of each target the log-probability, float32 [B, L], and whether it is the likeliest token."""
+        """Of each target the log-probability, float32 [B, L], and whether no token is likelier."""
         x_BLD, _ = self.features(tokens_BL, tau)
         return log_likelihoods(self.final_norm(x_BLD), self.embed[...], targets_BL)
 

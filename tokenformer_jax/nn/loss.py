@@ -75,18 +75,19 @@ def _by_rows(logits_BCV, targets_BC, weights_BC, dtype):
 
 
 def log_likelihoods(h_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """log softmax(h tableᵀ)[target] of each position, float32 [B, L], and whether the target is the likeliest token.
+    """log softmax(h tableᵀ)[target] of each position, float32 [B, L], and whether no token is likelier than the target.
 
     Without a gradient; arguments as of `cross_entropy`.
     """
     table_VD = constrain(table_VD.astype(h_BLD.dtype), "vocab", None)
 
     def of_part(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        h_BCD, targets_BC = part
-        logits_BCV = constrain(sums_in_float32("bcd,vd->bcv", h_BCD, table_VD), "batch", None, "vocab")
+        h_BCD, targets_BC = positions_in_a_row(*part)
+        logits_BCV = sums_in_float32("...d,vd->...v", h_BCD, table_VD)
         target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        likeliest_BC = jnp.argmax(logits_BCV, axis=-1)
-        return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1), likeliest_BC == targets_BC
+        max_BC = jnp.max(logits_BCV, axis=-1)
+        total_BC = max_BC + jnp.log(jnp.sum(jnp.exp(logits_BCV - max_BC[..., None]), axis=-1))
+        return (target_BC - total_BC).reshape(part[1].shape), (target_BC == max_BC).reshape(part[1].shape)
 
     parts = _parts(targets_BL.shape, len(table_VD))
     split = [x.reshape(x.shape[0], parts, -1, *x.shape[2:]).swapaxes(0, 1) for x in (h_BLD, targets_BL)]

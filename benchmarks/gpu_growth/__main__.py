@@ -76,9 +76,9 @@ def study(args: argparse.Namespace) -> None:
         limit = enough - 3 * setting.chunk  # by as much the rounding to chunks may exceed it
         flops, by = whole_budget(setting, fit, step_seconds, max(left, 1.0), limit)
         sizes = {n: {"step_seconds": s, "flops_per_second": setting.flops(n) / s} for n, s in step_seconds.items()}
-        for n, size in sizes.items():
-            size["parameters"] = count_params(programs.state(n).params) // programs.copies
-            size["flops_per_token"] = setting.flops(n) / setting.batch / setting.context
+        for tokens, size in sizes.items():
+            size["parameters"] = count_params(programs.state(tokens).params) // programs.copies
+            size["flops_per_token"] = setting.flops(tokens) / setting.batch / setting.context
         plan = {"flops": args.flops or flops, "limited_by": "--flops" if args.flops else by, "seconds_left": left}
         trainer.tree |= {
             "command": shlex.join(["python", "-m", "benchmarks.gpu_growth", *sys.argv[1:]]),

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import random
+import subprocess
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
 from configs import zero_shot as preset
+from tests.commands import ROOT
 from tests.harness_tasks import TASKS, sentence, write_tasks
-from tests.helpers import scoring_run
+from tests.helpers import corpus_overrides, scoring_run, tiny_config
 from tokenformer_jax.data.tokens import TokenSplit
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation import zero_shot
@@ -24,6 +27,7 @@ from tokenformer_jax.evaluation.perplexity import evaluate_split
 from tokenformer_jax.evaluation.scoring import Scored, Scorer
 from tokenformer_jax.evaluation.settings import read_eval_config
 from tokenformer_jax.evaluation.suite import evaluate_all
+from tokenformer_jax.running.loop import train
 
 CONTEXT = 64
 
@@ -278,3 +282,30 @@ def test_wrong_arguments_of_the_harness_command_are_named(arguments, batch_size,
     with pytest.raises(UserError) as error:
         HarnessModel.create_from_arg_string(arguments, {"batch_size": batch_size, "device": None})
     assert message in str(error.value)
+
+
+@pytest.mark.slow
+def test_two_processes_and_the_harness_command_give_what_one_process_does(tasks, tmp_path):
+    """Half a minute each for their imports and programs."""
+    folder, _ = tasks
+    train(tiny_config(model__context_length=64, **corpus_overrides(tmp_path)), tmp_path / "run")
+    asked = [f"--workdir={tmp_path}/run", f"--tasks={','.join(TASKS)}", f"--include_path={folder}"]
+
+    def figures(name, *command):
+        flags = "--xla_force_host_platform_device_count=1"
+        environment = os.environ | {"XLA_FLAGS": flags, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout if name is None else json.loads((tmp_path / name).read_text())["tasks"]
+
+    evaluate = "python", "-m", "tokenformer_jax.evaluate", *asked
+    one = figures("one.json", *evaluate, f"--out={tmp_path}/one.json")
+    pod = "bash", "launch/local_pod.sh", "2", *evaluate, "--mesh=1,2,1", f"--out={tmp_path}/two.json"
+    two = figures("two.json", *pod)
+    model = "--model", "tokenformer", "--model_args", f"workdir={tmp_path}/run", "--batch_size", "8"
+    which = "--tasks", ",".join(TASKS), "--include_path", str(folder)
+    table = figures(None, "python", "-m", "tokenformer_jax.lm_eval", *model, *which)
+    for task, found in one.items():
+        for metric, figure in found["metrics"].items():
+            assert two[task]["metrics"][metric]["value"] == pytest.approx(figure["value"], rel=1e-5)
+            assert f"{figure['value']:.4f}" in table

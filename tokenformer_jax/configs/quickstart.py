@@ -1,9 +1,9 @@
 """A TokenFormer that trains in minutes on a laptop and grows, and its two rivals: `launch/quickstart.sh` runs them all.
 
 Trains on: the Python standard library (4 M tokens of a 1024-token BPE), 128 tokens of context.
-Variants: small; grown (from small, four times the parameter tokens); large (as grown, from scratch) and longer (as small,
-from scratch), each for as many FLOPs as small and grown together. One schedule spans small and grown: its rate is
-constant until the last fifth. The README shows what they reach.
+Variants: small; grown (from small, four times the parameter tokens); large (as grown, from scratch) and longer (as
+small, from scratch), each for as many FLOPs as small and grown together. One schedule spans small and grown: its rate
+is constant until the last fifth. The README shows what they reach.
 """
 
 from ml_collections import ConfigDict

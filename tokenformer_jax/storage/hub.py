@@ -1,4 +1,4 @@
-"""Published models: a repository of the Hugging Face hub, or a folder as one there, read into arrays and their facts."""
+"""Published models: repositories of the Hugging Face hub, and folders as those, read into arrays and their facts."""
 
 import dataclasses
 import math
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenformer_jax.config import FREE_MODEL_KEYS, SIZES, ModelConfig
+from tokenformer_jax.config import FREE_MODEL_KEYS, SIZES, Config, ModelConfig
 from tokenformer_jax.configs import pile, released
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import local_path, parse_json
-from tokenformer_jax.storage.official import model_config
+from tokenformer_jax.storage.official import config_of, import_official, model_config
 from tokenformer_jax.storage.state_dicts import read_state_dict
 
 MODEL_TYPE = "tokenformer"  # of a config.json of ours
@@ -38,6 +38,31 @@ class Published(NamedTuple):
     said: Mapping[str, Any] | None = None  # the same, where the config must not differ
     tau: Mapping[str, float] | None = None  # else √N
     tokenizer: str = ""  # its file
+
+    def config(self, said: Mapping[str, Any]) -> Config:
+        """A config for it: `said` for what follows from no tensor, the rest from the base."""
+        return config_of(self.arrays, said, self.source)
+
+
+def import_published(found: Published, cfg: Config, workdir: pathlib.Path, tokenizer: str | None) -> str:
+    """Makes a workdir of it, with the tokenizer of this file, else with the config's, else with its own.
+
+    Returns:
+      What was done, in words.
+
+    Raises:
+      UserError: tensors, config and tokenizer do not fit, or the workdir is taken.
+    """
+    file = tokenizer or cfg.data.tokenizer or found.tokenizer
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=file))
+    count = import_official(found.arrays, cfg, workdir, found.source, found.said, found.tau)
+    keys = ("num_heads", "context_length", "rotary_fraction")
+    model = ", ".join(f"{key} = {getattr(cfg.model, key)}" for key in keys)
+    if found.by and all(getattr(cfg.model, key) == value for key, value in found.known.items()):
+        model += f" as {found.by} says"
+    done = f"{workdir}: {count:,} parameters of {found.source} at step 0, {model}; train, grow, evaluate and generate "
+    warning = "warning: no --tokenizer was given and a new one was trained: its ids are not those of the model"
+    return f"{done}take it" + ("" if file else f"\n{warning}")
 
 
 def read_file(path: pathlib.Path) -> Published:
@@ -74,8 +99,8 @@ def _download(name: str) -> pathlib.Path:
         from huggingface_hub import constants, errors, snapshot_download
     except ImportError:
         raise UserError(
-            f"--from_hub={name}: needs huggingface_hub, which is not installed; use `pip install huggingface_hub`, or a "
-            "folder of this machine"
+            f"--from_hub={name}: needs huggingface_hub, which is not installed; use `pip install huggingface_hub`, or "
+            "a folder of this machine"
         ) from None
     repository, _, revision = name.partition("@")
     where = constants.ENDPOINT
@@ -96,7 +121,7 @@ def _download(name: str) -> pathlib.Path:
     except errors.HFValidationError:
         reason = "is no name of a repository; use OWNER/NAME, or a folder"
     except errors.LocalEntryNotFoundError:
-        state = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{where} cannot be reached"
+        state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
         reason = f"{state}, and the cache {constants.HF_HUB_CACHE} does not hold all of it; use it once with a network"
     except Exception as error:  # of the network and of the disk, in many kinds
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -193,8 +193,8 @@ def import_official(
 ) -> int:
     """Makes a workdir at step 0 that train, grow, evaluate and generate take; whole or not at all.
 
-    The optimizer and the data start anew, τ is the given one, else √N, and the tokenizer is the config's. `said` is what
-    the source says of its model beside the tensors, keys of `ModelConfig`.
+    The optimizer and the data start anew, τ is the given one, else √N, and the tokenizer is the config's. `said` is
+    what the source says of its model beside the tensors, keys of `ModelConfig`.
 
     Returns:
       The number of parameters.

@@ -1,0 +1,121 @@
+"""The model card of an exported model, README.md on the hub: what its workdir knows, and nothing else."""
+
+import json
+import pathlib
+from typing import Any
+
+from tokenformer_jax.files import parse_json
+from tokenformer_jax.nn.transformer import initial_tau
+from tokenformer_jax.storage.trained import Trained
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- tokenformer
+---
+
+# {name}
+
+A [TokenFormer](https://arxiv.org/abs/2410.23168) language model, trained with tokenformer_jax.
+
+{model}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+ids = tokenizer("a text", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))
+```
+
+`trust_remote_code=True` runs `modeling_tokenformer.py`, which is in this folder: read it first. Texts of training begin
+after `{end}`, and no more than {context:,} tokens of context were seen in training. The tokenizer encodes `{end}` in a
+text as the characters that it is made of. `python -m tokenformer_jax.convert --from_hub=FOLDER --workdir=W` makes a
+workdir of it again.
+
+## Training
+
+{training}
+
+## Evaluation
+
+{evaluation}
+"""
+
+
+def model_card(name: str, run: Trained, workdir: pathlib.Path) -> str:
+    """The text of a card, in Markdown."""
+    end = run.tokenizer.decode([run.tokenizer.end_of_text])
+    return CARD.format(
+        name=name,
+        model=_table(_model(run)),
+        end=end,
+        context=run.cfg.model.context_length,
+        training=_training(run),
+        evaluation=_evaluation(run, workdir),
+    )
+
+
+def _table(rows: dict[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _counts(counts: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def _model(run: Trained) -> dict[str, str]:
+    model, tau, end = run.cfg.model, run.state.tau_now(), initial_tau(run.cfg.model)
+    ramped = any(float(tau[name]) != end[name] for name in tau)
+    rows = {
+        "parameters": f"{run.num_params:,}, of them {model.vocab_size * model.embed_dim:,} of the embedding",
+        "layers, width, heads": f"{model.num_layers}, {model.embed_dim}, {model.num_heads}",
+        "parameter tokens in a layer": _counts(model.tokens),
+        "τ": ", ".join(f"{name} {float(value):.6g}" for name, value in tau.items())
+        + (", which is not √N: kept from before a growth, or on its way from there" if ramped else ""),
+        "normalizer": f"{model.normalizer}, {model.gelu} gelu",
+        "context": f"{model.context_length:,} tokens",
+        "vocabulary": f"{run.tokenizer.vocab_size:,} ids, {model.vocab_size:,} rows of the embedding",
+    }
+    return rows
+
+
+def _training(run: Trained) -> str:
+    record, data = run.record, run.cfg.data
+    if not record.tokens:
+        return "None that the workdir knows of: its weights were imported, or are those of the beginning."
+    name = f"{data.dataset} ({pathlib.Path(data.path).name})" if data.path else data.dataset
+    rows = {
+        "data": f"{name}, split {data.train_split}; the last, where it was trained on several",
+        "steps": f"{run.step_number:,}, the last of {record.batch_size:,} x {run.cfg.model.context_length:,} tokens",
+        "tokens": f"{record.tokens:,}, with those of the smaller models that it grew from",
+        "FLOPs": f"{record.train_flops:.4g}, with theirs",
+    }
+    if not record.growth:
+        return f"{_table(rows)}\n\nIt never grew."
+    lines = ["| grown at step | parameter tokens before | after | recipe | loss before | after |", "|---" * 6 + "|"]
+    for growth in record.growth:
+        cells = [f"{growth['step']:,}", _counts(growth["from"]), _counts(growth["to"]), growth.get("recipe", "")]
+        cells += [f"{growth[key]:.4f}" if key in growth else "" for key in ("loss_before", "loss_after")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return f"{_table(rows)}\n\n" + "\n".join(lines)
+
+
+def _evaluation(run: Trained, workdir: pathlib.Path) -> str:
+    """What `eval.json` holds of this checkpoint."""
+    try:
+        found = parse_json((workdir / "eval.json").read_text())
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or found.get("step") != run.step_number:
+        return "None of this checkpoint."
+    known = ("step", "params", "trained_tokens", "train_flops")
+    return _table({key: _shown(value) for key, value in found.items() if key not in known})
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)

@@ -15,7 +15,7 @@ FLOORS = """
     data: tokenizer folders text tokens batches
     nn: backends layers row_kernels pattention_vjp pattention attention transformer loss language
     training: metrics language tasks state schedule non_finite step
-    storage: fingerprint workdir record arrays metrics_file checkpoints trained state_dicts official hub model_card hub_format
+    storage: fingerprint workdir record arrays metrics_file checkpoints trained state_dicts official hub card hub_format
     evaluation: perplexity sampling report advice
     growth: recipes ladder figures verify resize grow shrink
     planning: hlo plan fit whole_run

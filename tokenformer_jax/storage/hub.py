@@ -120,8 +120,10 @@ def _download(name: str) -> pathlib.Path:
         reason = f"the repository has no revision {revision or 'main'!r}"
     except errors.HFValidationError:
         reason = "is no name of a repository; use OWNER/NAME, or a folder"
-    except errors.LocalEntryNotFoundError:
-        state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
+    except errors.LocalEntryNotFoundError as error:
+        answer = getattr(error.__cause__, "response", None)
+        state = f"{where} answers {answer.status_code}" if answer is not None else f"{where} cannot be reached"
+        state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else state
         reason = f"{state}, and the cache {constants.HF_HUB_CACHE} does not hold all of it; use it once with a network"
     except Exception as error:  # of the network and of the disk, in many kinds
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,8 +9,8 @@ import jax
 
 from tokenformer_jax.config import FREE_MODEL_KEYS
 from tokenformer_jax.errors import UserError
+from tokenformer_jax.storage.card import model_card
 from tokenformer_jax.storage.hub import MODEL_TYPE
-from tokenformer_jax.storage.model_card import model_card
 from tokenformer_jax.storage.official import require_finite, to_official
 from tokenformer_jax.storage.state_dicts import write_state_dict
 from tokenformer_jax.storage.trained import Trained, load_trained

@@ -4,6 +4,8 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from tokenformer_jax.files import parse_json
 from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.storage.trained import Trained
@@ -26,16 +28,15 @@ A [TokenFormer](https://arxiv.org/abs/2410.23168) language model, trained with t
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 ids = tokenizer("a text", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))
 ```
 
-`trust_remote_code=True` runs `modeling_tokenformer.py`, which is in this folder: read it first. Texts of training begin
-after `{end}`, and no more than {context:,} tokens of context were seen in training. The tokenizer encodes `{end}` in a
-text as the characters that it is made of. `python -m tokenformer_jax.convert --from_hub=FOLDER --workdir=W` makes a
-workdir of it again.
+`trust_remote_code=True` runs `modeling_tokenformer.py`, which is in this folder: read it first. Texts of training began
+after `{end}`, and were seen with at most {context:,} tokens of context. In a text, the tokenizer takes `{end}` for the
+characters that it is made of. `python -m tokenformer_jax.convert --from_hub=FOLDER --workdir=W` makes a workdir of it.
 
 ## Training
 
@@ -69,19 +70,21 @@ def _counts(counts: dict[str, Any]) -> str:
 
 
 def _model(run: Trained) -> dict[str, str]:
-    model, tau, end = run.cfg.model, run.state.tau_now(), initial_tau(run.cfg.model)
-    ramped = any(float(tau[name]) != end[name] for name in tau)
-    rows = {
+    model, new = run.cfg.model, initial_tau(run.cfg.model)
+    now = {name: float(run.state.tau_now()[name]) for name in new}
+    tau = ", ".join(f"{name} {value:.6g}" for name, value in now.items())
+    if any(np.float32(now[name]) != np.float32(new[name]) for name in new):
+        values = ", ".join(f"{value:.6g}" for value in new.values())
+        tau += f"; those of a new model are {values}: a growth holds them, or ramps them still"
+    return {
         "parameters": f"{run.num_params:,}, of them {model.vocab_size * model.embed_dim:,} of the embedding",
         "layers, width, heads": f"{model.num_layers}, {model.embed_dim}, {model.num_heads}",
         "parameter tokens in a layer": _counts(model.tokens),
-        "τ": ", ".join(f"{name} {float(value):.6g}" for name, value in tau.items())
-        + (", which is not √N: kept from before a growth, or on its way from there" if ramped else ""),
+        "τ": tau,
         "normalizer": f"{model.normalizer}, {model.gelu} gelu",
         "context": f"{model.context_length:,} tokens",
         "vocabulary": f"{run.tokenizer.vocab_size:,} ids, {model.vocab_size:,} rows of the embedding",
     }
-    return rows
 
 
 def _training(run: Trained) -> str:

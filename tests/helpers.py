@@ -19,7 +19,7 @@ from tokenformer_jax.data.batches import Batch
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.growth import resize
 from tokenformer_jax.running import run
-from tokenformer_jax.storage import trained
+from tokenformer_jax.storage import official, trained
 from tokenformer_jax.storage.metrics_file import read_metrics
 from tokenformer_jax.training.step import Step, make_step
 
@@ -77,7 +77,7 @@ def shared_steps() -> Iterator[None]:
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (run, resize, trained):
+        for module in (run, resize, trained, official):
             patch.setattr(module, "make_step", shared)
         yield
 

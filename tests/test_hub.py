@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from tests.commands import call, complaint
 from tests.helpers import assert_trees_equal, corpus_overrides, tiny_config, write_config
 from tests.hub_server import COMMIT, serving
+from tokenformer_jax.api import TokenFormer
 from tokenformer_jax.config import read_config
 from tokenformer_jax.configs import ladder, pile, released
 from tokenformer_jax.data.tokens import prepare
@@ -104,6 +105,17 @@ def test_a_folder_becomes_a_workdir_in_one_step(published, corpus, cfg, arrays, 
     rounded = {name: array.astype(np.float16).astype(np.float32) for name, array in arrays.items()}
     assert_trees_equal(to_official(run.state.params), rounded)
     assert "num_heads = 4, context_length = 16, rotary_fraction = 0.25 as its config.json says" in done
+
+
+def test_python_takes_it_too(published, arrays, tmp_path):
+    model = TokenFormer.from_hub(str(published))
+    assert (model.cfg.num_heads, model.cfg.context_length) == (4, 16)
+    assert_trees_equal(model.params, from_official(read_published(str(published)).arrays))
+    assert model.tokenizer.to_json() == (published / "tokenizer.json").read_text()
+    (copied(published, tmp_path) / "config.json").unlink()
+    with pytest.raises(UserError, match=r"num_heads is missing: .*copy does not say it"):
+        TokenFormer.from_hub(str(tmp_path / "copy"), context_length=16)
+    assert TokenFormer.from_hub(str(tmp_path / "copy"), context_length=9, num_heads=2).cfg.num_heads == 2
 
 
 def with_data(cfg, corpus):

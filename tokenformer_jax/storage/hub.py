@@ -40,7 +40,14 @@ class Published(NamedTuple):
     tokenizer: str = ""  # its file
 
     def config(self, said: Mapping[str, Any]) -> Config:
-        """A config for it: `said` for what follows from no tensor, the rest from the base."""
+        """A config for it: `said` for what follows from no tensor, the rest from the base.
+
+        Raises:
+          UserError: it does not fit the tensors, or leaves something unsaid.
+        """
+        for key in ("num_heads", "context_length", "rotary_fraction"):
+            if key not in said:
+                raise UserError(f"{key} is missing: {self.source} does not say it")
         return config_of(self.arrays, said, self.source)
 
 

@@ -132,7 +132,7 @@ def config_or_flags(*names: str) -> Callable[..., Config]:
     """
     config = config_flag()
 
-    def read(source: str, make: Callable[[dict[str, Any]], Config], known: Mapping[str, Any] = {}) -> Config:
+    def read(source: str, make: Callable[[dict[str, Any]], Config], known: Mapping[str, Any]) -> Config:
         given = {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].present}
         if flags.FLAGS["config"].present:
             for name, value in given.items():

@@ -184,8 +184,8 @@ class TokenFormer(nn.Module):
     def load(cls, path: str | os.PathLike[str], num_heads: int, **options: Any) -> "TokenFormer":
         """The model of a .safetensors file, or of a state dict that torch.save wrote; stored code is never run.
 
-        Sizes are those of the tensors. `num_heads`, and `rotary_fraction` and `normalizer` in `options`, stand in no
-        file: they are those of the model's config.
+        Sizes are those of the tensors. `num_heads`, and `rotary_fraction`, `normalizer`, `gelu` and `tau` in
+        `options`, stand in no file: they are those of the model's config, and of its growth.
         """
         if os.fspath(path).endswith(".safetensors"):
             from safetensors.torch import load_file

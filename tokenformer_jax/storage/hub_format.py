@@ -63,8 +63,8 @@ def _texts(name: str, run: Trained, workdir: pathlib.Path) -> dict[str, str]:
         "dtype": "float32",
         **ids,
     }
-    # Rows of the embedding that are no ids are never drawn.
-    generation = ids | {"suppress_tokens": list(range(tokenizer.vocab_size, model.vocab_size)) or None}
+    no_ids = list(range(tokenizer.vocab_size, model.vocab_size))  # rows of the embedding that are never drawn
+    generation = ids | ({"suppress_tokens": no_ids} if no_ids else {})
     texts = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.decode([end])),

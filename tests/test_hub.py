@@ -233,10 +233,13 @@ def test_the_command_takes_the_hub_that_the_environment_names(published, corpus,
     with serving({"owner/model": published}) as server:
         args = ("convert", "--from_hub=owner/model", f"--workdir={tmp_path}/W", cfg)
         result = call(*args, HF_ENDPOINT=server.url, **environment)
+        loads = list(server.loads)
+        again = call(*args, HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "other"))
+        assert "W: holds something already" in complaint(again) and server.loads == loads  # before any download
     assert (result.returncode, result.stderr) == (0, "")
     assert f"{tmp_path}/W: 36,288 parameters of owner/model" in result.stdout and "warning" not in result.stdout
-    again = call(*args, HF_ENDPOINT=server.url, **environment, **OFFLINE)
-    assert "holds something already" in complaint(again)
+    call_args = ("convert", "--from_hub=owner/model", f"--workdir={tmp_path}/W2", cfg)
+    assert call(*call_args, HF_ENDPOINT=server.url, **environment, **OFFLINE).returncode == 0
 
 
 # Mistakes.

@@ -14,7 +14,7 @@ from absl import flags
 from tokenformer_jax.cli import config_or_flags, print_once, run_command, workdir_flag
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import local_path
-from tokenformer_jax.storage.hub import import_published, read_file, read_published
+from tokenformer_jax.storage.hub import import_published, read_for
 from tokenformer_jax.storage.hub_format import export_hub, in_transformers
 from tokenformer_jax.storage.official import export_official, in_pytorch
 
@@ -49,7 +49,7 @@ def main() -> None:
             return print_once(done + use(path, workdir()))
         if step.value is not None:
             raise UserError(f"--step={step.value}: an imported model starts at step 0; leave it out")
-        found = read_published(name) if way == "from_hub" else read_file(local_path(name, "--from_torch"))
+        found = read_for(workdir(), way, name)
         cfg = config(found.source, found.config, found.known)
         print_once(import_published(found, cfg, workdir(), tokenizer.value))
 

@@ -14,6 +14,7 @@ from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import local_path, parse_json
 from tokenformer_jax.storage.official import config_of, import_official, model_config
 from tokenformer_jax.storage.state_dicts import read_state_dict
+from tokenformer_jax.storage.workdir import require_empty
 
 MODEL_TYPE = "tokenformer"  # of a config.json of ours
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there; INDEX where it is in parts
@@ -72,8 +73,16 @@ def import_published(found: Published, cfg: Config, workdir: pathlib.Path, token
     return f"{done}take it" + ("" if file else f"\n{warning}")
 
 
-def read_file(path: pathlib.Path) -> Published:
-    """A file of the authors' weights alone. Raises UserError where it cannot be read."""
+def read_for(workdir: pathlib.Path, way: str, name: str) -> Published:
+    """What `--from_torch` (a file of the authors' weights alone) or `--from_hub` names, to make this workdir of.
+
+    Raises:
+      UserError: it cannot be read, or the workdir is taken.
+    """
+    require_empty(workdir, "holds something already")  # before anything is downloaded
+    if way == "from_hub":
+        return read_published(name)
+    path = local_path(name, f"--{way}")
     return Published(str(path), read_state_dict(path), {"rotary_fraction": 0.25})
 
 
@@ -139,13 +148,15 @@ def _download(name: str) -> pathlib.Path:
 
 
 def _read_folder(name: str, folder: pathlib.Path) -> Published:
-    arrays = _read_weights(name, folder)
     facts = _read_json(name, folder / "config.json") if (folder / "config.json").exists() else {}
+    is_ours = facts.get("model_type") == MODEL_TYPE
+    tau = _tau(name, facts.get("tau")) if is_ours else None
+    arrays = _read_weights(name, folder)
     tokenizer = str(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else ""
-    if facts.get("model_type") == MODEL_TYPE:
+    if is_ours:
         keys = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in FREE_MODEL_KEYS]
         said = {key: facts[key] for key in keys if key in facts}
-        return Published(name, arrays, said, "its config.json", said, _tau(name, facts.get("tau")), tokenizer)
+        return Published(name, arrays, said, "its config.json", said, tau, tokenizer)
     known, by = _preset(name, arrays)
     if not known:
         by = "its config.json"

@@ -6,11 +6,11 @@ One TokenFormer of 2 layers and width 64 with n = 16 or 64 parameter tokens (4 n
 source code of all packages of the interpreter's environment, each window read once. All arms spend the same FLOPs:
 
 - the large model from scratch, and the small one, for all of them;
-- the small one for 3000 or 1000 steps, then grown to the large one, by each recipe.
+- the small one for 3000, 1000 or 100 steps, then grown to the large one, by each recipe.
 
-All warm up, stay at a peak rate, and fall to zero in the last 20 %; the peak of the last size differs between arms, and
-is 0.002 before. Arms that are finished are not run again. Leaves growth_rates.json in the workdir, and prints a table.
-`--report_only --workdir=docs` prints that of the file in docs.
+All warm up (over 200 steps, or 2000), stay at a peak rate, and fall to zero in the last 20 %; the peak of the last size
+differs between arms, and is 0.002 before. Arms that are finished are not run again. Leaves growth_rates.json in the
+workdir, and prints a table. `--report_only --workdir=docs` prints that of the file in docs.
 """
 
 import argparse
@@ -52,22 +52,24 @@ class Arm(NamedTuple):
     rate: float = RATE  # peak, of the last size
     grown_at: int = 0
     recipe: str = ""
+    warmup: int = 0  # steps; 0: the setting's
 
     @property
     def name(self) -> str:
         how = f"{self.recipe} at step {self.grown_at}" if self.recipe else "from scratch"
-        return f"{' -> '.join(map(str, self.sizes))}, {how}, rate {self.rate:g}"
+        warmup = f", warm-up {self.warmup}" if self.warmup else ""
+        return f"{' -> '.join(map(str, self.sizes))}, {how}, rate {self.rate:g}{warmup}"
 
     def run(self, seed: int) -> Run:
         """In whole chunks, with as many FLOPs as all others."""
         *before, last = self.sizes
-        rungs = [Rung(0, (before or [last])[0], RATE if before else self.rate)]
+        rungs = [Rung(0, (before or [last])[0], RATE if before else self.rate, warmup=self.warmup)]
         spent = self.grown_at * SETTING.flops(SMALL)
         if before:
             rungs.append(Rung(self.grown_at, last, self.rate, self.recipe, RAMP))
         each = SETTING.flops(last) * SETTING.chunk
         steps, decay = (round(flops / each) * SETTING.chunk for flops in (FLOPS - spent, DECAY * FLOPS))
-        return Run(self.name, Trunk(seed, tuple(rungs)), 1.0, self.grown_at + steps - decay, decay, spent)
+        return Run(self.name, Trunk((seed,), tuple(rungs)), 1.0, self.grown_at + steps - decay, decay, spent)
 
 
 ARMS = (
@@ -78,6 +80,10 @@ ARMS = (
     Arm((SMALL, LARGE), RATE, 1000, "zero_keys"),
     Arm((SMALL, LARGE), RATE, 3000, "random_keys"),
     Arm((SMALL, LARGE), RATE, 3000, "isometric"),
+    # Is it growth, or what it is for the large model: a gentle beginning, or other keys to begin with?
+    Arm((LARGE,), warmup=2000),
+    Arm((SMALL, LARGE), RATE, 1000, "zero_keys", warmup=2000),
+    Arm((SMALL, LARGE), RATE, 100, "zero_keys"),
 )
 
 
@@ -113,7 +119,7 @@ def study(workdir: pathlib.Path, seeds: list[int]) -> None:
     runs = [arm.run(seed) for seed in seeds for arm in ARMS]
     trainer.marks = marks(runs)
     for number, run in enumerate(runs, 1):
-        if run.name not in trainer.tree["runs"]:
+        if not trainer.tree["runs"].keys() >= set(run.names):
             began = time.monotonic()
             trainer.run(run)
             left = (time.monotonic() - began) * (len(runs) - number)

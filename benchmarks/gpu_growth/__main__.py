@@ -77,7 +77,7 @@ def study(args: argparse.Namespace) -> None:
         flops, by = whole_budget(setting, fit, step_seconds, max(left, 1.0), limit)
         sizes = {n: {"step_seconds": s, "flops_per_second": setting.flops(n) / s} for n, s in step_seconds.items()}
         for n, size in sizes.items():
-            size["parameters"] = count_params(programs.state(n).params)
+            size["parameters"] = count_params(programs.state(n).params) // programs.copies
             size["flops_per_token"] = setting.flops(n) / setting.batch / setting.context
         plan = {"flops": args.flops or flops, "limited_by": "--flops" if args.flops else by, "seconds_left": left}
         trainer.tree |= {
@@ -95,12 +95,12 @@ def study(args: argparse.Namespace) -> None:
     trainer.marks = marks(runs)
     try:
         for run in runs:
-            if run.name not in trainer.tree["runs"]:
+            if not trainer.tree["runs"].keys() >= set(run.names):
                 trainer.run(run)
     except TimeoutError:
         say("the time is over; the same command with more --minutes goes on")
     programs.pool.shutdown(wait=False, cancel_futures=True)
-    trainer.write(dropped=[run.name for run in runs if run.name not in trainer.tree["runs"]])
+    trainer.write(dropped=[name for run in runs for name in run.names if name not in trainer.tree["runs"]])
     report(trainer.path)
 
 

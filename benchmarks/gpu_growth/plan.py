@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from configs import base
 from tokenformer_jax.config import Config, read_config
 from tokenformer_jax.training.language import train_flops_per_token
@@ -64,26 +66,37 @@ class Rung(NamedTuple):
     rate: float
     recipe: str = ""  # how it grew; empty at birth
     ramp: int = 0  # steps in which τ goes to its target
+    falls: tuple[int, int] = (0, 0)  # steps between which the rate goes to zero; the next rung warms up again
+    warmup: int = 0  # steps, of the first rung; 0: as the setting has it
 
 
 class Trunk(NamedTuple):
-    """Training at constant rates. Two lineages that have grown alike so far share it."""
+    """Training at constant rates, of one model for each seed. Lineages that have grown alike so far share it."""
 
-    seed: int
+    seeds: tuple[int, ...]
     rungs: tuple[Rung, ...]
 
     @property
     def name(self) -> str:
         parts = [f"{r.recipe}{r.ramp}-n{r.n}-{r.rate:g}-at{r.step}" for r in self.rungs]
-        return f"seed{self.seed}-" + "-".join(parts)
+        parts += [f"falls{start}to{end}" for start, end in (rung.falls for rung in self.rungs) if end]
+        parts += [f"warmup{rung.warmup}" for rung in self.rungs if rung.warmup]
+        return f"seed{'+'.join(map(str, self.seeds))}-" + "-".join(parts)
 
     @property
     def last(self) -> Rung:
         return self.rungs[-1]
 
+    def rates(self, steps: np.ndarray, warmup: int) -> np.ndarray:
+        """The learning rates of these steps of the last rung."""
+        before = self.rungs[-2].falls if len(self.rungs) > 1 else ()
+        begins, (start, end) = self.last.step if any(before) else 0, self.last.falls
+        falling = np.clip((end - steps) / (end - start), 0, 1) if end else 1
+        return self.last.rate * np.minimum(1, (steps - begins + 1) / (self.rungs[0].warmup or warmup)) * falling
+
     def up_to(self, step: int) -> "Trunk":
         """The part that leads to the state at a step, before that step's growth."""
-        return Trunk(self.seed, tuple(rung for rung in self.rungs if rung.step < step or rung.step == 0))
+        return Trunk(self.seeds, tuple(rung for rung in self.rungs if rung.step < step or rung.step == 0))
 
 
 class Run(NamedTuple):
@@ -97,8 +110,9 @@ class Run(NamedTuple):
     before: float  # FLOPs before the last rung
 
     @property
-    def name(self) -> str:
-        return f"{self.lineage}, seed {self.trunk.seed}, {self.budget:g}"
+    def names(self) -> list[str]:
+        """Of what it leaves, a run for each seed."""
+        return [f"{self.lineage}, seed {seed}, {self.budget:g}" for seed in self.trunk.seeds]
 
     @property
     def steps(self) -> int:
@@ -153,7 +167,7 @@ def runs_of(lineage: Lineage, setting: Setting, whole: float) -> list[Run]:
         spent += count * setting.flops(before.n)
         ramp = max(1, round(RAMP * steps(following - spent, n)))
         rungs.append(Rung(before.step + count, n, rate, lineage.recipe, ramp))
-    runs, trunk = [], Trunk(lineage.seed, tuple(rungs))
+    runs, trunk = [], Trunk((lineage.seed,), tuple(rungs))
     for budget in lineage.budgets:
         decay = steps(DECAY * budget * whole, n)
         trunk_steps = rungs[-1].step + max(steps(budget * whole - spent, n) - decay, setting.chunk)

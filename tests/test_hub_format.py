@@ -158,7 +158,18 @@ def test_the_card_says_what_the_workdir_knows(grown, corpus, tmp_path, capsys):
     figures = json.loads((grown / "W" / "eval.json").read_text())
     export_hub(grown / "W", tmp_path / "evaluated")
     card = (tmp_path / "evaluated" / "README.md").read_text()
-    assert f"| loss | {figures['loss']:.6g} |" in card and "| split | validation |" in card
+    assert f"| validation split | {figures['loss']:.6g} | {figures['perplexity']:.6g} | " in card
+    lambada = {"acc": {"value": 0.25, "stderr": 0.125}, "perplexity": {"value": 16.5, "stderr": None}}
+    found = {
+        "step": 4,
+        "datasets": {"wikitext": {"loss": 3.5, "perplexity": 33.1, "bits_per_byte": 1.25, "tokens": 1000.0}},
+        "tasks": {"lambada": {"version": 1.0, "num_fewshot": 0, "samples": 12, "metrics": lambada}},
+        "settings": {"path": "/private"},
+    }
+    (grown / "W" / "eval.json").write_text(json.dumps(found))
+    card = model_card("name", run, grown / "W")
+    assert "| wikitext | 3.5 | 33.1 | 1.25 | 1000 |" in card and "/private" not in card
+    assert "| lambada | 1.0 | 0 | 12 | acc | 0.25 | 0.125 |\n| lambada | 1.0 | 0 | 12 | perplexity | 16.5 |  |" in card
     workdir(tmp_path / "new", corpus)
     export_hub(tmp_path / "new", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()

@@ -1,6 +1,5 @@
 """The model card of an exported model, README.md on the hub: what its workdir knows, and nothing else."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -62,7 +61,7 @@ def model_card(name: str, run: Trained, workdir: pathlib.Path) -> str:
 
 
 def _table(rows: dict[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return _lines([["", ""], *([name, value] for name, value in rows.items())])
 
 
 def _counts(counts: dict[str, Any]) -> str:
@@ -100,25 +99,42 @@ def _training(run: Trained) -> str:
     }
     if not record.growth:
         return f"{_table(rows)}\n\nIt never grew."
-    lines = ["| grown at step | parameter tokens before | after | recipe | loss before | after |", "|---" * 6 + "|"]
+    lines = [["grown at step", "parameter tokens before", "after", "recipe", "loss before", "after"]]
     for growth in record.growth:
         cells = [f"{growth['step']:,}", _counts(growth["from"]), _counts(growth["to"]), growth.get("recipe", "")]
         cells += [f"{growth[key]:.4f}" if key in growth else "" for key in ("loss_before", "loss_after")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return f"{_table(rows)}\n\n" + "\n".join(lines)
+        lines.append(cells)
+    return f"{_table(rows)}\n\n{_lines(lines)}"
 
 
 def _evaluation(run: Trained, workdir: pathlib.Path) -> str:
-    """What `eval.json` holds of this checkpoint."""
+    """What `eval.json` holds of this checkpoint: figures of a split, of data sets, and of tasks."""
     try:
         found = parse_json((workdir / "eval.json").read_text())
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict) or found.get("step") != run.step_number:
         return "None of this checkpoint."
-    known = ("step", "params", "trained_tokens", "train_flops")
-    return _table({key: _shown(value) for key, value in found.items() if key not in known})
+    names = ("loss", "perplexity", "bits_per_byte", "tokens")
+    splits = {f"{found.get('split')} split": found} if "loss" in found else {}
+    splits |= found.get("datasets", {})
+    rows = [[name, *(_shown(figures.get(key)) for key in names)] for name, figures in splits.items()]
+    parts = [_lines([["data", *names], *rows])] if rows else []
+    if found.get("tasks"):
+        rows = [["task", "version", "shots", "questions", "metric", "value", "standard error"]]
+        for name, task in found["tasks"].items():
+            about = [task["version"], task["num_fewshot"], task["samples"]]
+            for metric, got in task["metrics"].items():
+                rows.append([name, *map(str, about), metric, *map(_shown, (got["value"], got["stderr"]))])
+        parts.append(_lines(rows))
+    return "\n\n".join(parts) or "None of this checkpoint."
+
+
+def _lines(rows: list[list[str]]) -> str:
+    """A table whose first row is its head."""
+    head, *others = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *others])
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    return f"{value:.6g}" if isinstance(value, int | float) else ""

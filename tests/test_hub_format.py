@@ -170,6 +170,9 @@ def test_the_card_says_what_the_workdir_knows(grown, corpus, tmp_path, capsys):
     card = model_card("name", run, grown / "W")
     assert "| wikitext | 3.5 | 33.1 | 1.25 | 1000 |" in card and "/private" not in card
     assert "| lambada | 1.0 | 0 | 12 | acc | 0.25 | 0.125 |\n| lambada | 1.0 | 0 | 12 | perplexity | 16.5 |  |" in card
+    for text in ("{", "[]", '{"step": 4, "tasks": {"x": 1}}', '{"step": 3, "loss": 1.0}'):
+        (grown / "W" / "eval.json").write_text(text)
+        assert "None of this checkpoint." in model_card("name", run, grown / "W")
     workdir(tmp_path / "new", corpus)
     export_hub(tmp_path / "new", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()

@@ -108,13 +108,17 @@ def _training(run: Trained) -> str:
 
 
 def _evaluation(run: Trained, workdir: pathlib.Path) -> str:
-    """What `eval.json` holds of this checkpoint: figures of a split, of data sets, and of tasks."""
+    """What `eval.json` holds of this checkpoint."""
     try:
         found = parse_json((workdir / "eval.json").read_text())
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or found.get("step") != run.step_number:
-        return "None of this checkpoint."
+        shown = _figures(found) if found["step"] == run.step_number else ""
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # there is none, or it is no such file
+        shown = ""
+    return shown or "None of this checkpoint."
+
+
+def _figures(found: dict[str, Any]) -> str:
+    """Those of a split, of data sets, and of tasks, as tables."""
     names = ("loss", "perplexity", "bits_per_byte", "tokens")
     splits = {f"{found.get('split')} split": found} if "loss" in found else {}
     splits |= found.get("datasets", {})
@@ -127,7 +131,7 @@ def _evaluation(run: Trained, workdir: pathlib.Path) -> str:
             for metric, got in task["metrics"].items():
                 rows.append([name, *map(str, about), metric, *map(_shown, (got["value"], got["stderr"]))])
         parts.append(_lines(rows))
-    return "\n\n".join(parts) or "None of this checkpoint."
+    return "\n\n".join(parts)
 
 
 def _lines(rows: list[list[str]]) -> str:

@@ -11,7 +11,7 @@ from tokenformer_jax.config import FREE_MODEL_KEYS
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.storage.card import model_card
 from tokenformer_jax.storage.hub import MODEL_TYPE
-from tokenformer_jax.storage.official import require_finite, to_official
+from tokenformer_jax.storage.official import official_arrays
 from tokenformer_jax.storage.state_dicts import write_state_dict
 from tokenformer_jax.storage.trained import Trained, load_trained
 from tokenformer_jax.storage.workdir import LOCK, load_config, new_workdir, require_empty
@@ -34,10 +34,9 @@ def export_hub(workdir: pathlib.Path, folder: pathlib.Path, step_number: int | N
     if load_config(workdir / "config.json").model.projection == "linear":
         raise UserError(f"{workdir}: model.projection = 'linear': the modelling file holds no plain Transformer")
     run = load_trained(workdir, step_number)
+    arrays = official_arrays(run, workdir)
     with new_workdir(folder) as partial:
         if jax.process_index() == 0:
-            arrays = to_official(run.state.params)
-            require_finite(arrays, f"step {run.step_number} of {workdir}")
             write_state_dict(partial / "model.safetensors", arrays)
             for name, text in _texts(folder.resolve().name, run, workdir).items():
                 (partial / name).write_text(text)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from tokenformer_jax.config import SIZES, Config, ModelConfig, read_config
 from tokenformer_jax.configs import base
@@ -26,7 +27,7 @@ from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.storage.checkpoints import save_one
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.state_dicts import StateDict, check_file_name, write_state_dict
-from tokenformer_jax.storage.trained import load_trained
+from tokenformer_jax.storage.trained import Trained, load_trained
 from tokenformer_jax.storage.workdir import load_config, new_workdir, require_empty
 from tokenformer_jax.training.state import TauRamp
 from tokenformer_jax.training.step import make_step
@@ -251,8 +252,8 @@ def make_workdir(
     data = train_batches(corpus.train, cfg, **this_process(step.mesh))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state.params)
     state = step.init(jax.random.key(cfg.seed))._replace(params=jax.device_put(params, shardings))
-    whole = replicated(step.mesh)
-    state = state._replace(tau={name: jax.device_put(TauRamp.constant(value), whole) for name, value in tau.items()})
+    ramps = jax.device_get({name: TauRamp.constant(value) for name, value in tau.items()})
+    state = state._replace(tau=jax.device_put(ramps, replicated(step.mesh)))
     record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
     with new_workdir(workdir) as folder:
         save_one(folder / "checkpoints", 0, state, data, corpus.assets, record)
@@ -277,11 +278,20 @@ def export_official(workdir: pathlib.Path, path: pathlib.Path, step_number: int 
         raise UserError(f"{workdir}: model.gelu = {model.gelu!r}: the official code would compute with erf")
     run = load_trained(workdir, step_number)
     check_tau(run.state.tau_now(), run.cfg.model, str(workdir))
+    arrays = official_arrays(run, workdir)
     if jax.process_index() == 0:
-        arrays = to_official(run.state.params)
-        require_finite(arrays, f"step {run.step_number} of {workdir}")
         write_state_dict(path, arrays)
     return run.step_number, run.num_params
+
+
+def official_arrays(run: Trained, workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """`to_official` of a run's model, on every process. Raises a UserError where it is not finite."""
+    params = run.state.params
+    if jax.process_count() > 1:
+        params = multihost_utils.process_allgather(params, tiled=True)
+    arrays = to_official(params)
+    require_finite(arrays, f"step {run.step_number} of {workdir}")
+    return arrays
 
 
 def in_pytorch(path: pathlib.Path, workdir: pathlib.Path) -> str:

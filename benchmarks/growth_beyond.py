@@ -25,7 +25,7 @@ from typing import NamedTuple
 import jax
 
 from benchmarks.gpu_growth.data import ROOTS, prepare
-from benchmarks.gpu_growth.plan import DECAY, Run, Rung, Setting, Trunk, marks
+from benchmarks.gpu_growth.plan import DECAY, Run, Rung, Setting, Size, Trunk, marks
 from benchmarks.gpu_growth.programs import Programs
 from benchmarks.gpu_growth.training import Trainer, say
 from benchmarks.growth_beyond_report import report
@@ -61,10 +61,12 @@ class Lineage(NamedTuple):
     spent: tuple[float, ...] = ()  # at each growth
     recipe: str = "zero_keys"
     restarts: bool = False  # each rung's rate falls to zero, and the next warms up again
+    warmup: int = 0  # steps; 0: the setting's
 
     @property
     def name(self) -> str:
         rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(self.rates))
+        rates += f", warm-up {self.warmup}" if self.warmup else ""
         if not self.spent:
             return f"{self.sizes[0]} from scratch, rate {rates}"
         how = "each rung decayed, " if self.restarts else ""
@@ -75,10 +77,10 @@ class Lineage(NamedTuple):
         """In whole chunks of steps; a budget of 1 has `unit` FLOPs."""
         chunk = SETTING.chunk
 
-        def steps(flops: float, n: int) -> int:
+        def steps(flops: float, n: Size) -> int:
             return max(1, round(flops / SETTING.flops(n) / chunk)) * chunk
 
-        rungs, spent = [Rung(0, self.sizes[0], self.rates[0])], 0.0
+        rungs, spent = [Rung(0, self.sizes[0], self.rates[0], warmup=self.warmup)], 0.0
         for goal, n, rate in zip(self.spent, self.sizes[1:], self.rates[1:], strict=True):
             before = rungs[-1]
             count = steps(goal * unit - spent, before.n)
@@ -114,6 +116,9 @@ def ladders(rates: dict[int, float], cost: dict[int, float]) -> Iterator[Lineage
     yield Lineage((LARGE,), (large,), SCRATCH)
     yield Lineage(*three, (5, 10, 20, 50, 100), early)
     yield Lineage((MIDDLE,), (middle,), (5, 10, 20))
+    for warmup in (1000, 3000):  # which explained a third of the gain on a CPU (growth_rates.py)
+        yield Lineage((LARGE,), (large,), (10, 20, 50), warmup=warmup)
+        yield Lineage((MIDDLE, LARGE), (middle, large), (10, 20, 50), (1.6,), warmup=warmup)
     yield Lineage((MIDDLE, LARGE), (middle, large), (5, 10, 20, 50), (1.6,))
     yield Lineage(*three, (10, 20, 50), (1.0, 5.0))
     yield paper(rates, cost)

@@ -11,6 +11,7 @@ from tokenformer_jax.training.language import train_flops_per_token
 
 DECAY = 0.2  # of a budget
 RAMP = 0.25  # of a rung, up to its first budget: where zero_keys' τ goes to its target
+Size = int | tuple[int, int]  # parameter tokens of attention, whose feed-forward has 4 times as many; or of both
 SMALLER = 0.2  # of what a ladder of three sizes spends before its last rung: spent on the smallest
 
 
@@ -35,15 +36,16 @@ class Setting:
     max_tokens: int = 320_000_000
     held_out: int = 100  # one file of so many is for validation
 
-    def config(self, n: int) -> Config:
+    def config(self, n: Size) -> Config:
+        attention, ffn = n if isinstance(n, tuple) else (n, 4 * n)
         tree = base.get_config()
         tree.batch_size = self.batch
         tree.model.update(vocab_size=self.vocabulary, context_length=self.context, num_layers=self.layers)
         tree.model.update(num_heads=self.heads, embed_dim=self.width, dtype=self.dtype)
-        tree.model.update(qkv_tokens=n, out_tokens=n, ffn_tokens=4 * n)
+        tree.model.update(qkv_tokens=attention, out_tokens=attention, ffn_tokens=ffn)
         return read_config(tree.to_dict())
 
-    def flops(self, n: int) -> float:
+    def flops(self, n: Size) -> float:
         """Training FLOPs of a step."""
         return train_flops_per_token(self.config(n).model) * self.batch * self.context
 
@@ -62,10 +64,10 @@ class Rung(NamedTuple):
     """A size, from a step of its lineage on."""
 
     step: int
-    n: int
+    n: Size
     rate: float
     recipe: str = ""  # how it grew; empty at birth
-    ramp: int = 0  # steps in which τ goes to its target
+    ramp: int = 0  # steps in which τ goes to its target; 0: it never does
     falls: tuple[int, int] = (0, 0)  # steps between which the rate goes to zero; the next rung warms up again
     warmup: int = 0  # steps, of the first rung; 0: as the setting has it
 
@@ -155,7 +157,7 @@ LINEAGES = (  # the most valuable first
 def runs_of(lineage: Lineage, setting: Setting, whole: float) -> list[Run]:
     """The runs of a lineage where the whole budget has so many FLOPs, in whole chunks of steps."""
 
-    def steps(flops: float, n: int) -> int:
+    def steps(flops: float, n: Size) -> int:
         return max(1, round(flops / setting.flops(n) / setting.chunk)) * setting.chunk
 
     (n, rate), *larger = [(setting.tokens[size], setting.rates[size] * lineage.times_rate) for size in lineage.sizes]
@@ -184,14 +186,14 @@ def marks(runs: list[Run]) -> dict[Trunk, set[int]]:
     return found
 
 
-def seconds(runs: list[Run], step_seconds: dict[int, float]) -> float:
+def seconds(runs: list[Run], step_seconds: dict[Size, float]) -> float:
     """What these runs take together; what they share is trained once."""
     trunks = sum((max(ends) - part.last.step) * step_seconds[part.last.n] for part, ends in marks(runs).items())
     return trunks + sum(run.decay_steps * step_seconds[run.trunk.last.n] for run in runs)
 
 
 def whole_budget(
-    setting: Setting, lineages: tuple[Lineage, ...], step_seconds: dict[int, float], left: float, limit: float
+    setting: Setting, lineages: tuple[Lineage, ...], step_seconds: dict[Size, float], left: float, limit: float
 ) -> tuple[float, str]:
     """FLOPs with which all lineages take the seconds left, or the longest run takes `limit` steps; and which it is."""
     guess = 1e5 * setting.flops(setting.tokens[-1])  # so long that whole chunks don't matter

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from benchmarks.gpu_growth.plan import Setting
+from benchmarks.gpu_growth.plan import Setting, Size
 from tokenformer_jax.data.batches import Batch
 from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.nn.language import abstract_model, init_params
 from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.training.schedule import make_optimizer
-from tokenformer_jax.training.state import TrainState, new_state
+from tokenformer_jax.training.state import TauRamp, TrainState, new_state
 
 # What runs once has the usual kernels: on a GPU, to try which are fastest takes longer, and keeps all others waiting.
 ONCE: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_experimental_enable_fusion_autotuner": False}
@@ -36,6 +36,7 @@ class Programs:
         self.pool = concurrent.futures.ThreadPoolExecutor(4)
         self.futures: dict[tuple, concurrent.futures.Future] = {}
         self.seconds: dict[str, float] = {}
+        self.draws: dict[str, Callable[[TrainState], Callable]] = {}  # of recipes: an initializer that sees the state
 
     def start(self, *key: Any) -> None:
         if key not in self.futures:
@@ -53,14 +54,14 @@ class Programs:
         self.seconds[" ".join(map(str, key))] = round(time.monotonic() - began, 2)
         return compiled
 
-    def state(self, n: int) -> TrainState:
+    def state(self, n: Size) -> TrainState:
         return jax.eval_shape(self.init(n)[0], self.keys)
 
     def tokens(self) -> jax.ShapeDtypeStruct:
         """Of either split: an array of one length, so that programs are compiled before the data are there."""
         return jax.ShapeDtypeStruct((self.setting.max_tokens,), jnp.uint16)
 
-    def init(self, n: int) -> tuple:
+    def init(self, n: Size) -> tuple:
         cfg = self.setting.config(n)
         optimizer = make_optimizer(cfg.optimizer, lambda _: 0.0)
 
@@ -70,7 +71,7 @@ class Programs:
 
         return jax.vmap(init), self.keys
 
-    def train(self, n: int) -> tuple:
+    def train(self, n: Size) -> tuple:
         """A chunk of steps, each as `step.make_step` has it, but at a rate that is given."""
         cfg, setting = self.setting.config(n), self.setting
         graphdef, _, _ = abstract_model(cfg.model)
@@ -97,7 +98,7 @@ class Programs:
         windows = jax.ShapeDtypeStruct((setting.chunk, self.copies, setting.batch), jnp.int32)
         return train, self.state(n), self.tokens(), windows, jax.ShapeDtypeStruct((setting.chunk,), jnp.float32)
 
-    def evaluate(self, n: int) -> tuple:
+    def evaluate(self, n: Size) -> tuple:
         """The mean loss over windows, nats a token."""
         cfg, setting = self.setting.config(n), self.setting
         graphdef, _, _ = abstract_model(cfg.model)
@@ -113,18 +114,23 @@ class Programs:
         windows = jax.ShapeDtypeStruct((setting.evaluated, setting.batch), jnp.int32)
         return jax.vmap(evaluate, (0, None, None)), self.state(n), self.tokens(), windows
 
-    def grow(self, before: int, n: int, recipe: str) -> tuple:
+    def grow(self, before: Size, n: Size, recipe: str) -> tuple:
         """The grown state; the largest difference of both models' logits, and the largest logit, in full float32."""
         model = self.setting.config(n).model
         abstract = jax.eval_shape(lambda keys: jax.tree.map(lambda x: x[0], self.init(n)[0](keys)), self.keys)
 
-        def logits(n: int, state: TrainState, tokens_BL: jax.Array) -> jax.Array:
+        def logits(n: Size, state: TrainState, tokens_BL: jax.Array) -> jax.Array:
             model = dataclasses.replace(self.setting.config(n).model, dtype="float32")
             return nnx.merge(abstract_model(model)[0], state.params)(tokens_BL, state.tau_now())[0]
 
         def grow(old: TrainState, key: jax.Array, ramp_steps: jax.Array, tokens_BL: jax.Array) -> tuple:
-            new = grow_state(old, abstract, model, key, recipe, ramp_steps=1)
-            new = new._replace(tau={name: tau._replace(end=tau.begin + ramp_steps) for name, tau in new.tau.items()})
+            draw = self.draws[recipe](old) if recipe in self.draws else init_params
+            new = grow_state(old, abstract, model, key, recipe, ramp_steps=1, draw=draw)
+
+            def ramp(tau: TauRamp) -> TauRamp:
+                return tau._replace(end=tau.begin + ramp_steps, target=jnp.where(ramp_steps > 0, tau.target, tau.start))
+
+            new = new._replace(tau={name: ramp(tau) for name, tau in new.tau.items()})
             with jax.default_matmul_precision("highest"):
                 old_BLV, new_BLV = logits(before, old, tokens_BL), logits(n, new, tokens_BL)
             return new, jnp.max(jnp.abs(new_BLV - old_BLV)), jnp.max(jnp.abs(old_BLV))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.gpu_growth.plan import Run, Rung, Setting, Trunk
+from benchmarks.gpu_growth.plan import Run, Rung, Setting, Size, Trunk
 from benchmarks.gpu_growth.programs import Programs
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import replace_file
@@ -89,16 +89,16 @@ class Trainer:
         ]
         return np.stack(of_seeds, axis=1)
 
-    def evaluate(self, n: int, state: TrainState, parts: int = 1) -> np.ndarray:
+    def evaluate(self, n: Size, state: TrainState, parts: int = 1) -> np.ndarray:
         """Validation losses [A]."""
         evaluate = self.programs("evaluate", n)
         losses = [evaluate(state, self.validation_T, windows) for windows in self.windows_PEB[:parts]]
         return np.mean(jax.device_get(losses), axis=0)
 
-    def birth(self, n: int, seeds: tuple[int, ...]) -> TrainState:
+    def birth(self, n: Size, seeds: tuple[int, ...]) -> TrainState:
         return self.programs("init", n)(jax.vmap(jax.random.key)(np.asarray(seeds)))
 
-    def measure(self, n: int) -> float:
+    def measure(self, n: Size) -> float:
         """Seconds of a step with its share of an evaluation: the fastest of several short trainings."""
         seeds, steps, times = tuple(range(self.programs.copies)), self.setting.evaluate_every, []
         trunk = Trunk(seeds, (Rung(0, n, 1e-3),))
@@ -136,7 +136,8 @@ class Trainer:
         """A trunk's state at a step, before that step's growth, and the curve to it; both are kept."""
         part, trunks = trunk.up_to(step), self.tree["trunks"]
         name, rung = f"{part.name} to {step}", part.last
-        path = self.workdir / "states" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npz"
+        file = hashlib.sha256(f"{self.path.stem} {name}".encode()).hexdigest()[:16]
+        path = self.workdir / "states" / f"{file}.npz"
         if name not in self.memory and name in trunks and path.exists():
             with np.load(path) as saved:
                 leaves = [jax.device_put(saved[f"leaf{i}"]) for i in range(len(saved.files))]
@@ -167,7 +168,13 @@ class Trainer:
         new, *found = grow(state, keys, np.int32(rung.ramp), tokens_BL)
         difference, largest = (float(np.max(each)) for each in found)
         ramp = rung.ramp if RECIPES[rung.recipe].ramps else 0
-        figures = {"step": rung.step, "from": before.n, "to": rung.n, "recipe": rung.recipe, "tau_ramp_steps": ramp}
+        figures: dict[str, Any] = {
+            "step": rung.step,
+            "from": before.n,
+            "to": rung.n,
+            "recipe": rung.recipe,
+            "tau_ramp_steps": ramp,
+        }
         for when, n, each in ("loss_before", before.n, state), ("loss_after", rung.n, new):
             figures[when] = float(np.mean(self.evaluate(n, each)))
         figures |= {"max_logit_difference": difference, "max_logit": largest}

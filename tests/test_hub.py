@@ -223,8 +223,10 @@ def test_safetensors_are_taken_where_there_are_both(hub, arrays, tmp_path):
     assert_trees_equal(read_published("owner/both").arrays, arrays)
     assert hub.loads == [("model.safetensors", "")]
     (folder / "model.safetensors").unlink()
+    (folder / "modeling_other.py").touch()
     hub.repositories["owner/bin"] = folder
     assert_trees_equal(read_published("owner/bin").arrays, arrays)
+    assert {name for name, _ in hub.loads} == {"model.safetensors", "pytorch_model.bin"}
 
 
 def test_the_command_takes_the_hub_that_the_environment_names(published, corpus, tmp_path):
@@ -249,6 +251,7 @@ def test_what_the_hub_refuses_is_said_in_a_line(hub, monkeypatch):
     assert f"no such folder here, and no such repository on {hub.url}" in line("owner/none")
     assert "is gated: ask for access" in line("owner/gated")
     assert "has no revision 'other'" in line("owner/model@other")
+    assert "has no revision 'refs/pr/1'" in line("owner/model@refs/pr/1")
     assert "is no name of a repository" in line("owner/-x..")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set, and the cache" in line("owner/model")

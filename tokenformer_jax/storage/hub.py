@@ -12,7 +12,7 @@ from tokenformer_jax.config import FREE_MODEL_KEYS, SIZES, Config, ModelConfig
 from tokenformer_jax.configs import pile, released
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import local_path, parse_json
-from tokenformer_jax.storage.official import config_of, import_official, model_config
+from tokenformer_jax.storage.official import PROJECTIONS, config_of, import_official, model_config
 from tokenformer_jax.storage.state_dicts import read_state_dict
 from tokenformer_jax.storage.workdir import require_empty
 
@@ -26,7 +26,6 @@ OTHER_NAMES = {
     "rotary_fraction": ("rotary_pct",),
     "normalizer": ("norm_activation_type",),
 }
-PROJECTIONS = ("query", "key", "value", "out", "ffn")
 
 
 class Published(NamedTuple):
@@ -104,7 +103,7 @@ def _folder_of(name: str) -> pathlib.Path:
         return path
     if path.exists():
         raise UserError(f"{flag}: is a file; use --from_torch for it, or the folder that holds it")
-    if name.count("/") != 1 or name[0] in "./~" or name.endswith("/"):
+    if name.partition("@")[0].count("/") != 1 or name[0] in "./~" or name.endswith("/"):
         raise UserError(f"{flag}: no such folder; use a folder, or OWNER/NAME for a repository of the hub")
     return _download(name)
 
@@ -121,11 +120,11 @@ def _download(name: str) -> pathlib.Path:
     repository, _, revision = name.partition("@")
     where = constants.ENDPOINT
     try:
-        for i, weights in enumerate(WEIGHTS):
-            stem, ending = weights.split(".")
-            wanted = ["config.json", "tokenizer.json", f"{stem}*.{ending}", f"{weights}{INDEX}"][2 * bool(i) :]
+        for weights in WEIGHTS:
+            parts = weights.replace(".", "*.")
+            wanted = ["config.json", "tokenizer.json", parts, f"{weights}{INDEX}"]
             folder = pathlib.Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
-            if any(folder.glob(f"{stem}*")):
+            if any(folder.glob(parts)):
                 break
         return folder
     except errors.GatedRepoError:

@@ -6,8 +6,9 @@ import pathlib
 
 import pytest
 
-from configs import ladder, pile, released, tpu, transformer
+from configs import ladder, pile, released, tpu, transformer, zero_shot
 from tokenformer_jax.config import read_config, validate
+from tokenformer_jax.evaluation.settings import read_eval_config
 from tokenformer_jax.growth.ladder import stages
 from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.nn.language import abstract_model
@@ -62,7 +63,15 @@ def formula(name):
 
 
 def test_every_config_file_is_tested():
-    assert sorted(VARIANTS) == [name for name in FILES if name != "__init__"]
+    assert sorted([*VARIANTS, "zero_shot"]) == [name for name in FILES if name != "__init__"]
+
+
+@pytest.mark.parametrize("variant", ["none", "paper", "text", "python", "data"])
+def test_every_evaluation_preset_is_valid(variant):
+    settings = read_eval_config(zero_shot.get_config(variant).to_dict())
+    assert bool(settings.task_names or settings.datasets) == (variant != "none")
+    assert len(settings.task_names) == {"paper": 6, "text": 1, "python": 3}.get(variant, 0)
+    assert f"| {variant} |" in zero_shot.__doc__
 
 
 @pytest.mark.parametrize("name, variant", PRESETS)

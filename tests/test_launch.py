@@ -401,7 +401,9 @@ exec {sys.executable} -c "import sys; sys.version_info = ({version.replace(".", 
 
 
 @pytest.mark.parametrize("code", [85, 130, 2])
-@pytest.mark.parametrize("stage, command", [(1, "train"), (2, "grow"), (3, "train"), (5, "train"), (9, "generate")])
+@pytest.mark.parametrize(
+    "stage, command", [(1, "train"), (2, "grow"), (3, "train"), (5, "train"), (8, "evaluate"), (11, "generate")]
+)
 def test_the_quickstart_ends_at_a_command_that_did_not_finish(cloud, stage, command, code):
     cloud.write("python", f'(($(wc -l <"$HOME/ran") < {stage})) || exit {code}')
     line = ["bash", f"{project(cloud)}/launch/quickstart.sh", f"{cloud.folder}/runs"]

@@ -76,7 +76,7 @@ def told(row: Record, other: str) -> str:
 
 
 def speeds(rows: dict[float, Record]) -> dict[float, Record]:
-    """From each budget to the next: the largest from scratch's FLOPs for the same fall of the loss, over a ladder's own.
+    """From each budget to the next: FLOPs of the largest from scratch for the same fall of the loss, over a ladder's.
 
     Above 1 the grown model learns faster than one from scratch of the same loss: more than a head start.
     """

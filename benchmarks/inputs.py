@@ -109,8 +109,8 @@ def digest(texts: Any) -> str:
 
 def read(path: str) -> None:
     """What each process does: reads a path and prints its figures as JSON."""
-    from tokenformer_jax.configs.base import get_config
     from tokenformer_jax.config import read_config
+    from tokenformer_jax.configs.base import get_config
     from tokenformer_jax.data.text import TextFiles
 
     def megabytes(name: str) -> int:

@@ -7,15 +7,17 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from configs import base
 from tokenformer_jax.config import Config, read_config
 from tokenformer_jax.data.batches import eval_batches
-from tokenformer_jax.data.text import PythonSource, prepare_builder
+from tokenformer_jax.data.text import PythonSource
 from tokenformer_jax.data.tokenizer import Tokenizer, train_tokenizer
 from tokenformer_jax.data.tokens import Corpus, TokenSplit, prepare
 from tokenformer_jax.errors import UserError
@@ -223,6 +225,29 @@ def test_python_source_is_the_library_without_its_tests(tmp_path):
     splits = [{e["path"] for _, e in one._examples(s, split_at, single)} for s in ("train", "validation")]
     assert not splits[0] & splits[1] and len(splits[0] | splits[1]) == len(paths)
     assert 0.02 < len(splits[1]) / len(paths) < 0.1
+
+
+def prepare_builder(name: str, folder: pathlib.Path, splits: dict[str, Iterator[tuple[int, dict[str, str]]]]) -> None:
+    """Writes examples as the tfds set `name` into the folder."""
+    tfds.disable_progress_bar()
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = None  # there are no download checksums beside this file to look for
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            features = {"text": tfds.features.Text(), "path": tfds.features.Text()}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return splits
+
+        def _generate_examples(self) -> Any:
+            raise NotImplementedError  # abstract in tfds; the splits are generators already
+
+    Builder.name = name
+    builder = Builder(data_dir=folder, file_format="array_record")
+    builder.download_and_prepare()
 
 
 def prepared_tfds_set(folder: pathlib.Path, name: str) -> None:

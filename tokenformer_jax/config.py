@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import local_path, sealed
+from tokenformer_jax.files import is_url, local_path, sealed
 
 
 class Rule(NamedTuple):
@@ -195,7 +195,7 @@ class IndivisibleBatch(UserError):
 
 
 def _absolute(path: str) -> str:
-    return str(pathlib.Path(path).absolute()) if path and not path.startswith("~") else path
+    return path if not path or path.startswith("~") or is_url(path) else str(pathlib.Path(path).absolute())
 
 
 def read_config(tree: Mapping[str, Any], source: str = "config") -> Config:
@@ -284,7 +284,8 @@ def validate(cfg: Config) -> None:
             "use 'rollback'"
         )
     for key in PATHS:
-        local_path(getattr(cfg.data, key), f"data.{key}", any_bytes=key == "path")
+        if not (key == "path" and is_url(cfg.data.path)):
+            local_path(getattr(cfg.data, key), f"data.{key}", any_bytes=key == "path")
     validate_model(cfg.model)
     mesh = cfg.mesh
     model, padded = cfg.model, cfg.model.padding_counted()

@@ -21,6 +21,7 @@ OTHER_ENDED = os.EX_TEMPFAIL  # exit code of a process that ends because another
 _GRACE = 4  # seconds in which a process may end by itself before it does because of another
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}  # a silent machine is lost after 14 seconds
 _DONE = "done"
+_LONG_WAIT = 30 * 24 * 3600 * 1000  # ms; where a process dies, the others do not wait that long
 
 
 class Peers:
@@ -130,6 +131,43 @@ class Peers:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+class Pod:
+    """Processes that work together without using their devices; this one alone unless it is given a client."""
+
+    def __init__(self, client: Any = None, index: int = 0, count: int = 1) -> None:
+        self.client, self.index, self.count = client, index, count
+
+    def from_first(self, name: str, value: str) -> str:
+        """Gives all the value of process 0, for which they wait."""
+        if not self.client:
+            return value
+        if not self.index:
+            self.client.key_value_set(f"tokenformer/{name}", value)
+        return self.client.blocking_key_value_get(f"tokenformer/{name}", _LONG_WAIT)
+
+    def wait_for_all(self, name: str) -> None:
+        if self.client:
+            self.client.wait_at_barrier(f"tokenformer/{name}", _LONG_WAIT)
+
+    def on_this_host(self, name: str) -> int:
+        """How many of the processes run on this host."""
+        if not self.client:
+            return 1
+        host = socket.gethostname()
+        self.client.key_value_set(f"tokenformer/{name}/{self.index}", host)
+        hosts = [self.client.blocking_key_value_get(f"tokenformer/{name}/{i}", _LONG_WAIT) for i in range(self.count)]
+        return hosts.count(host)
+
+
+ALONE = Pod()
+
+
+def this_pod() -> Pod:
+    """The processes that this one has joined."""
+    state: Any = distributed.global_state
+    return Pod(state.client, state.process_id, state.num_processes) if state.client else ALONE
 
 
 def _lines(connection: socket.socket) -> Iterator[str]:

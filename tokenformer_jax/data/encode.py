@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenformer_jax.data.published import Examples, ReadingSet
-from tokenformer_jax.data.readers import UNIT, Reading, Unit
+from tokenformer_jax.data.readers import Reading
 from tokenformer_jax.data.text import Places, Skipped, Split
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer
+from tokenformer_jax.data.units import UNIT, Unit
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import parse_json, replace_file, sealed, unsealed
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenformer_jax.data.readers import ending_of, is_known
+from tokenformer_jax.data.units import ending_of, is_known
 from tokenformer_jax.errors import UserError
 
 # What stands in a workdir; a folder with two of these is one.

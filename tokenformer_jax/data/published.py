@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenformer_jax.config import DataConfig
-from tokenformer_jax.data.readers import UNIT, Document
+from tokenformer_jax.data.readers import Document
 from tokenformer_jax.data.text import LocalSet, PythonSource, Split, TextFiles
+from tokenformer_jax.data.units import UNIT
 from tokenformer_jax.errors import UserError, shown
 from tokenformer_jax.files import local_path
 

@@ -1,31 +1,30 @@
-"""The documents of files: plain or compressed text, lines of JSON, and parquet, of any size in bounded memory.
+"""The documents of files: plain or compressed text, lines of JSON, and parquet, of any size in bounded memory."""
 
-The work is cut into units, each of which one process reads: files that are small together, a part of a plain file,
-every n-th document of a compressed one, or some rows of a parquet file.
-"""
-
-import bz2
-import gzip
 import hashlib
 import io
-import itertools
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow
 import pyarrow.json
 
+from tokenformer_jax.data.units import (
+    COMPRESSIONS,
+    PARQUET,
+    Unit,
+    column_size,
+    open_binary,
+    parquet_file,
+    without_compression,
+)
 from tokenformer_jax.errors import UserError, listed, shown
-from tokenformer_jax.files import is_url, parse_json
+from tokenformer_jax.files import parse_json
 
 LINES = (".jsonl", ".json")
-PARQUET = ".parquet"
-ENDINGS = (".txt", ".jsonl")  # of what is read without being asked for by name, plain or compressed; and PARQUET
-UNIT = 256 << 20  # bytes of text that one process reads at least, where there is so much
 
 _LONGEST_LINE = 256 << 20  # bytes of a .jsonl, which must be in memory to be parsed
 _LONG_LINE = 8 << 20  # bytes; such lines are parsed without being decoded, which may cost four bytes a character
@@ -55,94 +54,7 @@ def place_of(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
 
 
-class _Compression(NamedTuple):
-    open: Callable[[Any], Any]
-    processes: int  # that a file is worth: each decompresses all of it
-
-
-COMPRESSIONS = {
-    ".gz": _Compression(lambda raw: gzip.GzipFile(fileobj=raw), 4),
-    ".zst": _Compression(lambda raw: pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"), 4),
-    ".xz": _Compression(lzma.LZMAFile, 2),
-    ".bz2": _Compression(bz2.BZ2File, 1),
-}
-_EXPANSION = 4  # bytes of text in one of a compressed or parquet file, about
 _DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
-
-
-def ending_of(name: str) -> str:
-    """The ending of a file's name in lower case, with that of its compression: `.jsonl.gz`."""
-    stem, ending = os.path.splitext(name.lower())
-    return os.path.splitext(stem)[1] + ending if ending in COMPRESSIONS else ending
-
-
-def is_known(ending: str) -> bool:
-    """Whether files with this ending are read where nobody asks for them by name."""
-    return ending == PARQUET or _without_compression(ending)[0] in ENDINGS
-
-
-def _without_compression(ending: str) -> tuple[str, str]:
-    kind, outer = os.path.splitext(ending) if ending.count(".") > 1 else (ending, "")
-    return (kind, outer) if outer in COMPRESSIONS else ("", ending) if ending in COMPRESSIONS else (ending, "")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What one process reads at a time; it can be written as JSON."""
-
-    files: list[list[str]]  # path and ending of each
-    size: int  # bytes that are read, as `Reading.position` counts them
-    begin: int = 0  # byte of a plain file, or row of a parquet's group
-    end: int = 0  # byte or row; 0: the last
-    turn: int = 0  # of a compressed file: this turn
-    turns: int = 1  # of so many
-    group: int = -1  # of a parquet file; -1: all
-
-
-def units_of(files: Iterable[tuple[str, str, int]]) -> list[Unit]:
-    """Cuts files, given by path, ending and size, into units in their order."""
-    units: list[Unit] = []
-    small: list[list[str]] = []
-    weight = size = 0
-    for path, ending, length in files:
-        kind, compression = _without_compression(ending)
-        text = length * (_EXPANSION if compression or kind == PARQUET else 1)
-        if small and weight + text > UNIT:
-            units.append(Unit(small, size))
-            small, weight, size = [], 0, 0
-        if text <= UNIT:
-            small.append([path, ending])
-            weight, size = weight + text, size + length
-        elif kind == PARQUET:
-            units += _parquet_units(path, ending)
-        elif compression:
-            turns = min(COMPRESSIONS[compression].processes, -(-text // UNIT))
-            units += [Unit([[path, ending]], length // turns, turn=turn, turns=turns) for turn in range(turns)]
-        else:
-            starts = [*range(0, length, UNIT), length]
-            units += [Unit([[path, ending]], b - a, a, b) for a, b in itertools.pairwise(starts)]
-    return [*units, Unit(small, size)] if small else units
-
-
-def _parquet_units(path: str, ending: str) -> list[Unit]:
-    units = []
-    with open_binary(path) as raw, _parquet_file(raw) as file:
-        for i in range(file.num_row_groups):
-            group = file.metadata.row_group(i)
-            count = max(1, -(-group.total_byte_size // UNIT))
-            starts = [group.num_rows * k // count for k in range(count + 1)]
-            for a, b in itertools.pairwise(starts):
-                units.append(Unit([[path, ending]], group.total_byte_size // count, a, b, group=i))
-    return units
-
-
-def open_binary(path: str) -> Any:
-    """Opens a file of this machine, or of whatever fsspec knows, for reading."""
-    if not is_url(path):
-        return open(path, "rb")
-    import fsspec  # takes a tenth of a second
-
-    return fsspec.open(path, "rb").open()
 
 
 @dataclass
@@ -166,7 +78,7 @@ class Reading:
                 ) from None
 
     def _file(self, path: str, ending: str, unit: Unit) -> Iterator[Document]:
-        kind, compression = _without_compression(ending)
+        kind, compression = without_compression(ending)
         name = os.fsencode(path).decode(errors="backslashreplace")  # names need not be UTF-8
         with open_binary(path) as raw:
             if kind == PARQUET:
@@ -224,7 +136,7 @@ class Reading:
         return Document(name, text, place_of(name if self.root else text), fault, part=part)
 
     def _parquet(self, name: str, raw: Any, unit: Unit) -> Iterator[Document]:
-        with _parquet_file(raw) as file:
+        with parquet_file(raw) as file:
             columns = file.schema_arrow.names
             for i in range(file.num_row_groups) if unit.group < 0 else [unit.group]:
                 group = file.metadata.row_group(i)
@@ -233,7 +145,7 @@ class Reading:
                     have = listed([repr(column)[:40] for column in columns])
                     yield Document(name, "", 0.0, f"no column {self.text_key!r}, but {have}", number + 1)
                     continue
-                rows = max(1, min(1024, _BATCH * group.num_rows // max(1, group.total_byte_size)))
+                rows = max(1, min(1024, _BATCH * group.num_rows // max(1, column_size(group, self.text_key))))
                 row, end = 0, unit.end or group.num_rows
                 for batch in file.iter_batches(rows, [i], [self.text_key], use_threads=False):
                     first, last = max(row, unit.begin), min(row + len(batch), end)
@@ -242,9 +154,10 @@ class Reading:
                         text, fault = _value_text(value, self.text_key)
                         yield from _documents(name, text, fault, {"line": number + first})
                     row += len(batch)
-                    self.position += batch.nbytes * (row > unit.begin)
+                    self.position += batch.nbytes if unit.end and row > unit.begin else 0
                     if row >= end:
                         break
+        self.position += 0 if unit.end else raw.seek(0, os.SEEK_END)
 
 
 class _Counted(io.RawIOBase):
@@ -271,22 +184,16 @@ class _Counted(io.RawIOBase):
         return count
 
 
-def _parquet_file(raw: Any) -> Any:
-    import pyarrow.parquet  # takes a tenth of a second
-
-    return pyarrow.parquet.ParquetFile(raw, buffer_size=_PART, pre_buffer=False)
-
-
-def _documents(name: str, text: str | bytes, fault: str, where: dict[str, int]) -> Iterator[Document]:
-    """The document of a text, or several where it is too long."""
-    raw = text.encode() if isinstance(text, str) else text
-    if len(raw) <= _LONGEST_TEXT:
-        if isinstance(text, bytes):
-            text, fault = _decoded(raw)
+def _documents(name: str, text: Any, fault: str, where: dict[str, int]) -> Iterator[Document]:
+    """The document of a text, given as str or as a buffer of Arrow, or several where it is too long."""
+    raw = pyarrow.py_buffer(text.encode()) if isinstance(text, str) else text
+    if raw.size <= _LONGEST_TEXT:
+        if not isinstance(text, str):
+            text, fault = _decoded(raw.to_pybytes())
         yield Document(name, text, place_of(text), fault, **where)
         return
     del text
-    for part, cut in enumerate(_parts(io.BytesIO(raw)), 1):
+    for part, cut in enumerate(_parts(pyarrow.BufferReader(raw)), 1):
         text, fault = _decoded(cut)
         yield Document(name, text, place_of(text), fault, part=part, **where)
 
@@ -351,7 +258,7 @@ def _parts(content: BinaryIO, rest: bytes = b"", length: int | None = None) -> I
     yield whole[start:]
 
 
-def _json_text(line: bytes, key: str) -> tuple[str | bytes, str]:
+def _json_text(line: bytes, key: str) -> tuple[Any, str]:
     """The text of a line of JSON, or why there is none."""
     line = line.removeprefix(_BYTE_ORDER_MARK)
     if not line.strip():
@@ -376,7 +283,7 @@ def _json_text(line: bytes, key: str) -> tuple[str | bytes, str]:
     return text, ""
 
 
-def _long_json_text(line: bytes, key: str) -> tuple[str | bytes, str]:
+def _long_json_text(line: bytes, key: str) -> tuple[Any, str]:
     try:
         table = pyarrow.json.read_json(
             pyarrow.BufferReader(line),
@@ -390,12 +297,12 @@ def _long_json_text(line: bytes, key: str) -> tuple[str | bytes, str]:
     return _value_text(table.column(0)[0], key)
 
 
-def _value_text(value: Any, key: str) -> tuple[str | bytes, str]:
-    """The text of a value of Arrow, as bytes where it is long."""
+def _value_text(value: Any, key: str) -> tuple[Any, str]:
+    """The text of a value of Arrow, as a buffer, or why there is none."""
     kind = value.type
     if pyarrow.types.is_dictionary(kind):
         value = value.value if value.is_valid else value
         kind = kind.value_type
     if not value.is_valid or kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
         return "", f"{key!r} is not text"
-    return value.as_buffer().to_pybytes(), ""
+    return value.as_buffer(), ""

@@ -13,7 +13,8 @@ import numpy as np
 
 from tokenformer_jax.config import DataConfig
 from tokenformer_jax.data.folders import File, find, find_remote
-from tokenformer_jax.data.readers import Document, Reading, Unit, units_of
+from tokenformer_jax.data.readers import Document, Reading
+from tokenformer_jax.data.units import Unit, units_of
 from tokenformer_jax.errors import UserError, listed, shown
 from tokenformer_jax.files import is_url, local_path
 
@@ -87,7 +88,7 @@ class LocalSet:
         """Says which of the files are not read."""
 
     def units(self) -> list[Unit]:
-        return units_of((file.path, file.ending, file.size) for file in self.files)
+        return units_of(((file.path, file.ending, file.size) for file in self.files), self.reading.text_key)
 
     def splits(self, data: DataConfig) -> dict[str, Split]:
         return {

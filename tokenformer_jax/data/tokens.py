@@ -299,7 +299,8 @@ def _make_tokenizer(folder: Path, cfg: Config, reading: Any, units: list[Any], p
     file = _tokenizer_file(folder, cfg)
     if file.exists():
         return load_tokenizer(file)
-    print(f"tokenizer from {cfg.data.dataset}", file=sys.stderr)
+    if len(units) > 1:
+        print(f"a tokenizer is trained on {cfg.data.dataset}", file=sys.stderr)
     characters = _TRAINER_CHARACTERS // len(units)
     texts = (text for unit in units for text in split_texts(reading, unit, places, split, characters))
     tokenizer = train_tokenizer((piece for text in texts for piece, _ in pieces(text)), cfg.model.vocab_size)

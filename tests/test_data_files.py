@@ -375,6 +375,7 @@ def test_a_line_that_is_too_long_to_be_held_is_skipped_and_said(tmp_path, monkey
 
 def test_many_tiny_documents_are_encoded_in_bounded_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr("tokenformer_jax.data.encode._PIECE", 4096)
+    monkeypatch.setattr("tokenformer_jax.data.encode._TOGETHER", 4 * 4096)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in range(20_000)))
     sizes = []

@@ -28,6 +28,7 @@ from tokenformer_jax.files import parse_json, replace_file, sealed, unsealed
 
 BLOCK = 4096  # bytes of tokens that share a checksum
 _PIECE = 1 << 20  # characters encoded at once; the encoder takes about 100 bytes of memory a token
+_TOGETHER = 4 * _PIECE  # characters, work for all cores in little memory
 _LARGEST_FILE = 7 << 27  # bytes of tokens after which a part ends: with a document more, it is below 1 GiB
 _WRITTEN = 1 << 20  # bytes at once
 
@@ -43,6 +44,7 @@ class Job:
     units: list[dict[str, Any]]
     splits: dict[str, dict[str, str]]  # of the run: the `Split` of each
     places: dict[str, Any] | None  # `Places`, where documents are split by them
+    part_size: int  # bytes of text after which a part ends
 
     @classmethod
     def of(cls, reading: Any, units: list[Any], splits: Any, places: Places | None) -> "Job":
@@ -53,6 +55,7 @@ class Job:
             [dataclasses.asdict(unit) for unit in units],
             {name: dataclasses.asdict(split) for name, split in splits.items()},
             dataclasses.asdict(places) if places else None,
+            UNIT,
         )
 
     @classmethod
@@ -99,9 +102,7 @@ def encode_unit(job: Job, folder: pathlib.Path, tokenizer: Tokenizer, number: in
     reads, unit_type = READINGS[job.kind]
     reading, unit = reads(**job.reading), unit_type(**job.units[number])
     places = Places(**job.places) if job.places else None
-    splits = {name: Split(**split) for name, split in job.splits.items()}
-    made = _Part(tokenizer, {split.name for split in splits.values()}, places is not None)
-    documents, begin = done, 0
+    made, documents = _Part(job, tokenizer), done
     for key, document in enumerate(reading.read(unit)):
         if key < done:
             continue
@@ -111,24 +112,15 @@ def encode_unit(job: Job, folder: pathlib.Path, tokenizer: Tokenizer, number: in
         elif not made.skipped.skips(document):
             for name, text in places.texts(document):
                 made.add(name, key, text)
-        if made.waiting_size >= 4 * _PIECE:
+        if made.waiting_size >= _TOGETHER:
             made.encode()
-            yield Progress(made.documents - begin, 0, 0)._replace(**_since(reading, made))
-            begin = made.documents
+            yield made.progress(reading)
         if made.is_full:
-            made.encode()
-            made.write(folder, number, part, splits, documents, is_last=False)
-            part, begin = part + 1, 0
-            made = _Part(tokenizer, {split.name for split in splits.values()}, places is not None)
-    made.encode()
-    made.write(folder, number, part, splits, documents, is_last=True)
-    yield Progress(made.documents - begin, 0, 0)._replace(**_since(reading, made))
-
-
-def _since(reading: Any, made: "_Part") -> dict[str, int]:
-    position, text = reading.position, made.unreported
-    reading.position = made.unreported = 0
-    return {"position": position, "text": text}
+            made.write(folder, number, part, documents, is_last=False)
+            yield made.progress(reading)
+            part, made = part + 1, _Part(job, tokenizer)
+    made.write(folder, number, part, documents, is_last=True)
+    yield made.progress(reading)
 
 
 class _Documents:
@@ -152,12 +144,14 @@ def _shuffled(keys: bytes | bytearray) -> np.ndarray:
 class _Part:
     """Documents that become the files of a part: their tokens are held until all are there and can be shuffled."""
 
-    def __init__(self, tokenizer: Tokenizer, names: set[str], is_shuffled: bool):
-        self.tokenizer, self.dtype, self.is_shuffled = tokenizer, token_type(tokenizer), is_shuffled
+    def __init__(self, job: Job, tokenizer: Tokenizer):
+        self.job, self.tokenizer, self.dtype = job, tokenizer, token_type(tokenizer)
         self.end = np.array([tokenizer.end_of_text], self.dtype).tobytes()
-        self.made = {name: _Documents() for name in names}
+        self.splits = {name: Split(**split) for name, split in job.splits.items()}
+        self.made = {split.name: _Documents() for split in self.splits.values()}
         self.waiting: list[tuple[str, bool, str]] = []  # name, whether it ends its document, and a piece of text
-        self.waiting_size = self.text = self.unreported = self.documents = 0
+        self.text = self.waiting_size = 0
+        self.done = Progress(0, 0, 0)  # since the last report
         self.skipped = Skipped()
 
     def add(self, name: str, key: int, text: str) -> None:
@@ -167,20 +161,25 @@ class _Part:
         made.keys += _order_key(name, key)
         made.sizes.append(size)
         self.text += size
-        self.unreported += size
-        self.documents += 1
+        self.done = Progress(self.done.documents + 1, self.done.text + size, 0)
         for piece, is_last in pieces(text):
             self.waiting.append((name, is_last, piece))
             self.waiting_size += len(piece) + _PIECE // 4096  # so that there are not too many, however short they are
-            if self.waiting_size >= 4 * _PIECE and not is_last:
+            if self.waiting_size >= _TOGETHER and not is_last:
                 self.encode()
 
     @property
     def is_full(self) -> bool:
-        return self.text >= UNIT or max(len(made.tokens) for made in self.made.values()) >= _LARGEST_FILE
+        return self.text >= self.job.part_size or max(len(made.tokens) for made in self.made.values()) >= _LARGEST_FILE
+
+    def progress(self, reading: Any) -> Progress:
+        """What was done since it was asked last."""
+        done, self.done = self.done._replace(position=reading.position), Progress(0, 0, 0)
+        reading.position = 0
+        return done
 
     def encode(self) -> None:
-        """Encodes what waits: a few MB, work for all cores in little memory."""
+        """Encodes what waits."""
         encoded = self.tokenizer.encode_batch([text for _, _, text in self.waiting])
         for (name, is_last, _), ids in zip(self.waiting, encoded, strict=True):
             made = self.made[name]
@@ -190,14 +189,13 @@ class _Part:
                 made.ends.append(len(made.tokens))
         self.waiting, self.waiting_size = [], 0
 
-    def write(
-        self, folder: pathlib.Path, unit: int, part: int, splits: dict[str, Split], documents: int, is_last: bool
-    ) -> None:
+    def write(self, folder: pathlib.Path, unit: int, part: int, documents: int, is_last: bool) -> None:
         """Writes a file of tokens and one of checksums for each split of the run, then the record."""
+        self.encode()
         figures = {}
-        for name, split in splits.items():
+        for name, split in self.splits.items():
             made = self.made[split.name]
-            order = _shuffled(made.keys) if self.is_shuffled else np.arange(len(made.ends))
+            order = _shuffled(made.keys) if self.job.places else np.arange(len(made.ends))
             order = order[list(split.range(len(order)))] if split.begin or split.end else order
             starts = [0, *made.ends]
             view = memoryview(made.tokens)

@@ -82,11 +82,14 @@ def find_remote(url: str) -> Found:
     key = f"data.path = {url!r}"
     try:
         system, path = fsspec.core.url_to_fs(url)
+        pattern = ""
         if system.isfile(path):
             names = {path: system.info(path)}
+        elif system.isdir(path):
+            names = system.find(path, detail=True)
         else:
-            pattern = path if not system.isdir(path) and glob.has_magic(path) else f"{path.rstrip('/')}/**"
-            names = {name: info for name, info in system.glob(pattern, detail=True).items() if info["type"] == "file"}
+            pattern = path
+            names = {name: info for name, info in system.glob(path, detail=True).items() if info["type"] == "file"}
     except ImportError as error:
         scheme = url.partition(":")[0]
         extra = f"; pip install 'tokenformer-jax[{scheme}]'" if scheme in ("gs", "s3") else ""
@@ -95,12 +98,12 @@ def find_remote(url: str) -> Found:
         raise UserError(
             f"{key}: cannot be listed ({_line(error)}); use one that can, or a path of this machine"
         ) from None
-    fixed = os.path.dirname(re.split(r"[*?\[]", path)[0])  # hidden folders that the URL itself names are read
-    wants = _wanted("" if path not in names and path == pattern.removesuffix("/**") else path.rpartition("/")[2])
+    base = os.path.dirname(re.split(r"[*?\[]", path)[0]) if pattern else path
+    wants = _wanted(path.rpartition("/")[2] if pattern or path in names else "")
     found = Found([], [])
     for name, info in sorted(names.items()):
-        inside = name.removeprefix(fixed).strip("/")
-        if path not in names and any(part.startswith(".") for part in inside.split("/")):
+        inside = name.removeprefix(base).strip("/") or os.path.basename(name)
+        if any(part.startswith(".") for part in inside.split("/")) and name != path:
             continue
         ending = ending_of(name)
         if wants(ending):

@@ -236,7 +236,7 @@ def _cut_after(content: BinaryIO, place: int) -> int:
 
 def _characters(raw: bytes) -> int:
     """How many bytes belong to the character before."""
-    return next((i for i, byte in enumerate(raw) if byte & 0xC0 != 0x80), 0)
+    return next((i for i, byte in enumerate(raw) if byte & 0xC0 != 0x80), len(raw))
 
 
 def _parts(content: BinaryIO, rest: bytes = b"", length: int | None = None) -> Iterator[bytes]:
@@ -255,7 +255,8 @@ def _parts(content: BinaryIO, rest: bytes = b"", length: int | None = None) -> I
             break
         left = None if left is None else left - len(raw)
         whole, start = whole[start:] + raw, 0
-    yield whole[start:]
+    if start < len(whole):
+        yield whole[start:]
 
 
 def _json_text(line: bytes, key: str) -> tuple[Any, str]:

@@ -48,25 +48,18 @@ _SEEN_AFTER = 90  # seconds, after which a shared file system shows what was wri
 
 
 class Shard:
-    """A file of tokens, mapped read-only once it is read."""
+    """A file of tokens, mapped read-only."""
 
     def __init__(self, file: Path, num_tokens: int, dtype: str):
-        self.file, self.num_tokens, self.dtype = file, num_tokens, np.dtype(dtype)
-        size = num_tokens * self.dtype.itemsize
-        if file.stat().st_size != size or checksum_file(file).stat().st_size != -(-size // BLOCK) * 4:
+        self.file, self.num_tokens = file, num_tokens
+        self.tokens = np.memmap(file, dtype=dtype, mode="r")
+        self.checksums = np.memmap(checksum_file(file), dtype=np.uint32, mode="r")
+        if len(self.tokens) != num_tokens or len(self.checksums) != -(-self.tokens.nbytes // BLOCK):
             raise ValueError("truncated")
-
-    @functools.cached_property
-    def tokens(self) -> np.ndarray:
-        return np.memmap(self.file, dtype=self.dtype, mode="r")
-
-    @functools.cached_property
-    def checksums(self) -> np.ndarray:
-        return np.fromfile(checksum_file(self.file), np.uint32)
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """Tokens of the file. Raises a UserError where they have changed since they were prepared."""
-        size = BLOCK // self.dtype.itemsize
+        size = BLOCK // self.tokens.itemsize
         for block in range(begin // size, -(-end // size)):
             if zlib.crc32(self.tokens[block * size : (block + 1) * size].data) != self.checksums[block]:
                 raise UserError(
@@ -80,7 +73,7 @@ class InMemory:
     """Tokens that are in no file."""
 
     def __init__(self, tokens: np.ndarray):
-        self.tokens, self.num_tokens, self.dtype = tokens, len(tokens), tokens.dtype
+        self.tokens, self.num_tokens = tokens, len(tokens)
 
     def read(self, begin: int, end: int) -> np.ndarray:
         return self.tokens[begin:end]

@@ -357,8 +357,9 @@ def data_flags() -> Callable[[Config], Config]:
         given: Any = {key: holder.value for key, holder in holders.items() if holder.value is not None}
         for key, value in given.items():
             local_path(value, f"--config.data.{key}", any_bytes=key == "path")
-        if "path" in given and cfg.data.dataset == "python_source":
-            raise UserError(f"--config.data.path={given['path']}: python_source, the run's data set, reads no path")
+        if "path" in given and (cfg.data.sources or cfg.data.dataset == "python_source"):
+            name = "a mixture" if cfg.data.sources else "python_source"
+            raise UserError(f"--config.data.path={given['path']}: {name}, the run's data set, reads no path")
         return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **given))
 
     return change

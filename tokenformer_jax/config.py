@@ -101,6 +101,7 @@ class DataConfig:
     tokenizer: str
     mask_documents: bool
     cache_dir: str
+    sources: tuple[dict[str, Any], ...] = ()  # `mixture.sources` reads them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +184,8 @@ class Config:
     def to_json(self) -> str:
         """The text of a `config.json`, with a checksum. Its paths hold wherever it is read."""
         paths: Any = {key: _absolute(getattr(self.data, key)) for key in PATHS}
+        own = ({"path": _absolute(source["path"])} if "path" in source else {} for source in self.data.sources)
+        paths["sources"] = tuple(source | path for source, path in zip(self.data.sources, own, strict=True))
         return sealed(dataclasses.asdict(dataclasses.replace(self, data=dataclasses.replace(self.data, **paths))))
 
 

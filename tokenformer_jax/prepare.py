@@ -8,7 +8,7 @@ then be a folder that they share. Stopped or killed, the same command goes on. I
 """
 
 from tokenformer_jax.cli import config_flag, run_command
-from tokenformer_jax.data.tokens import prepare
+from tokenformer_jax.data.mixture import prepare
 from tokenformer_jax.devices.distributed import this_pod
 
 

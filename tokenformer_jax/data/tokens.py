@@ -16,13 +16,13 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from tokenformer_jax.config import Config
+from tokenformer_jax.config import Config, DataConfig
 from tokenformer_jax.data.encode import (
     BLOCK,
     Job,
@@ -34,7 +34,7 @@ from tokenformer_jax.data.encode import (
     token_type,
 )
 from tokenformer_jax.data.published import open_set
-from tokenformer_jax.data.text import Skipped, Split
+from tokenformer_jax.data.text import Skipped
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from tokenformer_jax.data.workers import parts_of, run_units
 from tokenformer_jax.devices.distributed import ALONE, Pod
@@ -88,6 +88,7 @@ class TokenSplit:
     num_documents: int
     end_of_text: int
     fingerprint: str  # of the tokens
+    parts: tuple["Part", ...] = ()  # of a mixture, whose streams these are one after the other
 
     @functools.cached_property
     def _ends(self) -> list[int]:
@@ -120,6 +121,14 @@ class TokenSplit:
         return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.uint16), *found])
 
 
+class Part(NamedTuple):
+    """A source's share of a mixture."""
+
+    name: str
+    weight: float  # all parts' sum to 1
+    split: TokenSplit
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
     tokenizer: Tokenizer
@@ -150,7 +159,7 @@ def prepare(cfg: Config, tokenizer: Tokenizer | None = None, pod: Pod = ALONE) -
     if not (jax.distributed.is_initialized() and jax.process_index()):
         dataset.report_skipped()
     cache = local_path(cfg.data.cache_dir, "data.cache_dir")
-    folder = cache / f"{cfg.data.dataset.replace('/', '-')}-{_digest(dataset.identity)}"
+    folder = cache / f"{cfg.data.dataset.replace('/', '-')}-{digest(dataset.identity)}"
     try:
         corpus = _open_corpus(folder, cfg, tokenizer)
         if corpus is None or pod.count > 1:
@@ -183,7 +192,7 @@ def check_length(split: TokenSplit, key: str, context_length: int) -> None:
         )
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
     return _sha256(value)[:12]
 
 
@@ -192,11 +201,11 @@ def _sha256(value: Any) -> str:
 
 
 def _tokenizer_file(folder: Path, cfg: Config) -> Path:
-    return folder / f"tokenizer-{_digest([cfg.data.train_split, cfg.model.vocab_size])}.json"
+    return folder / f"tokenizer-{digest([cfg.data.train_split, cfg.model.vocab_size])}.json"
 
 
 def _tokens_folder(folder: Path, cfg: Config, tokenizer: Tokenizer) -> Path:
-    return folder / f"tokens-{_digest([cfg.data.train_split, cfg.data.validation_split, tokenizer.fingerprint])}"
+    return folder / f"tokens-{digest([cfg.data.train_split, cfg.data.validation_split, tokenizer.fingerprint])}"
 
 
 def _open_corpus(folder: Path, cfg: Config, tokenizer: Tokenizer | None) -> Corpus | None:
@@ -240,7 +249,7 @@ def _make_corpus(folder: Path, cfg: Config, dataset: Any, tokenizer: Tokenizer |
     plan = "" if there or not is_first else _plan(folder, cfg, dataset, tokenizer).name
     if name := pod.from_first("plan", plan):
         file = folder / name / "job.json"
-        _wait_for(file, pod)
+        wait_for(file, pod)
         job, used = Job.read(file), load_tokenizer(file.with_name("tokenizer.json"))
         doing = f"tokens of {cfg.data.dataset}" + (f", process 0 of {pod.count}" if pod.count > 1 else "")
         mine = range(pod.index, len(job.units), pod.count)
@@ -249,13 +258,13 @@ def _make_corpus(folder: Path, cfg: Config, dataset: Any, tokenizer: Tokenizer |
         if is_first:
             _finish(folder / name, job, used, dataset, pod)
         pod.wait_for_all("corpus")
-        _wait_for((folder / name).with_suffix("") / "meta.json", pod)
+        wait_for((folder / name).with_suffix("") / "meta.json", pod)
     corpus = there or _open_corpus(folder, cfg, tokenizer)
     assert corpus is not None
     return corpus
 
 
-def _wait_for(file: Path, pod: Pod) -> None:
+def wait_for(file: Path, pod: Pod) -> None:
     """Waits until a network's file system shows what another process wrote."""
     for _ in range(_SEEN_AFTER if pod.count > 1 else 1):
         if file.exists():
@@ -276,7 +285,7 @@ def _plan(folder: Path, cfg: Config, dataset: Any, tokenizer: Tokenizer | None) 
             raise UserError(f"data.{name}_split = {given!r}: counts documents, of too many; use a part: train[:10%]")
     places = dataset.places()
     if tokenizer is None:
-        tokenizer = _make_tokenizer(folder, cfg, dataset.reading, units, places, splits["train"])
+        tokenizer = make_tokenizer(_tokenizer_file(folder, cfg), cfg, [(dataset, cfg.data, 1.0)])
     final = _tokens_folder(folder, cfg, tokenizer)
     partial = final.with_name(f"{final.name}.partial")
     job = json.dumps(dataclasses.asdict(Job.of(dataset.reading, units, splits, places)))
@@ -288,15 +297,26 @@ def _plan(folder: Path, cfg: Config, dataset: Any, tokenizer: Tokenizer | None) 
     return partial
 
 
-def _make_tokenizer(folder: Path, cfg: Config, reading: Any, units: list[Any], places: Any, split: Split) -> Tokenizer:
-    file = _tokenizer_file(folder, cfg)
+def make_tokenizer(file: Path, cfg: Config, sources: list[tuple[Any, DataConfig, float]]) -> Tokenizer:
+    """Trains a tokenizer on the train splits of sets, from each as much as its weight says, unless the file is there.
+
+    Raises:
+      UserError: there is no text, or the vocabulary does not fit.
+    """
     if file.exists():
         return load_tokenizer(file)
-    if len(units) > 1:
-        print(f"a tokenizer is trained on {cfg.data.dataset}", file=sys.stderr)
-    characters = _TRAINER_CHARACTERS // len(units)
-    texts = (text for unit in units for text in split_texts(reading, unit, places, split, characters))
-    tokenizer = train_tokenizer((piece for text in texts for piece, _ in pieces(text)), cfg.model.vocab_size)
+
+    def texts() -> Iterator[str]:
+        for dataset, data, weight in sources:
+            units, places, split = dataset.units(), dataset.places(), dataset.splits(data)["train"]
+            if len(units) > 1:
+                print(f"a tokenizer is trained on {dataset.reading.label}", file=sys.stderr)
+            characters = int(_TRAINER_CHARACTERS * weight) // len(units)
+            for unit in units:
+                for text in split_texts(dataset.reading, unit, places, split, characters):
+                    yield from (piece for piece, _ in pieces(text))
+
+    tokenizer = train_tokenizer(texts(), cfg.model.vocab_size)
     _check_vocabulary(tokenizer, cfg)
     replace_file(file, tokenizer.to_json())
     return tokenizer
@@ -308,7 +328,7 @@ def _finish(partial: Path, job: Job, tokenizer: Tokenizer, dataset: Any, pod: Po
     for unit in range(len(job.units)):
         records = parts_of(partial, unit)
         if not records:
-            _wait_for(partial / f"{part_name(unit, 0)}.json", pod)
+            wait_for(partial / f"{part_name(unit, 0)}.json", pod)
             records = parts_of(partial, unit)
         for part, record in enumerate(records):
             skipped.add(Skipped(**record["skipped"]))

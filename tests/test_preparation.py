@@ -15,7 +15,7 @@ import pytest
 
 from tests.test_corpus import WORDS, make_config, prepared_tfds_set, read_all, texts_of
 from tests.test_inputs import write_parquet
-from tests.test_processes import ROOT, finish
+from tests.test_processes import CONFIG, ROOT, finish
 from tokenformer_jax.data import encode, units, workers
 from tokenformer_jax.data.tokenizer import train_tokenizer
 from tokenformer_jax.data.tokens import Corpus, InMemory, TokenSplit, prepare
@@ -204,25 +204,35 @@ def test_ten_kills_cost_no_part_that_was_whole(tmp_path, monkeypatch, small_unit
     kills(tmp_path, 10, monkeypatch)
 
 
+def prepare_by_pod(folder: pathlib.Path, count: int, **overrides) -> str:
+    """Prepares in a pod of so many processes, in small units; returns what they said."""
+    overrides = {"model__vocab_size": 300, "model__context_length": 8, "data__cache_dir": "cache", **overrides}
+    (folder / "config.py").write_text(CONFIG.format(overrides={"data__dataset": "text_files", **overrides}))
+    code = PREPARE.partition("if __name__")[0] + "from tokenformer_jax.prepare import main\nmain()\n"
+    (folder / "command.py").write_text(code)
+    command = ["bash", str(ROOT / "launch" / "local_pod.sh"), str(count), "python", "command.py", "--config=config.py"]
+    log, environment = folder / "log", os.environ | {"PYTHONPATH": str(ROOT)}
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True)
+    assert finish(process) == 0
+    return log.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_processes_of_a_pod_prepare_together(tmp_path, count):
     write_some(tmp_path / "texts")
     (tmp_path / "tokenizer.json").write_text(train_tokenizer(WORDS, 280).to_json())
-    flags = {"dataset": "text_files", "path": "texts", "cache_dir": "cache", "tokenizer": "tokenizer.json"}
-    # The command, with small units.
-    code = PREPARE.partition("if __name__")[0] + "from tokenformer_jax.prepare import main\nmain()\n"
-    (tmp_path / "command.py").write_text(code)
-    command = ["bash", str(ROOT / "launch" / "local_pod.sh"), str(count), "python", "command.py"]
-    command += ["--config=quickstart:small", "--config.model.vocab_size=300", "--config.model.context_length=8"]
-    command += [f"--config.data.{key}={value}" for key, value in flags.items()]
-    with (tmp_path / "log").open("w") as log:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    assert finish(process) == 0
-    said = (tmp_path / "log").read_text()
+    said = prepare_by_pod(tmp_path, count, data__path="texts", data__tokenizer="tokenizer.json")
     assert said.count("train: 304 documents") == 1
     (meta,) = tmp_path.glob("cache/*/tokens-*/meta.json")
     assert unsealed(meta.read_text())["train"]["fingerprint"] == SEVERAL
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_pod_prepare_a_mixture_and_its_tokenizer(tmp_path):
+    for name in ("web", "code"):
+        write_some(tmp_path / name)
+    sources = [{"name": name, "weight": 1, "path": name} for name in ("web", "code")]
+    said = prepare_by_pod(tmp_path, 2, data__sources=tuple(sources))
+    assert said.count("train: 608 documents") == 1

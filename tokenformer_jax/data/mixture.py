@@ -87,7 +87,7 @@ def _tokenizer(cfg: Config, mixed: list[Source], pod: Pod) -> Tokenizer:
         make_folder(folder)
         with locked(folder / "lock"):
             make_tokenizer(file, cfg, sets)
-    pod.wait_for_all("tokenizer")
+    pod.wait_for_all()
     wait_for(file, pod)
     return load_tokenizer(file)
 

@@ -247,17 +247,17 @@ def _make_corpus(folder: Path, cfg: Config, dataset: Any, tokenizer: Tokenizer |
     is_first = not pod.index
     there = _open_corpus(folder, cfg, tokenizer) if is_first else None
     plan = "" if there or not is_first else _plan(folder, cfg, dataset, tokenizer).name
-    if name := pod.from_first("plan", plan):
+    if name := pod.from_first(plan):
         file = folder / name / "job.json"
         wait_for(file, pod)
         job, used = Job.read(file), load_tokenizer(file.with_name("tokenizer.json"))
         doing = f"tokens of {cfg.data.dataset}" + (f", process 0 of {pod.count}" if pod.count > 1 else "")
         mine = range(pod.index, len(job.units), pod.count)
-        run_units(file, job, used, mine, pod.on_this_host("hosts"), doing, is_shown=is_first)
-        pod.wait_for_all("parts")
+        run_units(file, job, used, mine, pod.on_this_host(), doing, is_shown=is_first)
+        pod.wait_for_all()
         if is_first:
             _finish(folder / name, job, used, dataset, pod)
-        pod.wait_for_all("corpus")
+        pod.wait_for_all()
         wait_for((folder / name).with_suffix("") / "meta.json", pod)
     corpus = there or _open_corpus(folder, cfg, tokenizer)
     assert corpus is not None

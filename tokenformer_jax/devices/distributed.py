@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import itertools
 import os
 import re
 import secrets
@@ -134,30 +135,39 @@ class Peers:
 
 
 class Pod:
-    """Processes that work together without using their devices; this one alone unless it is given a client."""
+    """Processes that work together without using their devices; this one alone unless it is given a client.
+
+    All call the same methods in the same order.
+    """
+
+    _calls = itertools.count()
 
     def __init__(self, client: Any = None, index: int = 0, count: int = 1) -> None:
         self.client, self.index, self.count = client, index, count
 
-    def from_first(self, name: str, value: str) -> str:
+    def _name(self) -> str:
+        return f"tokenformer/call {next(self._calls)}"
+
+    def from_first(self, value: str) -> str:
         """Gives all the value of process 0, for which they wait."""
         if not self.client:
             return value
+        name = self._name()
         if not self.index:
-            self.client.key_value_set(f"tokenformer/{name}", value)
-        return self.client.blocking_key_value_get(f"tokenformer/{name}", _LONG_WAIT)
+            self.client.key_value_set(name, value)
+        return self.client.blocking_key_value_get(name, _LONG_WAIT)
 
-    def wait_for_all(self, name: str) -> None:
+    def wait_for_all(self) -> None:
         if self.client:
-            self.client.wait_at_barrier(f"tokenformer/{name}", _LONG_WAIT)
+            self.client.wait_at_barrier(self._name(), _LONG_WAIT)
 
-    def on_this_host(self, name: str) -> int:
+    def on_this_host(self) -> int:
         """How many of the processes run on this host."""
         if not self.client:
             return 1
-        host = socket.gethostname()
-        self.client.key_value_set(f"tokenformer/{name}/{self.index}", host)
-        hosts = [self.client.blocking_key_value_get(f"tokenformer/{name}/{i}", _LONG_WAIT) for i in range(self.count)]
+        name, host = self._name(), socket.gethostname()
+        self.client.key_value_set(f"{name}/{self.index}", host)
+        hosts = [self.client.blocking_key_value_get(f"{name}/{i}", _LONG_WAIT) for i in range(self.count)]
         return hosts.count(host)
 
 

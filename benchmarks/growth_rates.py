@@ -6,11 +6,11 @@ One TokenFormer of 2 layers and width 64 with n = 16 or 64 parameter tokens (4 n
 source code of all packages of the interpreter's environment, each window read once. All arms spend the same FLOPs:
 
 - the large model from scratch, and the small one, for all of them;
-- the small one for 3000 or 1000 steps, then grown to the large one, by each recipe.
+- the small one for 3000, 1000 or 100 steps, then grown to the large one, by each recipe.
 
-All warm up, stay at a peak rate, and fall to zero in the last 20 %; the peak of the last size differs between arms, and
-is 0.002 before. Arms that are finished are not run again. Leaves growth_rates.json in the workdir, and prints a table.
-`--report_only --workdir=docs` prints that of the file in docs.
+All warm up (over 200 steps, or more), stay at a peak rate, and fall to zero in the last 20 %; the peak of the last size
+differs between arms, and is 0.002 before. Arms that are finished are not run again. Leaves growth_rates.json in the
+workdir, and prints a table. `--report_only --workdir=docs` prints that of the file in docs.
 """
 
 import argparse
@@ -19,13 +19,14 @@ import pathlib
 import statistics
 import sysconfig
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from benchmarks.gpu_growth.data import prepare
-from benchmarks.gpu_growth.plan import Run, Rung, Setting, Trunk, marks
+from benchmarks.gpu_growth.plan import Run, Rung, Setting, Size, Trunk, marks
 from benchmarks.gpu_growth.programs import Programs
 from benchmarks.gpu_growth.training import Trainer, say
 
@@ -48,59 +49,76 @@ FLOPS, DECAY, RATE, RAMP = 4.2e12, 0.2, 2e-3, 500
 
 
 class Arm(NamedTuple):
-    sizes: tuple[int, ...]
+    sizes: tuple[Size, ...]
     rate: float = RATE  # peak, of the last size
-    grown_at: int = 0
+    grown_at: tuple[int, ...] = ()
     recipe: str = ""
+    warmup: int = 0  # steps; 0: the setting's
+    ramp: int = RAMP
 
     @property
     def name(self) -> str:
-        how = f"{self.recipe} at step {self.grown_at}" if self.recipe else "from scratch"
-        return f"{' -> '.join(map(str, self.sizes))}, {how}, rate {self.rate:g}"
+        how = f"{self.recipe} at step {', '.join(map(str, self.grown_at))}" if self.recipe else "from scratch"
+        warmup = f", warm-up {self.warmup}" if self.warmup else ""
+        ramp = "" if self.ramp == RAMP else f", τ ramped over {self.ramp} steps" if self.ramp else ", τ kept"
+        return f"{' -> '.join(map(str, self.sizes))}, {how}, rate {self.rate:g}{warmup}{ramp}"
 
     def run(self, seed: int) -> Run:
         """In whole chunks, with as many FLOPs as all others."""
-        *before, last = self.sizes
-        rungs = [Rung(0, (before or [last])[0], RATE if before else self.rate)]
-        spent = self.grown_at * SETTING.flops(SMALL)
-        if before:
-            rungs.append(Rung(self.grown_at, last, self.rate, self.recipe, RAMP))
+        rates = [RATE] * (len(self.sizes) - 1) + [self.rate]
+        rungs, spent = [Rung(0, self.sizes[0], rates[0], warmup=self.warmup)], 0.0
+        for step, n, rate in zip(self.grown_at, self.sizes[1:], rates[1:], strict=True):
+            spent += (step - rungs[-1].step) * SETTING.flops(rungs[-1].n)
+            rungs.append(Rung(step, n, rate, self.recipe, self.ramp))
+        last = rungs[-1].n
         each = SETTING.flops(last) * SETTING.chunk
         steps, decay = (round(flops / each) * SETTING.chunk for flops in (FLOPS - spent, DECAY * FLOPS))
-        return Run(self.name, Trunk(seed, tuple(rungs)), 1.0, self.grown_at + steps - decay, decay, spent)
+        return Run(self.name, Trunk((seed,), tuple(rungs)), 1.0, rungs[-1].step + steps - decay, decay, spent)
 
 
+LADDER = SMALL, LARGE
+DRAWS: dict[str, Any] = {}  # initializers of other studies' recipes
 ARMS = (
     Arm((LARGE,)),
-    Arm((SMALL, LARGE), RATE, 3000, "zero_keys"),
-    *(arm for rate in (1e-3, 4e-3) for arm in (Arm((LARGE,), rate), Arm((SMALL, LARGE), rate, 3000, "zero_keys"))),
+    Arm(LADDER, RATE, (3000,), "zero_keys"),
+    *(arm for rate in (1e-3, 4e-3) for arm in (Arm((LARGE,), rate), Arm(LADDER, rate, (3000,), "zero_keys"))),
     Arm((SMALL,)),
-    Arm((SMALL, LARGE), RATE, 1000, "zero_keys"),
-    Arm((SMALL, LARGE), RATE, 3000, "random_keys"),
-    Arm((SMALL, LARGE), RATE, 3000, "isometric"),
+    Arm(LADDER, RATE, (1000,), "zero_keys"),
+    Arm(LADDER, RATE, (3000,), "random_keys"),
+    Arm(LADDER, RATE, (3000,), "isometric"),
+    # Is it growth, or what it is for the large model: a gentle beginning, or other keys to begin with?
+    Arm((LARGE,), warmup=2000),
+    Arm((LARGE,), 4e-3, warmup=2000),
+    Arm((LARGE,), warmup=5000),
+    Arm(LADDER, RATE, (1000,), "zero_keys", warmup=2000),
+    Arm(LADDER, RATE, (100,), "zero_keys"),
 )
 
 
-def table(runs: dict[str, Any]) -> str:
-    """Losses of each arm over its seeds, and by how much it beats the large model from scratch at its best rate."""
+def table(runs: dict[str, Any], against: str = "") -> str:
+    """Losses of each arm over its seeds, and by how much it beats another one: the best large model from scratch."""
     losses: dict[str, dict[int, float]] = {}
     for run in runs.values():
         losses.setdefault(run["lineage"], {})[run["seed"]] = run["loss"]
     means = {name: statistics.fmean(each.values()) for name, each in losses.items()}
-    scratch = min((name for name in losses if name.startswith(f"{LARGE},")), key=means.__getitem__)
-    lines = ["| arm | loss: mean (least .. most) | seeds | ahead of the best from scratch, mean ± standard error |"]
+    other = against or min((name for name in losses if name.startswith(f"{LARGE},")), key=means.__getitem__)
+    than = "default" if against else "best from scratch"
+    lines = [f"| arm | loss: mean (least .. most) | seeds | ahead of the {than}, mean ± standard error |"]
     lines.append("|---" * 4 + "|")
     for name in sorted(losses, key=means.__getitem__):
         each = losses[name]
-        ahead = [losses[scratch][seed] - loss for seed, loss in each.items() if seed in losses[scratch]]
+        ahead = [losses[other][seed] - loss for seed, loss in each.items() if seed in losses[other]]
         error = statistics.stdev(ahead) / len(ahead) ** 0.5 if len(ahead) > 1 else 0.0
-        told = f"{statistics.fmean(ahead):+.3f} ± {error:.3f}" if name != scratch and ahead else ""
+        told = f"{statistics.fmean(ahead):+.3f} ± {error:.3f}" if name != other and ahead else ""
         spread = f"{means[name]:.3f} ({min(each.values()):.3f} .. {max(each.values()):.3f})"
         lines.append(f"| {name} | {spread} | {len(each)} | {told} |")
     return "\n".join(lines)
 
 
-def study(workdir: pathlib.Path, seeds: list[int]) -> None:
+def study(
+    workdir: pathlib.Path, seeds: list[int], arms: Sequence[Arm], name: str = "growth_rates", epochs: int = 0
+) -> None:
+    """Runs what is missing. With `epochs` the large model from scratch reads the same text so many times."""
     data = workdir / "data"
     data.mkdir(parents=True, exist_ok=True)
     if not (data / "data.json").exists():
@@ -108,12 +126,16 @@ def study(workdir: pathlib.Path, seeds: list[int]) -> None:
         prepare(data, folders, SETTING.max_tokens, SETTING.vocabulary, SETTING.held_out, 600)
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
-    trainer = Trainer(SETTING, Programs(SETTING), workdir, np.inf, "growth_rates.json")
-    trainer.tree |= {"command": "python -m benchmarks.growth_rates", "data": trainer.data, "flops": FLOPS}
-    runs = [arm.run(seed) for seed in seeds for arm in ARMS]
+    programs = Programs(SETTING)
+    programs.draws = DRAWS
+    trainer = Trainer(SETTING, programs, workdir, np.inf, f"{name}.json")
+    if epochs:
+        trainer.num_windows = Arm((LARGE,)).run(0).steps * SETTING.batch // epochs
+    trainer.tree |= {"command": f"python -m benchmarks.{name}", "data": trainer.data, "flops": FLOPS}
+    runs = [arm.run(seed) for seed in seeds for arm in arms]
     trainer.marks = marks(runs)
     for number, run in enumerate(runs, 1):
-        if run.name not in trainer.tree["runs"]:
+        if not trainer.tree["runs"].keys() >= set(run.names):
             began = time.monotonic()
             trainer.run(run)
             left = (time.monotonic() - began) * (len(runs) - number)
@@ -130,7 +152,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if not args.report_only:
-        study(args.workdir, [int(seed) for seed in args.seeds.split(",")])
+        study(args.workdir, [int(seed) for seed in args.seeds.split(",")], ARMS)
     print(table(json.loads((args.workdir / "growth_rates.json").read_text())["runs"]))
 
 

@@ -32,8 +32,9 @@ class Frontier:
         best: dict[float, float] = {}
         for run in runs:
             best[run["cumulative_flops"]] = min(run["loss"], best.get(run["cumulative_flops"], math.inf))
-        self.log_costs = np.log(sorted(best))
-        self.losses = np.minimum.accumulate([best[cost] for cost in sorted(best)])
+        self.costs = sorted(best)
+        self.log_costs = np.log(self.costs)
+        self.losses = np.minimum.accumulate([best[cost] for cost in self.costs])
 
     def cost_of(self, loss: float) -> float:
         """The cost of a loss; of one that no run spans, the nearest run's cost, which is a bound."""

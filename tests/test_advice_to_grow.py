@@ -56,8 +56,11 @@ def test_crossing_and_head_start_are_those_of_the_curves(runs):
     assert growth["step"] == pytest.approx(
         5 * np.interp(growth["flops"], np.geomspace(1e3, 1e7, 200), range(1, 201)), abs=2
     )
+    half, now = (30 * flops**-0.5 for flops in (growth["flops"] / 2, growth["flops"]))
+    assert growth["slope"] == pytest.approx(half - now, rel=0.02)
     told = describe(found)
     assert f"cross at {found['crossing']['flops']:.3g} FLOPs" in told and f"grow at step {growth['step']:,}" in told
+    assert f"{growth['slope']:.2f} nats for twice the FLOPs: grow.slope" in told
     assert "if the grown model learns as fast" in told and "cosine" not in told and "last loss" not in told
 
 

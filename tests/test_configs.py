@@ -18,7 +18,7 @@ VARIANTS = {
     "base": [None],
     "quickstart": ["small", "grown", "continued"],
     "pile": list(pile.VARIANTS),
-    "ladder": [*ladder.TOKENS, "all", "all_mesh"],
+    "ladder": [*ladder.TOKENS, "all", "all_mesh", "early", "early_mesh"],
     "released": list(released.VARIANTS),
     "tpu": list(tpu.VARIANTS),
     "transformer": transformer.VARIANTS,

@@ -70,7 +70,7 @@ def test_it_goes_on_where_it_was_left(done, monkeypatch):
     (folder / "gpu_growth.json").write_text(json.dumps(tree | {"runs": kept}))
     ran = []
     run = Trainer.run
-    monkeypatch.setattr(Trainer, "run", lambda self, run_: (ran.append(run_.name), run(self, run_)))
+    monkeypatch.setattr(Trainer, "run", lambda self, run_: (ran.extend(run_.names), run(self, run_)))
     again = study(folder, monkeypatch, f"--lineages={LINEAGES}", "--minutes=10")
     assert ran == [name]
     assert again["runs"] == tree["runs"]
@@ -96,7 +96,7 @@ class Windows(Trainer):
 
 def test_no_window_is_read_twice():
     read = [
-        np.concatenate([Windows(400).windows(seed, step).reshape(-1) for step in range(0, 50, TINY.chunk)])
+        np.concatenate([Windows(400).windows((seed,), step).reshape(-1) for step in range(0, 50, TINY.chunk)])
         for seed in (0, 1)
     ]
     assert sorted(read[0]) == sorted(read[1]) == list(range(400))
@@ -117,7 +117,7 @@ def test_the_plan_fills_the_time_or_ends_with_the_data():
     by, runs = made(200, 4000)
     assert by == "data"
     assert max(run.steps for run in runs) == pytest.approx(4000, abs=3 * setting.chunk)
-    by_name = {run.name: run for run in runs}
+    by_name = {name: run for run in runs for name in run.names}
     shared = by_name["middle, seed 0, 1"].trunk
     assert by_name["middle to large, 25 % small, seed 0, 1"].trunk.up_to(1) == shared  # begins as the middle one
 

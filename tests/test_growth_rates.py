@@ -21,7 +21,7 @@ def study(monkeypatch, folder, *flags):
 
 def test_all_arms_spend_the_same_and_finished_ones_stay(tmp_path, monkeypatch, capsys):
     small, _, large = SETTING.tokens
-    arms = Arm((large,)), Arm((large,), 1e-3), Arm((small, large), 1e-2, 10, "zero_keys"), Arm((small,))
+    arms = Arm((large,)), Arm((large,), 1e-3), Arm((small, large), 1e-2, (10,), "zero_keys"), Arm((small,))
     for name, value in {"SETTING": SETTING, "SMALL": small, "LARGE": large, "FLOPS": FLOPS, "ARMS": arms}.items():
         monkeypatch.setattr(growth_rates, name, value)
     monkeypatch.setattr(growth_rates.sysconfig, "get_path", lambda name: str(tmp_path / "text"))

@@ -130,13 +130,41 @@ def test_a_plateau_brings_the_next_rung_early_and_every_rung_keeps_its_length(la
 
 
 def test_plateau():
-    plateau = Plateau()
+    grow, plateau = tiny_config().grow, Plateau()
     for step, loss in enumerate((3.0, 2.5, 2.495, 2.6, 2.4), 1):
-        plateau = plateau.after(step, loss, min_improvement=0.01)
+        plateau = plateau.after(step, loss, flops=1.0, min_improvement=0.01)
         assert plateau.stale == {3: 1, 4: 2}.get(step, 0)
-        assert plateau.reached(patience=2) == (step == 4)
-        assert not plateau.reached(patience=0)
-    assert plateau == Plateau(5, 2.4)
+        assert plateau.reached(dataclasses.replace(grow, patience=2)) == (step == 4)
+        assert not plateau.reached(grow)
+    assert plateau == Plateau(5, 2.4, seen=((1.0, 2.4),))
+
+
+def test_the_slope_is_what_the_last_doubling_of_flops_brought():
+    """Losses of a power law, whose slope is known; interpolated between evaluations that are not at half the FLOPs."""
+    grow, plateau = tiny_config().grow, Plateau()
+    for step in range(3, 40):
+        plateau = plateau.after(step, 3.0 * step**-0.5, 1e15 * step, min_improvement=0.0)
+        known = 3.0 * ((step / 2) ** -0.5 - step**-0.5)
+        if step < 6:
+            assert plateau.slope is None and not plateau.reached(dataclasses.replace(grow, slope=99.0))
+        else:
+            assert plateau.slope == pytest.approx(known, rel=0.02)
+            for factor in (0.9, 1.1):
+                assert plateau.reached(dataclasses.replace(grow, slope=factor * known)) == (factor > 1)
+        assert not plateau.reached(grow)
+    assert len(plateau.seen) <= 21  # no more than are needed
+    assert Plateau(**json.loads(json.dumps(dataclasses.asdict(plateau)))).slope == plateau.slope  # as a record has it
+
+
+def test_a_slope_brings_the_next_rung_early(ladder, tmp_path):
+    """Every fall is less than 100 nats, so a rung ends as soon as it has seen a doubling."""
+    cfg, _ = ladder
+    changes = {"grow": dataclasses.replace(cfg.grow, slope=100.0)}
+    cfg = dataclasses.replace(cfg, eval_every=2, rungs=({**RUNGS[0], "step": 10}, {**RUNGS[1], "step": 15}), **changes)
+    train(cfg, tmp_path / "early")
+    rows = rows_of(tmp_path / "early")
+    steps = [row["step"] for row in rows if "growth" in row]
+    assert steps[0] == 4 and steps[1] > 6  # a rung sees its doubling once it has spent as much as all before
 
 
 def test_frozen_tokens_wait_while_the_new_ones_learn():

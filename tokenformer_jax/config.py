@@ -127,8 +127,13 @@ class GrowConfig:
     freeze_steps: NotNegativeInt
     patience: NotNegativeInt
     min_improvement: NotNegativeFloat
+    slope: NotNegativeFloat = 0.0
     new_tokens_rate: PositiveFloat = 1.0
     new_tokens_warmup: NotNegativeInt = 0
+
+    @property
+    def may_begin_early(self) -> bool:
+        return bool(self.patience or self.slope)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ import time
 import jax
 
 from benchmarks.gpu_growth.data import ROOTS, prepare
-from benchmarks.gpu_growth.plan import LINEAGES, SETTINGS, marks, runs_of, whole_budget
+from benchmarks.gpu_growth.plan import LINEAGES, SETTINGS, Size, marks, runs_of, whole_budget
 from benchmarks.gpu_growth.programs import Programs
 from benchmarks.gpu_growth.report import report
 from benchmarks.gpu_growth.training import Trainer, say
@@ -70,15 +70,15 @@ def study(args: argparse.Namespace) -> None:
         for key in programs.futures:  # what still compiles keeps the device from what is measured
             programs(*key)
         say(f"compiled: {json.dumps(programs.seconds)}")
-        step_seconds = {n: trainer.measure(n) for n in reversed(setting.tokens)}
+        step_seconds: dict[Size, float] = {n: trainer.measure(n) for n in reversed(setting.tokens)}
         say("measured: " + ", ".join(f"n = {n}: {1e3 * s:.2f} ms a step" for n, s in step_seconds.items()))
         left = deadline - time.monotonic() - RUN_SECONDS * sum(len(each.budgets) for each in fit)
         limit = enough - 3 * setting.chunk  # by as much the rounding to chunks may exceed it
         flops, by = whole_budget(setting, fit, step_seconds, max(left, 1.0), limit)
         sizes = {n: {"step_seconds": s, "flops_per_second": setting.flops(n) / s} for n, s in step_seconds.items()}
-        for n, size in sizes.items():
-            size["parameters"] = count_params(programs.state(n).params)
-            size["flops_per_token"] = setting.flops(n) / setting.batch / setting.context
+        for tokens, size in sizes.items():
+            size["parameters"] = count_params(programs.state(tokens).params) // programs.copies
+            size["flops_per_token"] = setting.flops(tokens) / setting.batch / setting.context
         plan = {"flops": args.flops or flops, "limited_by": "--flops" if args.flops else by, "seconds_left": left}
         trainer.tree |= {
             "command": shlex.join(["python", "-m", "benchmarks.gpu_growth", *sys.argv[1:]]),
@@ -95,12 +95,12 @@ def study(args: argparse.Namespace) -> None:
     trainer.marks = marks(runs)
     try:
         for run in runs:
-            if run.name not in trainer.tree["runs"]:
+            if not trainer.tree["runs"].keys() >= set(run.names):
                 trainer.run(run)
     except TimeoutError:
         say("the time is over; the same command with more --minutes goes on")
     programs.pool.shutdown(wait=False, cancel_futures=True)
-    trainer.write(dropped=[run.name for run in runs if run.name not in trainer.tree["runs"]])
+    trainer.write(dropped=[name for run in runs for name in run.names if name not in trainer.tree["runs"]])
     report(trainer.path)
 
 

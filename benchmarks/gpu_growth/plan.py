@@ -3,12 +3,15 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from configs import base
 from tokenformer_jax.config import Config, read_config
 from tokenformer_jax.training.language import train_flops_per_token
 
 DECAY = 0.2  # of a budget
 RAMP = 0.25  # of a rung, up to its first budget: where zero_keys' τ goes to its target
+Size = int | tuple[int, int]  # parameter tokens of attention, whose feed-forward has 4 times as many; or of both
 SMALLER = 0.2  # of what a ladder of three sizes spends before its last rung: spent on the smallest
 
 
@@ -33,15 +36,16 @@ class Setting:
     max_tokens: int = 320_000_000
     held_out: int = 100  # one file of so many is for validation
 
-    def config(self, n: int) -> Config:
+    def config(self, n: Size) -> Config:
+        attention, ffn = n if isinstance(n, tuple) else (n, 4 * n)
         tree = base.get_config()
         tree.batch_size = self.batch
         tree.model.update(vocab_size=self.vocabulary, context_length=self.context, num_layers=self.layers)
         tree.model.update(num_heads=self.heads, embed_dim=self.width, dtype=self.dtype)
-        tree.model.update(qkv_tokens=n, out_tokens=n, ffn_tokens=4 * n)
+        tree.model.update(qkv_tokens=attention, out_tokens=attention, ffn_tokens=ffn)
         return read_config(tree.to_dict())
 
-    def flops(self, n: int) -> float:
+    def flops(self, n: Size) -> float:
         """Training FLOPs of a step."""
         return train_flops_per_token(self.config(n).model) * self.batch * self.context
 
@@ -60,30 +64,41 @@ class Rung(NamedTuple):
     """A size, from a step of its lineage on."""
 
     step: int
-    n: int
+    n: Size
     rate: float
     recipe: str = ""  # how it grew; empty at birth
-    ramp: int = 0  # steps in which τ goes to its target
+    ramp: int = 0  # steps in which τ goes to its target; 0: it never does
+    falls: tuple[int, int] = (0, 0)  # steps between which the rate goes to zero; the next rung warms up again
+    warmup: int = 0  # steps, of the first rung; 0: as the setting has it
 
 
 class Trunk(NamedTuple):
-    """Training at constant rates. Two lineages that have grown alike so far share it."""
+    """Training at constant rates, of one model for each seed. Lineages that have grown alike so far share it."""
 
-    seed: int
+    seeds: tuple[int, ...]
     rungs: tuple[Rung, ...]
 
     @property
     def name(self) -> str:
         parts = [f"{r.recipe}{r.ramp}-n{r.n}-{r.rate:g}-at{r.step}" for r in self.rungs]
-        return f"seed{self.seed}-" + "-".join(parts)
+        parts += [f"falls{start}to{end}" for start, end in (rung.falls for rung in self.rungs) if end]
+        parts += [f"warmup{rung.warmup}" for rung in self.rungs if rung.warmup]
+        return f"seed{'+'.join(map(str, self.seeds))}-" + "-".join(parts)
 
     @property
     def last(self) -> Rung:
         return self.rungs[-1]
 
+    def rates(self, steps: np.ndarray, warmup: int) -> np.ndarray:
+        """The learning rates of these steps of the last rung."""
+        before = self.rungs[-2].falls if len(self.rungs) > 1 else ()
+        begins, (start, end) = self.last.step if any(before) else 0, self.last.falls
+        falling = np.clip((end - steps) / (end - start), 0, 1) if end else 1
+        return self.last.rate * np.minimum(1, (steps - begins + 1) / (self.rungs[0].warmup or warmup)) * falling
+
     def up_to(self, step: int) -> "Trunk":
         """The part that leads to the state at a step, before that step's growth."""
-        return Trunk(self.seed, tuple(rung for rung in self.rungs if rung.step < step or rung.step == 0))
+        return Trunk(self.seeds, tuple(rung for rung in self.rungs if rung.step < step or rung.step == 0))
 
 
 class Run(NamedTuple):
@@ -97,8 +112,9 @@ class Run(NamedTuple):
     before: float  # FLOPs before the last rung
 
     @property
-    def name(self) -> str:
-        return f"{self.lineage}, seed {self.trunk.seed}, {self.budget:g}"
+    def names(self) -> list[str]:
+        """Of what it leaves, a run for each seed."""
+        return [f"{self.lineage}, seed {seed}, {self.budget:g}" for seed in self.trunk.seeds]
 
     @property
     def steps(self) -> int:
@@ -141,7 +157,7 @@ LINEAGES = (  # the most valuable first
 def runs_of(lineage: Lineage, setting: Setting, whole: float) -> list[Run]:
     """The runs of a lineage where the whole budget has so many FLOPs, in whole chunks of steps."""
 
-    def steps(flops: float, n: int) -> int:
+    def steps(flops: float, n: Size) -> int:
         return max(1, round(flops / setting.flops(n) / setting.chunk)) * setting.chunk
 
     (n, rate), *larger = [(setting.tokens[size], setting.rates[size] * lineage.times_rate) for size in lineage.sizes]
@@ -153,7 +169,7 @@ def runs_of(lineage: Lineage, setting: Setting, whole: float) -> list[Run]:
         spent += count * setting.flops(before.n)
         ramp = max(1, round(RAMP * steps(following - spent, n)))
         rungs.append(Rung(before.step + count, n, rate, lineage.recipe, ramp))
-    runs, trunk = [], Trunk(lineage.seed, tuple(rungs))
+    runs, trunk = [], Trunk((lineage.seed,), tuple(rungs))
     for budget in lineage.budgets:
         decay = steps(DECAY * budget * whole, n)
         trunk_steps = rungs[-1].step + max(steps(budget * whole - spent, n) - decay, setting.chunk)
@@ -170,14 +186,14 @@ def marks(runs: list[Run]) -> dict[Trunk, set[int]]:
     return found
 
 
-def seconds(runs: list[Run], step_seconds: dict[int, float]) -> float:
+def seconds(runs: list[Run], step_seconds: dict[Size, float]) -> float:
     """What these runs take together; what they share is trained once."""
     trunks = sum((max(ends) - part.last.step) * step_seconds[part.last.n] for part, ends in marks(runs).items())
     return trunks + sum(run.decay_steps * step_seconds[run.trunk.last.n] for run in runs)
 
 
 def whole_budget(
-    setting: Setting, lineages: tuple[Lineage, ...], step_seconds: dict[int, float], left: float, limit: float
+    setting: Setting, lineages: tuple[Lineage, ...], step_seconds: dict[Size, float], left: float, limit: float
 ) -> tuple[float, str]:
     """FLOPs with which all lineages take the seconds left, or the longest run takes `limit` steps; and which it is."""
     guess = 1e5 * setting.flops(setting.tokens[-1])  # so long that whole chunks don't matter

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.gpu_growth.plan import Run, Rung, Setting, Trunk
+from benchmarks.gpu_growth.plan import Run, Rung, Setting, Size, Trunk
 from benchmarks.gpu_growth.programs import Programs
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import replace_file
@@ -20,7 +20,8 @@ from tokenformer_jax.growth.verify import LOGIT_BOUND
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.training.state import TrainState
 
-Curve = list[list]  # rows (FLOPs of all rungs, step, training loss since the last row, validation loss)
+# Rows (FLOPs of all rungs and one seed, step, training losses [A] since the last row, validation losses [A]).
+Curve = list[list]
 
 
 def say(line: str) -> None:
@@ -48,7 +49,7 @@ class Trainer:
         if rest < math.prod(shape):
             raise UserError(f"only {len(validation):,} tokens of validation")
         self.windows_PEB = np.linspace(0, rest - 1, math.prod(shape)).astype(np.int32).reshape(shape, order="F")
-        self.orders: dict[int, np.ndarray] = {}
+        self.orders: dict[tuple[int, int], np.ndarray] = {}
         self.memory: dict[str, TrainState] = {}
         self.marks: dict[Trunk, set[int]] = {}
 
@@ -67,26 +68,42 @@ class Trainer:
         self.tree |= new
         replace_file(self.path, json.dumps(self.tree, indent=1) + "\n")
 
-    def windows(self, seed: int, start: int) -> np.ndarray:
-        """The windows of a chunk of steps [S, B]: none twice in a run, in an order that the seed decides."""
-        if seed not in self.orders:
-            self.orders[seed] = np.random.default_rng(seed).permutation(self.num_windows).astype(np.int32)
-        first, shape = start * self.setting.batch, (self.setting.chunk, self.setting.batch)
-        return self.orders[seed][first : first + math.prod(shape)].reshape(shape)
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """All windows, in an order that the seed decides and each epoch anew."""
+        if (seed, epoch) not in self.orders:
+            rng = np.random.default_rng((seed, epoch) if epoch else seed)
+            self.orders[seed, epoch] = rng.permutation(self.num_windows).astype(np.int32)
+        return self.orders[seed, epoch]
 
-    def evaluate(self, n: int, state: TrainState, parts: int = 1) -> float:
-        evaluate, tau = self.programs("evaluate", n), state.tau_now()
-        losses = [evaluate(state.params, tau, self.validation_T, windows) for windows in self.windows_PEB[:parts]]
-        return float(np.mean(jax.device_get(losses)))
+    def windows(self, seeds: tuple[int, ...], start: int) -> np.ndarray:
+        """The windows of a chunk of steps [S, A, B]: none twice before all were read."""
+        shape = self.setting.chunk, self.setting.batch
+        places = start * self.setting.batch + np.arange(math.prod(shape)).reshape(shape)
+        epochs, places = np.divmod(places, self.num_windows)
+        first, last = int(epochs[0, 0]), int(epochs[-1, -1])
+        of_seeds = [
+            np.select(
+                [epochs == epoch for epoch in (first, last)], [self.order(seed, e)[places] for e in (first, last)]
+            )
+            for seed in seeds
+        ]
+        return np.stack(of_seeds, axis=1)
 
-    def birth(self, n: int, seed: int) -> TrainState:
-        return self.programs("init", n)(jax.random.key(seed))
+    def evaluate(self, n: Size, state: TrainState, parts: int = 1) -> np.ndarray:
+        """Validation losses [A]."""
+        evaluate = self.programs("evaluate", n)
+        losses = [evaluate(state, self.validation_T, windows) for windows in self.windows_PEB[:parts]]
+        return np.mean(jax.device_get(losses), axis=0)
 
-    def measure(self, n: int) -> float:
+    def birth(self, n: Size, seeds: tuple[int, ...]) -> TrainState:
+        return self.programs("init", n)(jax.vmap(jax.random.key)(np.asarray(seeds)))
+
+    def measure(self, n: Size) -> float:
         """Seconds of a step with its share of an evaluation: the fastest of several short trainings."""
-        trunk, steps, times = Trunk(0, (Rung(0, n, 1e-3),)), self.setting.evaluate_every, []
+        seeds, steps, times = tuple(range(self.programs.copies)), self.setting.evaluate_every, []
+        trunk = Trunk(seeds, (Rung(0, n, 1e-3),))
         for _ in range(4):
-            state, began = self.birth(n, 0), time.monotonic()
+            state, began = self.birth(n, seeds), time.monotonic()
             self.advance(state, trunk, 0, steps, [])
             times.append(time.monotonic() - began)
         return min(times) / steps
@@ -101,22 +118,26 @@ class Trainer:
             if time.monotonic() > self.deadline:
                 raise TimeoutError("the time was over before the first run")
             steps, done = np.arange(step, step + setting.chunk), step + setting.chunk
-            rates = rung.rate * np.minimum(1, (steps + 1) / setting.warmup)
+            rates = trunk.rates(steps, setting.warmup)
             rates *= 1 - (steps - start) / (end - start) if decay else 1
-            windows = self.windows(trunk.seed, step)
-            state, losses_S = train(state, self.train_T, windows, rates.astype(np.float32))
-            losses.append(np.mean(jax.device_get(losses_S)))
+            windows = self.windows(trunk.seeds, step)
+            state, losses_SA = train(state, self.train_T, windows, rates.astype(np.float32))
+            losses.append(np.mean(jax.device_get(losses_SA), axis=0))
             if (done - start) % setting.evaluate_every == 0 or done == end:
                 flops = spent + (done - start) * setting.flops(rung.n)
-                found = float(np.mean(losses)), self.evaluate(rung.n, state)
-                curve, losses = [*curve, [flops, done, *(round(loss, 5) for loss in found)]], []
+                found = np.mean(losses, axis=0), self.evaluate(rung.n, state)
+                curve, losses = (
+                    [*curve, [flops, done, *(np.round(each.astype(float), 5).tolist() for each in found)]],
+                    [],
+                )
         return state, curve
 
     def reach(self, trunk: Trunk, step: int) -> tuple[TrainState, Curve]:
         """A trunk's state at a step, before that step's growth, and the curve to it; both are kept."""
         part, trunks = trunk.up_to(step), self.tree["trunks"]
         name, rung = f"{part.name} to {step}", part.last
-        path = self.workdir / "states" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npz"
+        file = hashlib.sha256(f"{self.path.stem} {name}".encode()).hexdigest()[:16]
+        path = self.workdir / "states" / f"{file}.npz"
         if name not in self.memory and name in trunks and path.exists():
             with np.load(path) as saved:
                 leaves = [jax.device_put(saved[f"leaf{i}"]) for i in range(len(saved.files))]
@@ -125,7 +146,7 @@ class Trainer:
             return self.memory[name], trunks[name]
 
         start = max((mark for mark in self.marks[part] if mark < step), default=rung.step)
-        state, curve = self.reach(trunk, start) if start else (self.birth(rung.n, trunk.seed), [])
+        state, curve = self.reach(trunk, start) if start else (self.birth(rung.n, trunk.seeds), [])
         if start == rung.step and len(part.rungs) > 1:
             state = self.grow(part, state)
         state, curve = self.advance(state, part, start, step, curve)
@@ -141,14 +162,21 @@ class Trainer:
         """Grows to the trunk's last rung, and writes what that changed."""
         before, rung = trunk.rungs[-2:]
         grow = self.programs("grow", before.n, rung.n, rung.recipe)
-        key = jax.random.fold_in(jax.random.key(trunk.seed), rung.step)
+        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), rung.step))(np.asarray(trunk.seeds))
         shape = 4, min(64, self.setting.context)
         tokens_BL = np.asarray(self.validation_T[: math.prod(shape)]).reshape(shape).astype(np.int32)
-        new, *found = grow(state, key, np.int32(rung.ramp), tokens_BL)
-        difference, largest = map(float, found)
+        new, *found = grow(state, keys, np.int32(rung.ramp), tokens_BL)
+        difference, largest = (float(np.max(each)) for each in found)
         ramp = rung.ramp if RECIPES[rung.recipe].ramps else 0
-        figures = {"step": rung.step, "from": before.n, "to": rung.n, "recipe": rung.recipe, "tau_ramp_steps": ramp}
-        figures |= {"loss_before": self.evaluate(before.n, state), "loss_after": self.evaluate(rung.n, new)}
+        figures: dict[str, Any] = {
+            "step": rung.step,
+            "from": before.n,
+            "to": rung.n,
+            "recipe": rung.recipe,
+            "tau_ramp_steps": ramp,
+        }
+        for when, n, each in ("loss_before", before.n, state), ("loss_after", rung.n, new):
+            figures[when] = float(np.mean(self.evaluate(n, each)))
         figures |= {"max_logit_difference": difference, "max_logit": largest}
         figures |= {"meant_lossless": RECIPES[rung.recipe].lossless}
         figures |= {"lossless": difference <= LOGIT_BOUND * max(largest, 1.0)}
@@ -156,18 +184,24 @@ class Trainer:
         return new
 
     def run(self, run: Run) -> None:
-        """Trains a run to its end and writes it."""
+        """Trains a run to its end and writes it, for each seed."""
         began, rungs = time.monotonic(), run.trunk.rungs
         state, curve = self.reach(run.trunk, run.trunk_steps)
         state, curve = self.advance(state, run.trunk, run.trunk_steps, run.steps, curve, decay=True)
-        loss, flops = self.evaluate(rungs[-1].n, state, len(self.windows_PEB)), curve[-1][0]
-        tokens, params = run.steps * self.setting.batch * self.setting.context, count_params(state.params)
-        row = {"lineage": run.lineage, "recipe": run.trunk.last.recipe, "seed": run.trunk.seed, "budget": run.budget}
+        losses, flops, seeds = self.evaluate(rungs[-1].n, state, len(self.windows_PEB)), curve[-1][0], run.trunk.seeds
+        tokens = run.steps * self.setting.batch * self.setting.context
+        params = count_params(state.params) // len(seeds)
+        row: dict[str, Any] = {"lineage": run.lineage, "recipe": run.trunk.last.recipe, "budget": run.budget}
         row |= {"sizes": [rung.n for rung in rungs], "rates": [rung.rate for rung in rungs]}
         row |= {"grown_at_steps": [rung.step for rung in rungs[1:]], "steps": run.steps, "decay_steps": run.decay_steps}
         row |= {"cumulative_flops": flops, "flops_before_last_rung": run.before, "parameters": params, "tokens": tokens}
-        row |= {"tokens_per_parameter": tokens / params, "curve": [*curve, [flops, run.steps, None, round(loss, 5)]]}
-        self.tree["runs"][run.name] = row | {"loss": round(loss, 5) if math.isfinite(loss) else None}  # None: diverged
+        row |= {"tokens_per_parameter": tokens / params, "epochs": run.steps * self.setting.batch / self.num_windows}
+        for i, (name, seed) in enumerate(zip(run.names, seeds, strict=True)):
+            loss = round(float(losses[i]), 5)
+            points = [[spent, step, found[i], each[i]] for spent, step, found, each in curve]
+            diverged = not math.isfinite(loss)
+            row |= {"seed": seed, "curve": [*points, [flops, run.steps, None, loss]]}
+            self.tree["runs"][name] = row | {"loss": None if diverged else loss}
         self.write()
-        took = time.monotonic() - began
-        say(f"{run.name}: {loss:.4f} with {flops:.3g} FLOPs, {tokens / 1e6:.1f}M tokens; {took:.1f} s")
+        took, told = time.monotonic() - began, ", ".join(f"{loss:.4f}" for loss in losses)
+        say(f"{run.lineage}, {run.budget:g}: {told} with {flops:.3g} FLOPs, {tokens / 1e6:.1f}M tokens; {took:.1f} s")

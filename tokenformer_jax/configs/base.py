@@ -85,6 +85,9 @@ def get_config() -> ConfigDict:
     grow.freeze_steps = 0  # steps after growth in which only the new tokens learn in projections that grew
     grow.patience = 0  # evaluations without improvement after which the next rung begins early; 0: never early
     grow.min_improvement = 0.01  # nats by which a validation loss must beat the best one to count as improvement
+    grow.slope = (
+        0.0  # the next rung begins early once twice the FLOPs have brought fewer nats than this; 0: never early
+    )
 
     config.mesh = mesh = ConfigDict()
     mesh.slice = 1  # slices of the pod, or other groups of devices behind a slower network; as mesh.data otherwise

@@ -10,8 +10,13 @@ GPT-NeoX-20B's:
         --config.data.path=OPENWEBTEXT --config.data.tokenizer=TOKENIZER.json
 
 trains 124m, grows it to each next rung on its way, and keeps the last checkpoint of every rung (`--step` of grow,
-evaluate and generate names it). `all` and `all_mesh` are the whole ladder in one run; the other variants are its rungs
-one by one, with `grow` between them:
+evaluate and generate names it). `all` and `all_mesh` are the paper's whole ladder in one run.
+
+`early` and `early_mesh` are what docs/growth_beyond.md recommends to whoever wants the largest model and has none yet:
+one schedule, warm-up, a constant rate and one decay, over all rungs, the small ones over after 8 % of the FLOPs, 2.1e20
+in all, as many as 20 tokens a parameter of 1b4 from scratch. Measured on models of 1M parameters; at this size not run.
+
+The other variants are the rungs one by one, with `grow` between them:
 
     python -m tokenformer_jax.grow --source=A --workdir=B --config=configs/ladder.py:354m_mesh …
     python -m tokenformer_jax.train --config=configs/ladder.py:354m_mesh --workdir=B …
@@ -53,14 +58,16 @@ TOKENS = {
 RUNGS = ("124m", "354m", "757m", "1b4")
 NEXT = {"": RUNGS[1:], "mesh": [f"{rung}_mesh" for rung in RUNGS[1:]]}
 FIRST_STEPS, RUNG_STEPS = 600_000, 60_000
+EARLY_STARTS, EARLY_STEPS = (7_500, 11_500, 15_000), 60_000  # 1.6, 4 and 8 % of the FLOPs
 
 
 def get_config(variant: str = "124m") -> ConfigDict:
-    if variant not in (*TOKENS, "all", "all_mesh"):
-        raise ValueError(f"variant {variant!r} must be one of {', '.join(TOKENS)}, all, all_mesh")
+    ladders = "all", "all_mesh", "early", "early_mesh"
+    if variant not in (*TOKENS, *ladders):
+        raise ValueError(f"variant {variant!r} must be one of {', '.join((*TOKENS, *ladders))}")
     name, _, column = variant.partition("_")
     config = base.get_config()
-    rung = 0 if name == "all" else RUNGS.index(name)
+    rung = 0 if variant in ladders else RUNGS.index(name)
     config.steps = FIRST_STEPS + rung * RUNG_STEPS
     config.batch_size = 512
     config.accumulation = 4
@@ -69,7 +76,7 @@ def get_config(variant: str = "124m") -> ConfigDict:
     config.eval_batches = 100
     config.checkpoint_every = 1000
     config.model.update(
-        vocab_size=50304, dtype="bfloat16", remat="projections", **sizes("124m" if name == "all" else variant)
+        vocab_size=50304, dtype="bfloat16", remat="projections", **sizes("124m" if variant in ladders else variant)
     )
     config.data.dataset = "text_files"
     # 1 % of the rung's own steps: grow.restart_schedule lets each rung warm up and decay anew.
@@ -80,6 +87,14 @@ def get_config(variant: str = "124m") -> ConfigDict:
         config.rungs = tuple(
             {"step": step, "model": sizes(next_rung), "optimizer": {"warmup_steps": RUNG_STEPS // 100}}
             for step, next_rung in zip(starts, NEXT[column], strict=True)
+        )
+    if name == "early":
+        config.steps = EARLY_STEPS
+        config.optimizer.update(schedule="wsd", final_learning_rate=0.0, warmup_steps=2000)
+        config.grow.restart_schedule = False
+        config.rungs = tuple(
+            {"step": step, "model": sizes(next_rung)}
+            for step, next_rung in zip(EARLY_STARTS, NEXT[column], strict=True)
         )
     return config
 

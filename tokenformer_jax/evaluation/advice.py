@@ -33,6 +33,13 @@ class Curve(NamedTuple):
         """FLOPs or steps at a loss, interpolated over their logarithms."""
         return np.exp(np.interp(-losses, -self.losses_E, np.log(what)))
 
+    def slope(self, flops: float) -> float | None:
+        """Nats that the last doubling brought, as `grow.slope` counts; None where half of the FLOPs were not seen."""
+        if flops / 2 < self.flops_E[0]:
+            return None
+        half, now = np.interp(np.log([flops / 2, flops]), np.log(self.flops_E), self.losses_E)
+        return float(half - now)
+
 
 def read_curve(name: str, workdir: pathlib.Path) -> Curve | None:
     """None where the run has grown, or has fewer than two losses to go by."""
@@ -74,6 +81,7 @@ def compare(small: Curve, large: Curve) -> dict[str, Any]:
         spent = float(small.at(at, small.flops_E))
         found["growth"] = {"loss": at, "step": round(float(small.at(at, small.steps_E))), "flops": spent}
         found["growth"] |= {"saves_at_most_flops": float(ahead[best]), "still_gaining": best == POINTS - 1}
+        found["growth"]["slope"] = small.slope(spent)
     return found
 
 
@@ -117,7 +125,12 @@ def describe(found: dict[str, Any]) -> str:
     if crossing:
         part = growth["saves_at_most_flops"] / crossing["flops"]
         lines.append(f"that is {part:.0%} of the FLOPs at the crossing, and less of any larger budget")
-    lines.append(f"this holds if the grown model learns as fast as {large} did at that loss; on a GPU it was slower")
+    if growth["slope"]:
+        lines.append(f"its loss falls there by {growth['slope']:.2f} nats for twice the FLOPs: grow.slope, of a ladder")
+    lines.append(
+        f"this holds if the grown model learns as fast as {large} did at that loss. Grown early, under one schedule, "
+        "it learned faster; grown late, slower (docs/growth_beyond.md)"
+    )
     if found["rates_decay"]:
         lines.append("a cosine's losses on the way are too high: 'wsd' or 'constant' tells more (optimizer.schedule)")
     return "\n  ".join(lines)

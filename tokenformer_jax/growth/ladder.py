@@ -11,7 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tokenformer_jax.config import BUDGETS, Config, IndivisibleBatch, read_config, validate
+import numpy as np
+
+from tokenformer_jax.config import BUDGETS, Config, GrowConfig, IndivisibleBatch, read_config, validate
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.training.tasks import task_of
@@ -91,9 +93,10 @@ def _check_rung(before: Config, stage: Config, length: float) -> None:
                 f"optimizer.{key} = {new!r}: the stage before has {old!r}, and grow.restart_schedule = False goes on "
                 "with its schedule; use that"
             )
-    if before.grow.patience and stage.optimizer.schedule == "cosine":
+    if before.grow.may_begin_early and stage.optimizer.schedule == "cosine":
+        key = "patience" if before.grow.patience else "slope"
         raise UserError(
-            f"grow.patience = {before.grow.patience}: with grow.restart_schedule = False an early rung would make a "
+            f"grow.{key} = {getattr(before.grow, key)}: with grow.restart_schedule = False an early rung would make a "
             "cosine's rate jump; use optimizer.schedule = 'wsd'"
         )
 
@@ -153,18 +156,34 @@ def shifted(stage: Config, planned_start: int, start: int) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Plateau:
-    """Whether the validation loss of a stage still falls."""
+    """Whether the validation loss of a stage still falls, and how much more FLOPs bring."""
 
     step: int = 0  # of the last evaluation
     best_loss: float | None = None
     stale: int = 0  # evaluations since that did not improve on it
+    seen: tuple[
+        tuple[float, float], ...
+    ] = ()  # all FLOPs and loss of evaluations, from half of the last one's FLOPs on
 
-    def after(self, step: int, loss: float, min_improvement: float) -> "Plateau":
-        best = self.best_loss
-        if math.isfinite(loss) and (best is None or not math.isfinite(best) or loss <= best - min_improvement):
-            return Plateau(step, loss)
-        return Plateau(step, best, self.stale + 1)  # also where the loss is not finite: that is no improvement
+    def after(self, step: int, loss: float, flops: float, min_improvement: float) -> "Plateau":
+        best, is_finite = self.best_loss, math.isfinite(loss)
+        before = [each for each in self.seen if each[0] <= flops / 2][-1:]  # to interpolate from
+        since = [each for each in self.seen if flops / 2 < each[0] < flops]
+        seen = (*before, *since, (flops, loss)) if is_finite else self.seen
+        if is_finite and (best is None or not math.isfinite(best) or loss <= best - min_improvement):
+            return Plateau(step, loss, seen=seen)
+        return Plateau(step, best, self.stale + 1, seen)  # also where the loss is not finite: that is no improvement
 
-    def reached(self, patience: int) -> bool:
-        """Whether so many evaluations in a row brought nothing; never with a patience of 0."""
-        return 0 < patience <= self.stale
+    @property
+    def slope(self) -> float | None:
+        """Nats that the last doubling of all FLOPs has brought; None where the stage has not seen one."""
+        if not self.seen or self.seen[0][0] > self.seen[-1][0] / 2:
+            return None
+        flops_E, losses_E = np.array(self.seen).T
+        half = np.interp(np.log2(flops_E[-1]) - 1, np.log2(flops_E), losses_E)
+        return float(half - losses_E[-1])
+
+    def reached(self, grow: GrowConfig) -> bool:
+        """Whether `grow.patience` evaluations in a row brought nothing, or twice the FLOPs less than `grow.slope`."""
+        slope = self.slope
+        return 0 < grow.patience <= self.stale or (slope is not None and slope < grow.slope)

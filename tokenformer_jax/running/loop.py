@@ -66,7 +66,7 @@ def train_stage(run: Run, log: Log, profiler: Profiler, signals: StopSignals) ->
     report_start(run, log)
     unread = None  # the step that was dispatched last: the loop reads one behind
     n = run.start
-    while n < cfg.steps and not (run.plateau.reached(cfg.grow.patience) and not run.is_last):
+    while n < cfg.steps and not (run.plateau.reached(cfg.grow) and not run.is_last):
         n += 1
         profiler.before_step(n)
         batch = put_batch(run.step, next(run.data))
@@ -112,7 +112,7 @@ def report_start(run: Run, log: Log) -> None:
     if not grown_now and not (n and is_time(n, cfg.eval_every, cfg.steps)):
         return
     counted = run.plateau.step == n
-    if (cfg.grow.patience and not counted) or not (counted or log.holds_evaluation(n)):
+    if (cfg.grow.may_begin_early and not counted) or not (counted or log.holds_evaluation(n)):
         evaluate(run, log, n)
 
 
@@ -143,5 +143,6 @@ def evaluate(run: Run, log: Log, n: int) -> None:
     """Evaluates the state of step n."""
     with log.clock_stopped():
         figures = evaluate_split(run.step, run.state, run.corpus.validation, run.cfg, max_batches=run.cfg.eval_batches)
-        run.plateau = run.plateau.after(n, figures["loss"], run.cfg.grow.min_improvement)
+        flops = run.figures(n)["train_flops"]
+        run.plateau = run.plateau.after(n, figures["loss"], flops, run.cfg.grow.min_improvement)
         log.evaluation(n, figures)

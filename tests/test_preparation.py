@@ -167,7 +167,7 @@ def start(folder: pathlib.Path) -> subprocess.Popen[str]:
 
 
 def records(folder: pathlib.Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob("cache/*/*.partial/*-*.json")}
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("cache/*/tokens-*/*-*.json")}
 
 
 def kills(tmp_path: pathlib.Path, count: int, monkeypatch) -> None:

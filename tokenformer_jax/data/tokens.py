@@ -258,7 +258,7 @@ def _make_corpus(folder: Path, cfg: Config, dataset: Any, tokenizer: Tokenizer |
         if is_first:
             _finish(folder / name, job, used, dataset, pod)
         pod.wait_for_all()
-        wait_for((folder / name).with_suffix("") / "meta.json", pod)
+        wait_for(folder / name / "meta.json", pod)
     corpus = there or _open_corpus(folder, cfg, tokenizer)
     assert corpus is not None
     return corpus
@@ -286,15 +286,14 @@ def _plan(folder: Path, cfg: Config, dataset: Any, tokenizer: Tokenizer | None) 
     places = dataset.places()
     if tokenizer is None:
         tokenizer = make_tokenizer(_tokenizer_file(folder, cfg), cfg, [(dataset, cfg.data, 1.0)])
-    final = _tokens_folder(folder, cfg, tokenizer)
-    partial = final.with_name(f"{final.name}.partial")
-    job = json.dumps(dataclasses.asdict(Job.of(dataset.reading, units, splits, places)))
-    if not (partial / "job.json").exists() or (partial / "job.json").read_text() != job:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        replace_file(partial / "tokenizer.json", tokenizer.to_json())
-        replace_file(partial / "job.json", job)
-    return partial
+    tokens = _tokens_folder(folder, cfg, tokenizer)
+    job, file = json.dumps(dataclasses.asdict(Job.of(dataset.reading, units, splits, places))), tokens / "job.json"
+    if (tokens / "meta.json").exists() or not file.exists() or file.read_text() != job:
+        shutil.rmtree(tokens, ignore_errors=True)
+        tokens.mkdir()
+        replace_file(tokens / "tokenizer.json", tokenizer.to_json())
+        replace_file(file, job)
+    return tokens
 
 
 def make_tokenizer(file: Path, cfg: Config, sources: list[tuple[Any, DataConfig, float]]) -> Tokenizer:
@@ -322,14 +321,14 @@ def make_tokenizer(file: Path, cfg: Config, sources: list[tuple[Any, DataConfig,
     return tokenizer
 
 
-def _finish(partial: Path, job: Job, tokenizer: Tokenizer, dataset: Any, pod: Pod) -> None:
-    """Makes one corpus of the parts, once all are there."""
+def _finish(tokens: Path, job: Job, tokenizer: Tokenizer, dataset: Any, pod: Pod) -> None:
+    """Makes one corpus of the parts, once all are there: with meta.json, which is written last, it is whole."""
     skipped, parts = Skipped(), []
     for unit in range(len(job.units)):
-        records = parts_of(partial, unit)
+        records = parts_of(tokens, unit)
         if not records:
-            wait_for(partial / f"{part_name(unit, 0)}.json", pod)
-            records = parts_of(partial, unit)
+            wait_for(tokens / f"{part_name(unit, 0)}.json", pod)
+            records = parts_of(tokens, unit)
         for part, record in enumerate(records):
             skipped.add(Skipped(**record["skipped"]))
             parts.append((unit, part, record["splits"]))
@@ -343,9 +342,6 @@ def _finish(partial: Path, job: Job, tokenizer: Tokenizer, dataset: Any, pod: Po
         files = [[file, figures["num_tokens"]] for file, figures in found if figures["num_tokens"]]
         meta[name] = total | {"fingerprint": one[:16], "files": files}
         meta[name] |= {"dtype": token_type(tokenizer), "end_of_text": tokenizer.end_of_text}
-    (partial / "meta.json").write_text(sealed(meta))
-    final = partial.with_suffix("")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    for file in [*final.glob("*-*.json"), final / "job.json"]:
+    replace_file(tokens / "meta.json", sealed(meta))
+    for file in [*tokens.glob("*-*.json"), tokens / "job.json"]:
         file.unlink()

@@ -318,7 +318,7 @@ def test_a_missing_package_is_named(monkeypatch):
         raise ImportError("Please install gcsfs to access Google Storage")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
-    with pytest.raises(UserError, match=r"Please install gcsfs.*pip install 'tokenformer-jax\[gs\]'"):
+    with pytest.raises(UserError, match=r"Please install gcsfs.*pip install 'tokenformer-jax\[gcs\]'"):
         TextFiles(data_config("gs://bucket/x"))
 
 

@@ -91,8 +91,8 @@ def find_remote(url: str) -> Found:
             pattern = path
             names = {name: info for name, info in system.glob(path, detail=True).items() if info["type"] == "file"}
     except ImportError as error:
-        scheme = url.partition(":")[0]
-        extra = f"; pip install 'tokenformer-jax[{scheme}]'" if scheme in ("gs", "s3") else ""
+        extra = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}.get(url.partition(":")[0], "")
+        extra = f"; pip install 'tokenformer-jax[{extra}]'" if extra else ""
         raise UserError(f"{key}: cannot be read without a package ({_line(error)}){extra}") from None
     except Exception as error:  # each library has its own, of the network, of rights, of names
         raise UserError(

@@ -16,11 +16,17 @@ from ml_collections import ConfigDict
 from configs import base
 from tokenformer_jax.config import Config, read_config
 from tokenformer_jax.data.batches import Batch
+from tokenformer_jax.data.tokenizer import train_tokenizer
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.growth import resize
+from tokenformer_jax.nn.language import init_params
+from tokenformer_jax.nn.layers import count_params
+from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.running import run
-from tokenformer_jax.storage import trained
+from tokenformer_jax.storage import official, trained
 from tokenformer_jax.storage.metrics_file import read_metrics
+from tokenformer_jax.storage.record import Record
+from tokenformer_jax.training.state import new_state
 from tokenformer_jax.training.step import Step, make_step
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -77,9 +83,25 @@ def shared_steps() -> Iterator[None]:
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (run, resize, trained):
+        for module in (run, resize, trained, official):
             patch.setattr(module, "make_step", shared)
         yield
+
+
+@cache
+def scoring_run(**overrides: Any) -> trained.Trained:
+    """A model of 64 tokens of context and random, large parameters, and a tokenizer of 300 ids, as a run opened."""
+    cfg = tiny_config(model__context_length=64, **overrides)
+    step = step_of(cfg)
+    params = jax.tree.map(lambda x: 5 * x, init_params(cfg.model, jax.random.key(1)))
+    state = new_state(params, (), initial_tau(cfg.model))
+    state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, step.abstract_state._replace(opt_state=())))
+    words = "key value query token norm grow train layer head scale attention ".split()
+    rng = np.random.default_rng(0)
+    tokenizer = train_tokenizer([" ".join(rng.choice(words, 40)) for _ in range(50)], 300)
+    record = Record(model=asdict(cfg.model), data="none", batch_size=cfg.batch_size)
+    assets = {"tokenizer": tokenizer.to_json()}
+    return trained.Trained(cfg, 0, record, assets, step, state, count_params(params))
 
 
 def golden_model(name: str) -> tuple[Config, Any, Any, dict[str, np.ndarray]]:

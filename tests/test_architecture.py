@@ -10,21 +10,22 @@ FLOORS = """
     environment
     files
     config
-    configs: base quickstart pile ladder released tpu transformer
+    configs: base quickstart pile ladder released tpu transformer zero_shot
     devices: distributed hardware sharding
     data: tokenizer units readers folders text published encode workers tokens mixture batches
     nn: backends layers row_kernels pattention_vjp pattention attention transformer loss language
     training: metrics language tasks state schedule non_finite step
-    storage: fingerprint workdir record arrays metrics_file checkpoints trained state_dicts official
-    evaluation: perplexity sampling report advice
+    storage: fingerprint workdir record arrays metrics_file checkpoints trained state_dicts official hub card hub_format
+    evaluation: perplexity sampling report advice settings scoring harness zero_shot suite
     growth: recipes ladder figures verify resize grow shrink
     planning: hlo plan fit whole_run
     running: signals run log loop branch
     api
     pytorch
+    modeling_tokenformer
     cli
 """
-COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare".split()
+COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare lm_eval".split()
 
 
 def order() -> list[str]:

@@ -156,7 +156,6 @@ def test_the_readmes_python_runs(folder, tmp_path):
         "prompt], 40,": "prompt], 4,",
         'quickstart.get_config("small")': 'config.get_config("small")',
         "from tokenformer_jax.configs import quickstart": "import config",
-        "num_heads=4": "num_heads=2",
     }.items():
         assert theirs in code
         code = code.replace(theirs, ours)
@@ -336,6 +335,12 @@ WRONG = [
     ("evaluate", "--workdir={f}/small --examples=a:b", "--examples=a:b"),
     ("evaluate", "--workdir={f}/small --step=many", "step"),
     ("evaluate", "--workdir={f}/config.py", "config.py"),
+    ("evaluate", "--workdir={f}/small --config=zero_shot:huge", "none, paper, text, python, data"),
+    ("evaluate", "--workdir={f}/small --config.tsks=x", "--config.tsks: unknown key; did you mean 'tasks'"),
+    ("evaluate", "--workdir={f}/small --config.stride=99", "config.stride = 99"),
+    ("evaluate", "--workdir={f}/small --config.context_length=99", "config.context_length = 99"),
+    ("evaluate", "--workdir={f}/small --num_fewshot=-2", "config.num_fewshot = -2"),
+    ("evaluate", "--workdir={f}/small --config=zero_shot:data", "--config.datasets.data.path=PLACE"),
     ("train", "--config={f}/config.py --config.non_finite=ignore --workdir={f}/w", "raise, skip, rollback"),
     (
         "train",

@@ -10,7 +10,7 @@ import pathlib
 import signal
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,11 +20,11 @@ from ml_collections import config_flags
 from tokenformer_jax import __version__
 from tokenformer_jax.config import Config, read_config, suggest
 from tokenformer_jax.devices.distributed import Peers
-from tokenformer_jax.devices.sharding import check_mesh
+from tokenformer_jax.devices.sharding import check_mesh, parse_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import local_path
 
-COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare".split()
+COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare lm_eval".split()
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell says of other programs
 STOPPED = 85  # errno's ERESTART, as HTCondor has it: saved before its end, and the same command goes on
 _PRESETS = pathlib.Path(__file__).parent / "configs"
@@ -47,8 +47,8 @@ def main() -> None:
         sys.exit(UserError.exit_code)
 
 
-def config_flag() -> Callable[[], Config]:
-    """Defines `--config=FILE[:variant]` with `--config.key=value` overrides; returns its reader.
+def any_config_flag(parse: Callable[[dict[str, Any]], Any]) -> Callable[[], Any]:
+    """Defines `--config=FILE[:variant]` with `--config.key=value` overrides; returns its reader, which calls `parse`.
 
     FILE is a path, or the name of a preset in `tokenformer_jax/configs`.
     """
@@ -64,15 +64,24 @@ def config_flag() -> Callable[[], Config]:
             if isinstance(tree, dict | None):  # what a file that failed to load left raises its error below
                 kind = type(tree).__name__
                 raise UserError(f"--config: its get_config returned a {kind}; return a ml_collections.ConfigDict")
-            cfg = read_config(tree.to_dict())
-            if cfg.budget and "steps" in config_flags.get_override_values(flags.FLAGS["config"]):
-                raise UserError(
-                    f"--config.steps={cfg.steps}: config.{cfg.budget} = {getattr(cfg, cfg.budget):.15g} says where the "
-                    f"run ends; leave steps out, or use --config.{cfg.budget}=0 with it"
-                )
-            return cfg
+            return parse(tree.to_dict())
 
     return read
+
+
+def config_flag() -> Callable[[], Config]:
+    """`any_config_flag` for a config of training."""
+
+    def parse(tree: dict[str, Any]) -> Config:
+        cfg = read_config(tree)
+        if cfg.budget and "steps" in config_flags.get_override_values(flags.FLAGS["config"]):
+            raise UserError(
+                f"--config.steps={cfg.steps}: config.{cfg.budget} = {getattr(cfg, cfg.budget):.15g} says where the "
+                f"run ends; leave steps out, or use --config.{cfg.budget}=0 with it"
+            )
+        return cfg
+
+    return any_config_flag(parse)
 
 
 def _help(text: str) -> str:
@@ -125,24 +134,23 @@ def _path_of_preset(value: str) -> str:
     raise UserError(f"--config={value}: {what}{near}; use one of {', '.join(presets)}, or a file")
 
 
-def config_or_flags(*names: str) -> Callable[[str, Callable[[dict[str, Any]], Config]], Config]:
+def config_or_flags(*names: str) -> Callable[..., Config]:
     """Defines `--config`, beside flags of these names that say what is needed without it.
 
-    Returns its reader: of a source's name, and of what makes a config of the flags' values.
+    Returns its reader: of a source's name, of what makes a config of the flags' values, and of what the source says.
     """
     config = config_flag()
 
-    def read(source: str, make: Callable[[dict[str, Any]], Config]) -> Config:
-        said = {name: flags.FLAGS[name] for name in names}
-        if not flags.FLAGS["config"].present:
-            for name, flag in said.items():
-                if flag.value is None:
-                    raise UserError(f"--{name} is missing: {source} does not say it; use it, or --config=FILE:variant")
-            return make({name: flag.value for name, flag in said.items()})
-        for name, flag in said.items():
-            if flag.present:
-                raise UserError(f"--{name}={flag.value}: --config says it already; --config.model.{name} overrides it")
-        return config()
+    def read(source: str, make: Callable[[dict[str, Any]], Config], known: Mapping[str, Any]) -> Config:
+        given = {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].present}
+        if flags.FLAGS["config"].present:
+            for name, value in given.items():
+                raise UserError(f"--{name}={value}: --config says it already; --config.model.{name} overrides it")
+            return config()
+        for name in names:
+            if name not in given and name not in known:
+                raise UserError(f"--{name} is missing: {source} does not say it; use it, or --config=FILE:variant")
+        return make({**known, **given})
 
     return read
 
@@ -154,8 +162,8 @@ def print_once(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _config_errors() -> Iterator[None]:
-    """Turns what a wrong `--config…` flag raises into a UserError."""
+def _config_errors(kind: type = Config) -> Iterator[None]:
+    """Turns what a wrong `--config…` flag raises into a UserError; `kind` has the keys that there are."""
     try:
         yield
     except UserError:
@@ -176,7 +184,7 @@ def _config_errors() -> Iterator[None]:
                 f"Python {version}: ml_collections reads no config there; use Python 3.11 to 3.14"
             ) from None
         given = [arg.split("=")[0].lstrip("-") for arg in sys.argv[1:] if arg.lstrip("-").startswith("config.")]
-        known = key_names(Config)
+        known = key_names(kind)
         for name in (arg.removeprefix("config.") for arg in given):
             if name not in known:
                 raise UserError(f"--config.{name}: unknown key{suggest(name, known)}") from None
@@ -193,11 +201,14 @@ def key_names(cls: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def run_command(main: Callable[[], int | None], *readers: Callable[[], Any]) -> None:
+def run_command(
+    main: Callable[[], int | None], *readers: Callable[[], Any], kind: type = Config, default: str | None = None
+) -> None:
     """Runs a command's `main`, which may return an exit code: a UserError becomes one line on stderr and exit code 2.
 
     Defines `--distributed`, with which the command is one process of several, and `--check_for`, which only calls the
-    `readers` of its flags and checks the configs that they give.
+    `readers` of its flags and checks the configs that they give. `kind` is the class of its config,
+    and `default` the preset that stands where `--config` is missing.
     """
     distributed = flags.DEFINE_boolean(
         "distributed",
@@ -215,7 +226,9 @@ def run_command(main: Callable[[], int | None], *readers: Callable[[], Any]) -> 
         if {"--help", "-help", "-h"} & set(argv):
             print(_help(sys.modules[main.__module__].__doc__ or ""))
             sys.exit()
-        with _config_errors():
+        with _config_errors(kind):
+            if default and not any(arg.lstrip("-").partition("=")[0] == "config" for arg in argv):
+                argv = [argv[0], f"--config={default}", *argv[1:]]
             extra = flags.FLAGS(_with_paths(argv))
             if len(extra) > 1:
                 raise UserError(f"{extra[1]}: not a flag; flags are written --name=value")
@@ -342,42 +355,11 @@ def workdir_flag(name: str = "workdir", help_text: str = "the run's directory") 
     return read
 
 
-def data_flags() -> Callable[[Config], Config]:
-    """Defines what a command on a run needs where its data were moved: the config's own keys, as `train` takes them.
-
-    Returns a function that puts what is given into the config of the run.
-    """
-    said = "; by default as in the run's config"
-    holders = {
-        "path": flags.DEFINE_string("config.data.path", None, f"where the data are now{said}"),
-        "cache_dir": flags.DEFINE_string("config.data.cache_dir", None, f"where prepared data are{said}"),
-    }
-
-    def change(cfg: Config) -> Config:
-        given: Any = {key: holder.value for key, holder in holders.items() if holder.value is not None}
-        for key, value in given.items():
-            local_path(value, f"--config.data.{key}", any_bytes=key == "path")
-        if "path" in given and (cfg.data.sources or cfg.data.dataset == "python_source"):
-            name = "a mixture" if cfg.data.sources else "python_source"
-            raise UserError(f"--config.data.path={given['path']}: {name}, the run's data set, reads no path")
-        return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **given))
-
-    return change
-
-
 def mesh_flag() -> Any:
     """Defines `--mesh=slice,data,fsdp,tensor`, where slice may be left out; returns its reader."""
     holder = flags.DEFINE_string("mesh", None, "[slice,]data,fsdp,tensor; by default the run's own, or a single device")
 
-    def read() -> tuple[int, ...] | None:
-        if holder.value is None:
-            return None
-        sizes = [int(part) if part.isdecimal() else 0 for part in holder.value.split(",")]
-        if len(sizes) not in (3, 4) or min(sizes) < 1:
-            raise UserError(f"--mesh={holder.value}: must be sizes slice,data,fsdp,tensor, such as 1,1,1,1")
-        return (1,) * (4 - len(sizes)) + tuple(sizes)
-
-    return read
+    return lambda: None if holder.value is None else parse_mesh(holder.value, "--mesh")
 
 
 def examples_flag() -> Callable[[], range | None]:

@@ -212,17 +212,18 @@ def read_config(tree: Mapping[str, Any], source: str = "config") -> Config:
     Raises:
       UserError: names the first key that is unknown, missing, of another type or out of range.
     """
-    cfg = _read_dataclass(Config, tree, source)
+    cfg = read_dataclass(Config, tree, source)
     validate(cfg)
     return cfg
 
 
 def read_model(tree: Mapping[str, Any], source: str) -> ModelConfig:
     """The model's part of a config, as a checkpoint's record holds it."""
-    return _read_dataclass(ModelConfig, tree, source)
+    return read_dataclass(ModelConfig, tree, source)
 
 
-def _read_dataclass(cls: Any, tree: Any, where: str) -> Any:
+def read_dataclass(cls: Any, tree: Any, where: str) -> Any:
+    """A frozen dataclass from mappings; a UserError names the first key that is unknown, missing or of another type."""
     if not isinstance(tree, Mapping):
         raise UserError(f"{where}: expected a group of keys, got {tree!r}")
     types = typing.get_type_hints(cls)
@@ -238,7 +239,7 @@ def _read_dataclass(cls: Any, tree: Any, where: str) -> Any:
             raise UserError(f"{where}: key {key!r} is missing; configs/base.py lists them all")
         value, name = tree[key], f"{where}.{key}"
         if dataclasses.is_dataclass(kind):
-            values[key] = _read_dataclass(kind, value, name)
+            values[key] = read_dataclass(kind, value, name)
         elif typing.get_origin(kind) is tuple:
             values[key] = _read_groups(value, name)
         elif kind is float and type(value) is int:

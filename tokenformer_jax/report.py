@@ -1,4 +1,4 @@
-"""Compares runs: a table of their evaluations, and a plot of validation loss against training FLOPs.
+"""Compares runs: tables of their evaluations, and a plot of validation loss against training FLOPs.
 
 python -m tokenformer_jax.report --runs=small=W,grown=W2 --out=DIR
 python -m tokenformer_jax.report --runs=small=W --runs=grown=W2   # the same
@@ -9,7 +9,7 @@ from absl import flags
 
 from tokenformer_jax.cli import run_command
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.evaluation.report import named_runs, plot, summarise, table
+from tokenformer_jax.evaluation.report import named_runs, plot, summarise, table, task_table
 from tokenformer_jax.files import json_text, local_path, replace_file
 
 
@@ -31,6 +31,8 @@ def main() -> None:
             advice = advise(runs)
             told = [describe(pair) for pair in advice]
         print(table(rows), flush=True)
+        if tasks := task_table(runs):
+            print(f"\n{tasks}", flush=True)
         replace_file(out / "report.json", json_text(rows, indent=2) + "\n")
         plot(runs, out / "loss.png")
         print(f"plot: {out / 'loss.png'}")

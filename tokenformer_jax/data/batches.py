@@ -94,6 +94,7 @@ class EvalBatches(Sequence[Batch]):
     batch_size: int
     context_length: int
     rows: range  # of this process
+    stride: int = 0  # from a window's beginning to that of the next; 0: the context's length
 
     def __len__(self) -> int:
         return -(-len(self.windows) // self.batch_size)
@@ -104,7 +105,7 @@ class EvalBatches(Sequence[Batch]):
         first = range(len(self))[index] * self.batch_size
         beyond = self.split.num_tokens  # no window has so high a number: it reads as padding
         windows = [self.windows[i] if i < len(self.windows) else beyond for i in (first + row for row in self.rows)]
-        return _read_windows(self.split, windows, self.context_length)
+        return _read_windows(self.split, windows, self.context_length, self.stride)
 
 
 def eval_batches(
@@ -113,20 +114,23 @@ def eval_batches(
     context_length: int,
     *,
     max_batches: int = 0,
+    stride: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> EvalBatches:
     """Predicts every token of the split but the first once, or those of `max_batches` batches spread over it.
 
-    All batches have one shape, and all processes the same number of them.
+    All batches have one shape, and all processes the same number of them. With a stride windows overlap: each but the
+    first predicts its last `stride` tokens, from `context_length - stride` tokens before them at least.
 
     Raises:
       UserError: batch_size does not divide by the processes.
     """
     rows = _process_rows(batch_size, process_index, process_count)
-    count = -(-(split.num_tokens - 1) // context_length)
+    stride = stride or context_length
+    count = 1 + max(0, -(-(split.num_tokens - 1 - context_length) // stride))
     chosen = min(count, max_batches * batch_size or count)
-    return EvalBatches(split, np.arange(chosen) * count // chosen, batch_size, context_length, rows)
+    return EvalBatches(split, np.arange(chosen) * count // chosen, batch_size, context_length, rows, stride)
 
 
 def training_examples(
@@ -151,16 +155,18 @@ def _process_rows(batch_size: int, process_index: int, process_count: int) -> ra
     return range(process_index * share, (process_index + 1) * share)
 
 
-def _read_windows(split: TokenSplit, windows: Sequence[int], length: int) -> Batch:
+def _read_windows(split: TokenSplit, windows: Sequence[int], length: int, stride: int = 0) -> Batch:
     """Gathers windows, by number; what lies beyond the split's end is padding."""
-    begins = np.minimum(np.asarray(windows, np.int64) * length, split.num_tokens)
+    stride = stride or length
+    begins = np.minimum(np.asarray(windows, np.int64) * stride, split.num_tokens)
     ids = np.zeros((len(begins), length + 1), np.int32)
     for row, begin in zip(ids, begins, strict=True):
         found = split.read(begin, min(begin + length + 1, split.num_tokens))
         row[: len(found)] = found
-    # A token counts when the next one, its target, exists.
+    # A token is read when the next one, its target, exists; it counts unless the window before predicted that.
     real = begins[:, None] + np.arange(1, length + 1) < split.num_tokens
+    counts = real & ((begins == 0)[:, None] | (np.arange(length) >= length - stride))
     tokens, targets = ids[:, :-1] * real, ids[:, 1:] * real
     starts = tokens == split.end_of_text
     starts[:, 0] = True
-    return Batch(tokens, targets, real.astype(np.float32), np.cumsum(starts, axis=1, dtype=np.int32) * real)
+    return Batch(tokens, targets, counts.astype(np.float32), np.cumsum(starts, axis=1, dtype=np.int32) * real)

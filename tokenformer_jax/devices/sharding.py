@@ -31,6 +31,14 @@ RULES: dict[str, str | tuple[str, ...]] = {
 Axes = tuple[str | None, ...]
 
 
+def parse_mesh(text: str, name: str) -> tuple[int, ...]:
+    """The sizes of MESH_AXES that a flag or key gives, where slice may be left out. Raises UserError."""
+    sizes = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    if len(sizes) not in (3, 4) or min(sizes) < 1:
+        raise UserError(f"{name}={text}: must be sizes slice,data,fsdp,tensor, such as 1,1,1,1")
+    return (1,) * (4 - len(sizes)) + tuple(sizes)
+
+
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A (slice, data, fsdp, tensor) mesh over the first of the devices, by default of all there are.
 

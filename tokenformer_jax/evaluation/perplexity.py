@@ -21,9 +21,17 @@ from tokenformer_jax.training.tasks import Prepared, task_of
 
 
 def evaluate_split(
-    step: Step, state: TrainState, split: Any, cfg: Config, *, max_batches: int = 0, progress: bool = False
+    step: Step,
+    state: TrainState,
+    split: Any,
+    cfg: Config,
+    *,
+    max_batches: int = 0,
+    length: int = 0,
+    stride: int = 0,
+    progress: bool = False,
 ) -> dict[str, float]:
-    """Evaluates all of a split once (or `max_batches` batches spread over it).
+    """Evaluates all of a split once (or `max_batches` batches spread over it), as `Task.eval_batches` cuts it.
 
     Returns:
       The task's figures: of a language model `loss`, `perplexity`, `bits_per_byte` and `tokens`; of a mixture, whose
@@ -31,10 +39,10 @@ def evaluate_split(
     """
     task = task_of(cfg)
     if parts := task.parts(split):
-        how: Any = {"max_batches": max_batches, "progress": progress}
+        how: Any = {"max_batches": max_batches, "length": length, "stride": stride, "progress": progress}
         each = {name: evaluate_split(step, state, part, cfg, **how) for name, part in parts.items()}
         return task.joint_figures(split, each)
-    batches = task.eval_batches(split, cfg, step.mesh, cfg.batch_size // cfg.accumulation, max_batches)
+    batches = task.eval_batches(split, cfg, step.mesh, cfg.batch_size // cfg.accumulation, max_batches, length, stride)
     bar = Progress(0, len(batches), "batch") if progress else None
     sums: list[Any] = []
     for i, batch in enumerate(batches):
@@ -69,21 +77,36 @@ def _prepared(run: Trained) -> Prepared:
     return corpus
 
 
-def evaluate_run(run: Trained, workdir: pathlib.Path, split_name: str, out: pathlib.Path | None = None) -> None:
-    """Evaluates a run on a split, prints the result and writes it to a file, by default WORKDIR/eval.json.
-
-    Where that one cannot be written, a warning says so: the result is on the screen.
-    """
-    split = choose_split(_prepared(run), split_name)
-    figures = evaluate_split(run.step, run.state, split, run.cfg, progress=True)
-    result = {
-        "split": split_name,
+def summary(run: Trained) -> dict[str, Any]:
+    """What an `eval.json` says of the model."""
+    return {
         "step": run.step_number,
         "params": run.num_params,
+        "fingerprint": run.fingerprint,
         "trained_tokens": run.record.tokens,
         "train_flops": run.record.train_flops,
-        **figures,
     }
+
+
+def write_result(result: dict[str, Any], workdir: pathlib.Path, out: pathlib.Path | None) -> None:
+    """Writes figures to a file, by default WORKDIR/eval.json; where that can't be written, a warning says so."""
+    if jax.process_index() == 0:
+        try:
+            replace_file(out or workdir / "eval.json", json_text(result, indent=2) + "\n")
+        except UserError as error:
+            if out:
+                raise
+            print(f"warning: {error}; --out=FILE writes the figures elsewhere", file=sys.stderr)
+
+
+def evaluate_run(
+    run: Trained, workdir: pathlib.Path, split_name: str, out: pathlib.Path | None = None, **how: int
+) -> None:
+    """Evaluates a run on a split of its own data, prints the result and writes it to a file (`write_result`).
+
+    `how` are the `length` and `stride` of `evaluate_split`.
+    """
+    figures = evaluate_own(run, split_name, **how)
     if jax.process_index() == 0:
         print(
             f"step {run.step_number}, {run.num_params:,} parameters, {figures['tokens']:,.0f} tokens of the "
@@ -97,12 +120,13 @@ def evaluate_run(run: Trained, workdir: pathlib.Path, split_name: str, out: path
                 f"checkpoint, by --step, may be good: {workdir / 'checkpoints'} holds them",
                 file=sys.stderr,
             )
-        try:
-            replace_file(out or workdir / "eval.json", json_text(result, indent=2) + "\n")
-        except UserError as error:
-            if out:
-                raise
-            print(f"warning: {error}; --out=FILE writes the figures elsewhere", file=sys.stderr)
+    write_result({"split": split_name, **summary(run), **figures}, workdir, out)
+
+
+def evaluate_own(run: Trained, split_name: str, **how: int) -> dict[str, float]:
+    """Figures of a split of the run's own data."""
+    split = choose_split(_prepared(run), split_name)
+    return evaluate_split(run.step, run.state, split, run.cfg, progress=True, **how)
 
 
 def show_examples(run: Trained, examples: range) -> None:

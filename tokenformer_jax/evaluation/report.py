@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 
 from tokenformer_jax.errors import UserError, shown
-from tokenformer_jax.files import local_path
+from tokenformer_jax.files import local_path, parse_json
 from tokenformer_jax.storage.metrics_file import Row, read_metrics
 
 matplotlib.use("Agg")
@@ -90,6 +90,39 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['eval_loss']:>9.4f}  {perplexity(row['eval_perplexity']):>10}  {row['eval_bits_per_byte']:>9.4f}"
         )
     return "\n".join(lines)
+
+
+def task_table(runs: dict[str, pathlib.Path]) -> str:
+    """What the `eval.json` of each run says of tasks, aligned; empty where none has any.
+
+    Of a task's metrics the accuracy is shown, or else the first, with its standard error.
+    """
+    found = {name: tasks for name, workdir in runs.items() if (tasks := _tasks(workdir))}
+    columns = list(dict.fromkeys(task for tasks in found.values() for task in tasks))
+    cells = [["run", "step", *columns]]
+    for name, tasks in found.items():
+        step = next(iter(tasks.values()))["step"]
+        cells.append([name, f"{step:,}", *(_metric(tasks[task]) if task in tasks else "" for task in columns)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+    return "\n".join(lines) if found else ""
+
+
+def _tasks(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+    try:
+        result = parse_json((workdir / "eval.json").read_text())
+        return {name: task | {"step": result["step"]} for name, task in result["tasks"].items() if task["metrics"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _metric(task: dict[str, Any]) -> str:
+    name = next((name for name in ("acc", "acc_norm") if name in task["metrics"]), next(iter(task["metrics"])))
+    value, error = (task["metrics"][name][key] for key in ("value", "stderr"))
+    value = math.nan if value is None else value
+    if name.startswith("acc"):
+        return f"{value:.3f}" + (f" ± {error:.3f}" if error else "")
+    return f"{name} {value:.4g}" + (f" ± {error:.2g}" if error else "")
 
 
 def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:

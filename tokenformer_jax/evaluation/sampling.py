@@ -24,6 +24,10 @@ from tokenformer_jax.storage.trained import Trained
 SMALLEST = float(np.finfo(np.float32).tiny)  # what is smaller is 0 to a device
 HOTTEST = 1e30  # evens out all logits; a device lacks the inverse of far higher ones
 BROKEN = -1  # in the place of a token id whose logits are not finite
+BROKEN_MODEL = (
+    "the model is broken: its logits are not finite; the checkpoint of an earlier step may be good "
+    "(--step, of generate and evaluate)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +116,12 @@ def generate(
     how: Sampling,
     seed: int = 0,
     num_ids: int | None = None,
+    padding_B: jax.Array | None = None,
 ) -> Iterator[jax.Array]:
     """Yields the next token ids [B] one position at a time, at most `max_tokens`; the same seed gives the same text.
 
-    An id is BROKEN where the logits are not finite; `checked` tells.
+    An id is BROKEN where the logits are not finite; `checked` tells. Of prompts of several lengths the shorter ones
+    begin with padding, whose lengths are `padding_B`.
 
     Raises:
       UserError: where prompt and continuation are longer than the context the model was trained on.
@@ -137,6 +143,7 @@ def generate(
 
     def stream() -> Iterator[jax.Array]:
         tokens, cache = prompt_BL, empty_cache(cfg, batch, length + max_tokens - 1)
+        cache = cache._replace(padding=padding_B)
         for i in range(max_tokens):
             tokens, cache = decode(params, tau, tokens, cache, jax.random.fold_in(key, i))
             yield tokens
@@ -148,10 +155,7 @@ def checked(ids: jax.Array) -> np.ndarray:
     """The ids, on the host. Raises a UserError where one is BROKEN."""
     found = np.asarray(ids)
     if (found == BROKEN).any():
-        raise UserError(
-            "the model is broken: its logits are not finite; the checkpoint of an earlier step may be good "
-            "(--step, of generate and evaluate)"
-        )
+        raise UserError(BROKEN_MODEL)
     return found
 
 

@@ -20,6 +20,7 @@ class KVCache(NamedTuple):
     key: jax.Array  # [layers, B, H, S, K]
     value: jax.Array
     length: jax.Array  # int32 scalar, positions filled
+    padding: jax.Array | None = None  # int32 [B], positions at the front of a row that later ones must not see
 
     @classmethod
     def empty(cls, cfg: ModelConfig, batch: int, size: int) -> "KVCache":
@@ -33,7 +34,7 @@ class KVCache(NamedTuple):
             return jax.lax.dynamic_update_slice(seen, new_BLHK.swapaxes(1, 2)[None], (layer, 0, 0, self.length, 0))
 
         keys, values = put(self.key, k_BLHK), put(self.value, v_BLHK)
-        return KVCache(keys, values, self.length), keys[layer], values[layer]
+        return self._replace(key=keys, value=values), keys[layer], values[layer]
 
 
 class UnstackedKVCache(NamedTuple):
@@ -42,6 +43,7 @@ class UnstackedKVCache(NamedTuple):
     key: list[jax.Array]  # of each layer [B H, S, K]
     value: list[jax.Array]
     length: jax.Array
+    padding: jax.Array | None = None
 
     @classmethod
     def empty(cls, cfg: ModelConfig, batch: int, size: int) -> "UnstackedKVCache":
@@ -58,7 +60,7 @@ class UnstackedKVCache(NamedTuple):
 
         key, value = put(self.key[layer], k_BLHK), put(self.value[layer], v_BLHK)
         keys, values = ([*all[:layer], one, *all[layer + 1 :]] for all, one in ((self.key, key), (self.value, value)))
-        return UnstackedKVCache(keys, values, self.length), key.reshape(B, H, -1, K), value.reshape(B, H, -1, K)
+        return self._replace(key=keys, value=values), key.reshape(B, H, -1, K), value.reshape(B, H, -1, K)
 
 
 Cache = KVCache | UnstackedKVCache | None
@@ -91,12 +93,25 @@ def causal_attention(
     return out_BLHK.reshape(*q_BLHK.shape[:2], -1)
 
 
-def cached_attention(q_BLHK: jax.Array, k_BHSK: jax.Array, v_BHSK: jax.Array, start: jax.Array | int) -> jax.Array:
-    """`causal_attention` of L new positions, the first of which is number `start` of those in a KV cache."""
+def cached_attention(
+    q_BLHK: jax.Array,
+    k_BHSK: jax.Array,
+    v_BHSK: jax.Array,
+    start: jax.Array | int,
+    padding_B: jax.Array | None = None,
+) -> jax.Array:
+    """`causal_attention` of L new positions, the first of which is number `start` of those in a KV cache.
+
+    With padding, a row's first positions are seen by each other alone.
+    """
     scores_BHSL = sums_in_float32("bhsk,blhk->bhsl", k_BHSK, q_BLHK)
     scores_BHLS = scores_BHSL.swapaxes(2, 3) * q_BLHK.shape[-1] ** -0.5  # else a CPU transposes the keys
-    seen_LS = jnp.arange(k_BHSK.shape[2]) <= start + jnp.arange(q_BLHK.shape[1])[:, None]
-    weights_BHLS = jax.nn.softmax(jnp.where(seen_LS, scores_BHLS, -jnp.inf))
+    keys_S, queries_L1 = jnp.arange(k_BHSK.shape[2]), start + jnp.arange(q_BLHK.shape[1])[:, None]
+    seen = keys_S <= queries_L1
+    if padding_B is not None:
+        padding_B111 = padding_B[:, None, None, None]
+        seen &= (keys_S >= padding_B111) | (queries_L1 < padding_B111)
+    weights_BHLS = jax.nn.softmax(jnp.where(seen, scores_BHLS, -jnp.inf))
     return jnp.einsum("bhls,bhsk->blhk", weights_BHLS.astype(v_BHSK.dtype), v_BHSK)
 
 

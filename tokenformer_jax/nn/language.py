@@ -19,7 +19,7 @@ from tokenformer_jax.nn.layers import (
     parameter,
     subkey,
 )
-from tokenformer_jax.nn.loss import cross_entropy
+from tokenformer_jax.nn.loss import cross_entropy, log_likelihoods
 from tokenformer_jax.nn.transformer import Block, Tau, run_blocks, stack_layers
 
 
@@ -111,6 +111,11 @@ class LanguageModel(nnx.Module):
         """Next-token logits of a batch."""
         segments_BL = batch.segments_BL if cfg.data.mask_documents else None
         return self(batch.tokens_BL, tau, segments_BL=segments_BL)[0]
+
+    def log_likelihoods(self, tokens_BL: jax.Array, targets_BL: jax.Array, tau: Tau) -> tuple[jax.Array, jax.Array]:
+        """Of each target the log-probability, float32 [B, L], and whether no token is likelier."""
+        x_BLD, _ = self.features(tokens_BL, tau)
+        return log_likelihoods(self.final_norm(x_BLD), self.embed[...], targets_BL)
 
     @jax.named_scope("logits")
     def logits(self, x_BLD: jax.Array, key: Key = None) -> jax.Array:

@@ -74,7 +74,28 @@ def _by_rows(logits_BCV, targets_BC, weights_BC, dtype):
     return nll_P.reshape(targets_BC.shape), dlogits_PV.reshape(logits_BCV.shape)
 
 
-def _parts(shape: tuple[int, int], vocab_size: int) -> int:
+def log_likelihoods(h_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log softmax(h tableᵀ)[target] of each position, float32 [B, L], and whether no token is likelier than the target.
+
+    Without a gradient; arguments as of `cross_entropy`.
+    """
+    table_VD = constrain(table_VD.astype(h_BLD.dtype), "vocab", None)
+
+    def of_part(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        h_BCD, targets_BC = positions_in_a_row(*part)
+        logits_BCV = sums_in_float32("...d,vd->...v", h_BCD, table_VD)
+        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        max_BC = jnp.max(logits_BCV, axis=-1)
+        total_BC = max_BC + jnp.log(jnp.sum(jnp.exp(logits_BCV - max_BC[..., None]), axis=-1))
+        return (target_BC - total_BC).reshape(part[1].shape), (target_BC == max_BC).reshape(part[1].shape)
+
+    parts = _parts(targets_BL.shape, len(table_VD))
+    split = [x.reshape(x.shape[0], parts, -1, *x.shape[2:]).swapaxes(0, 1) for x in (h_BLD, targets_BL)]
+    scores_PBC, are_likeliest_PBC = jax.lax.map(of_part, tuple(split))
+    return tuple(x.swapaxes(0, 1).reshape(targets_BL.shape) for x in (scores_PBC, are_likeliest_PBC))
+
+
+def _parts(shape: tuple[int, ...], vocab_size: int) -> int:
     """In how many equal parts the positions [B, L] are worked through, so that each has LOGITS logits at most."""
     batch, length = shape
     fits = (n for n in range(1, length) if length % n == 0 and batch * length // n * vocab_size <= LOGITS)

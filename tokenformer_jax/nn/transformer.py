@@ -167,7 +167,7 @@ def run_blocks(
             if cache is None:
                 return causal_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL), None
             more, k_BHSK, v_BHSK = cache.put(number, k_BLHK, v_BLHK)
-            return cached_attention(q_BLHK, k_BHSK, v_BHSK, start), more
+            return cached_attention(q_BLHK, k_BHSK, v_BHSK, start, cache.padding), more
 
         return nnx.merge(graphdef, params)(x_BLD, tau, attend, positions_L, subkey(key, number)), None
 

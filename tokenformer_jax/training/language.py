@@ -45,10 +45,18 @@ class Language:
         return batches.train_batches(corpus.train, cfg, **this_process(mesh))
 
     def eval_batches(
-        self, split: TokenSplit, cfg: Config, mesh: Mesh, rows: int, max_batches: int = 0, length: int = 0
+        self,
+        split: TokenSplit,
+        cfg: Config,
+        mesh: Mesh,
+        rows: int,
+        max_batches: int = 0,
+        length: int = 0,
+        stride: int = 0,
     ) -> batches.EvalBatches:
         length = min(length or cfg.model.context_length, cfg.model.context_length)
-        return batches.eval_batches(split, rows, length, max_batches=max_batches, **this_process(mesh))
+        here = this_process(mesh)
+        return batches.eval_batches(split, rows, length, max_batches=max_batches, stride=stride, **here)
 
     def tokens_per_step(self, cfg: Config) -> int:
         return cfg.batch_size * cfg.model.context_length

@@ -61,9 +61,12 @@ class Task(Protocol):
         """An endless iterator over this process's rows of training batches, whose state is its `next_index`."""
 
     def eval_batches(
-        self, split: Any, cfg: Config, mesh: Mesh, rows: int, max_batches: int = 0, length: int = 0
+        self, split: Any, cfg: Config, mesh: Mesh, rows: int, max_batches: int = 0, length: int = 0, stride: int = 0
     ) -> Sequence[Any]:
-        """Batches of so many rows with all of a split once, or `max_batches` spread over it; of at most this length."""
+        """Batches of so many rows with all of a split once, or `max_batches` spread over it; of at most this length.
+
+        With a stride, a text's windows overlap by the rest of the length.
+        """
 
     # The figures.
 

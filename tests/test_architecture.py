@@ -15,7 +15,7 @@ FLOORS = """
     data: tokenizer folders text tokens batches
     nn: backends layers row_kernels pattention_vjp pattention attention transformer loss language
     training: metrics language tasks state schedule non_finite step
-    storage: fingerprint workdir record arrays metrics_file checkpoints trained state_dicts official
+    storage: fingerprint workdir record arrays trackers metrics_file checkpoints trained state_dicts official
     evaluation: perplexity sampling report advice settings scoring harness zero_shot suite
     growth: recipes ladder figures verify resize grow shrink
     planning: hlo plan fit whole_run

@@ -402,7 +402,7 @@ exec {sys.executable} -c "import sys; sys.version_info = ({version.replace(".", 
 
 @pytest.mark.parametrize("code", [85, 130, 2])
 @pytest.mark.parametrize(
-    "stage, command", [(1, "train"), (2, "grow"), (3, "train"), (5, "train"), (8, "evaluate"), (11, "generate")]
+    "stage, command", [(1, "train"), (2, "grow"), (3, "train"), (5, "train"), (8, "evaluate"), (12, "generate")]
 )
 def test_the_quickstart_ends_at_a_command_that_did_not_finish(cloud, stage, command, code):
     cloud.write("python", f'(($(wc -l <"$HOME/ran") < {stage})) || exit {code}')
@@ -555,11 +555,11 @@ def test_a_mistake_on_the_command_line_is_one_line(cloud, line, named):
 
 GPUS = ["--nodes=2", "--gpus_per_node=8", "--time=1", "--"]
 WRONG_CONFIGS = {
-    "quickstart:smal": "variant 'smal' must be small, grown or continued",
+    "quickstart:smal": "variant 'smal' must be small, grown, large or longer",
     "quickstart:small --config.modle.num_layers=2": "modle",
     "quickstart:small --config.model.num_layerz=2": "--config.model.num_layerz: unknown key; did you mean",
     "quickstart:small --config.steps=many": "--config.steps=many",
-    "quickstart:small --config.model.num_heads=3": "model.num_heads = 3: must divide model.embed_dim = 128; use 2 or 4",
+    "quickstart:small --config.model.num_heads=3": "model.num_heads = 3: must divide model.embed_dim = 64; use 2 or 4",
     "quickstart:small --config.optimizer.beta1=2": "optimizer.beta1 = 2.0: must be 0 or above, and below 1",
     "ladder:all_mesh --config.mesh.fsdp=16 --config.steps=7000": "rungs[2]: steps = 7000",
     "quickstart:small --stepz=3": "stepz",
@@ -595,7 +595,7 @@ def test_every_launcher_checks_the_config(checked, launcher):
         "gpu_slurm": lambda: checked.run("gpu_slurm.sh", *GPUS, *line),
         "local_pod": lambda: checked.run("local_pod.sh", "2", "python", "-m", "tokenformer_jax.train", *line),
     }[launcher]()
-    assert "variant 'smal' must be small, grown or continued" in refused(checked, ended)
+    assert "variant 'smal' must be small, grown, large or longer" in refused(checked, ended)
 
 
 @pytest.mark.parametrize("config", ["configs/nope.py:small", "nope:small", "configs/quickstrt.py"])

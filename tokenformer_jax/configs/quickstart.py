@@ -1,41 +1,45 @@
-"""A TokenFormer that trains in minutes on a laptop, and its grown successor: `launch/quickstart.sh` runs them all.
+"""A TokenFormer that trains in minutes on a laptop and grows, and its two rivals: `launch/quickstart.sh` runs them all.
 
-Trains on: the Python standard library (3.6 M tokens of a 2048-token BPE), 128 tokens of context.
-Variants: small; grown (from small, eight times the parameter tokens); continued (small, trained on for as many FLOPs as
-grown spends). The README shows what they reach.
+Trains on: the Python standard library (4 M tokens of a 1024-token BPE), 128 tokens of context.
+Variants: small; grown (from small, four times the parameter tokens); large (as grown, from scratch) and longer (as
+small, from scratch), each for as many FLOPs as small and grown together. One schedule spans small and grown: its rate
+is constant until the last fifth. The README shows what they reach.
 """
 
 from ml_collections import ConfigDict
 
 from tokenformer_jax.configs import base
 
-SMALL_STEPS, GROWN_STEPS = 600, 600
-CONTINUED_STEPS = 1200  # a step of the grown model costs twice the FLOPs of a step of the small one
+GROW_STEP, FLOPS = 1000, 4.2e12  # 20 tokens a parameter of the large model
 
 
 def get_config(variant: str = "small") -> ConfigDict:
+    if variant not in ("small", "grown", "large", "longer"):
+        raise ValueError(f"variant {variant!r} must be small, grown, large or longer")
+    tokens = 64 if variant in ("grown", "large") else 16
     config = base.get_config()
-    config.batch_size = 16
-    config.log_every = 20
-    config.eval_every = 200
-    config.checkpoint_every = 200
-    config.steps = SMALL_STEPS
+    config.batch_size = 4
+    config.log_every = 50
+    config.eval_every = 500
+    config.eval_batches = 100
+    config.checkpoint_every = 500
+    config.train_flops = FLOPS
     config.model.update(
-        vocab_size=2048,
+        vocab_size=1024,
         context_length=128,
-        num_layers=4,
-        num_heads=4,
-        embed_dim=128,
-        qkv_tokens=8,
-        out_tokens=8,
-        ffn_tokens=32,
+        num_layers=2,
+        num_heads=2,
+        embed_dim=64,
+        qkv_tokens=tokens,
+        out_tokens=tokens,
+        ffn_tokens=4 * tokens,
     )
-    config.optimizer.update(peak_learning_rate=8e-3, final_learning_rate=8e-4, warmup_steps=30)
-    if variant == "grown":
-        config.steps = SMALL_STEPS + GROWN_STEPS
-        config.model.update(qkv_tokens=64, out_tokens=64, ffn_tokens=256)
-    elif variant == "continued":
-        config.steps = SMALL_STEPS + CONTINUED_STEPS
-    elif variant != "small":
-        raise ValueError(f"variant {variant!r} must be small, grown or continued")
+    config.optimizer.update(
+        schedule="wsd", peak_learning_rate=2e-3, final_learning_rate=0.0, warmup_steps=200, decay_fraction=0.2
+    )
+    config.grow.update(restart_schedule=False, tau_ramp=0.1)
+    if variant == "small":
+        config.train_flops = 0.0
+        config.steps = GROW_STEP
+        config.optimizer.schedule = "constant"  # the decay is for grown to make
     return config

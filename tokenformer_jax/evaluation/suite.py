@@ -46,7 +46,7 @@ def evaluate_all(
         if first:
             from lm_eval.utils import make_table
 
-            print(make_table(found) + (f"\n{make_table(found, 'groups')}" if found.get("groups") else ""), flush=True)
+            print(make_table(found), flush=True)
     write_result(result, workdir, out)
 
 

@@ -88,7 +88,7 @@ class WeightsAndBiases:
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.Error as error:  # such as that of a login that is missing
-            reason = str(error).strip().partition("\n")[0]
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise UserError(f"{key}: {reason}; WANDB_MODE=offline keeps all in {folder}, for `wandb sync`") from None
         self._run.define_metric("*", step_metric="step")  # its own steps must not go back, as a run that resumes does
 

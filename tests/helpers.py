@@ -23,7 +23,7 @@ from tokenformer_jax.nn.language import init_params
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.running import run
-from tokenformer_jax.storage import trained
+from tokenformer_jax.storage import official, trained
 from tokenformer_jax.storage.metrics_file import read_metrics
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.training.state import new_state
@@ -83,7 +83,7 @@ def shared_steps() -> Iterator[None]:
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (run, resize, trained):
+        for module in (run, resize, trained, official):
             patch.setattr(module, "make_step", shared)
         yield
 

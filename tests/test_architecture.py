@@ -15,13 +15,15 @@ FLOORS = """
     data: tokenizer folders text tokens batches
     nn: backends layers row_kernels pattention_vjp pattention attention transformer loss language
     training: metrics language tasks state schedule non_finite step
-    storage: fingerprint workdir record arrays trackers metrics_file checkpoints trained state_dicts official
+    storage: fingerprint workdir record arrays trackers metrics_file checkpoints trained
+    storage: state_dicts official hub card hub_format
     evaluation: perplexity sampling report advice settings scoring harness zero_shot suite
     growth: recipes ladder figures verify resize grow shrink
     planning: hlo plan fit whole_run
     running: signals run log loop branch
     api
     pytorch
+    modeling_tokenformer
     cli
 """
 COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare lm_eval".split()

@@ -17,7 +17,7 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 SPANS = sorted(set(re.findall(r"`([^`\n]+)`", ARCHITECTURE.read_text())))
 PATH = re.compile(r"([\w/]+\.(?:py|sh|md)|(?:\w+/)+\w*)(?::([\w.]+))?")
 DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+")
-MADE_BY_RUNS = {"metrics.jsonl", "tokenizer.json"}
+MADE_BY_RUNS = {"metrics.jsonl", "tokenizer.json", "config.json", "eval.json"}
 
 
 def definitions(body: list[ast.stmt], prefix: str = "") -> set[str]:

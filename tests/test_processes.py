@@ -280,3 +280,28 @@ def test_four_processes_train_evaluate_and_grow_as_one_does(folder, tmp_path):
             assert evaluations[0][name] == pytest.approx(evaluations[1][name], rel=1e-5)
         states = [load_trained(home / size).state for home in (four, one)]
         assert_trees_equal(*(state.params for state in states), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_take_and_give_published_models_as_one_does(folder, tmp_path):
+    folder, _ = folder
+    log = tmp_path / "log"
+
+    def convert(count, *flags):
+        assert finish(start_pod(count, log, "convert", *flags)) == 0, log.read_text()
+
+    for count in (2, 1):
+        home = tmp_path / str(count)
+        convert(count, f"--to_hub_format={home}/out", f"--workdir={folder}/whole")
+        convert(count, f"--to_torch={home}/model.npz", f"--workdir={folder}/whole")
+        mesh = [f"--config.mesh.{name}=1" for name in ("fsdp", "data", "tensor") if count == 1]
+        sizes = ("--config.rungs=()", "--config.model.qkv_tokens=32", "--config.model.ffn_tokens=192")
+        config = (f"--config={folder}/config.py", *sizes, *mesh)
+        convert(count, f"--from_hub={tmp_path}/2/out", f"--workdir={home}/W", *config)
+    names = [path.name for path in (tmp_path / "1" / "out").iterdir()]
+    assert len(names) == 7
+    for name in ("model.npz", *(f"out/{name}" for name in names)):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+    two, one, whole = (load_trained(path).state for path in (tmp_path / "2/W", tmp_path / "1/W", folder / "whole"))
+    assert_trees_equal((two.params, two.tau_now()), (one.params, one.tau_now()))
+    assert_trees_equal((two.params, two.tau_now()), (whole.params, whole.tau_now()))

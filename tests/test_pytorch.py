@@ -104,6 +104,33 @@ def test_longer_texts_than_those_of_training_are_taken():
     np.testing.assert_allclose(theirs(model, tokens), logits(cfg, params, initial_tau(cfg), tokens), atol=1e-5)
 
 
+def test_any_tau_and_a_cache_of_keys_and_values():
+    """What no official file holds, and `modeling_tokenformer.py` uses."""
+    cfg = tiny_config(model__normalizer="gelu_l2_norm", model__gelu="tanh").model
+    params, tokens = init_params(cfg, jax.random.key(0)), random_tokens(cfg)
+    tau = initial_tau(cfg) | {"value": 3.0, "ffn": 7.5}
+    tensors = {name: torch.tensor(array) for name, array in to_official(params).items()}
+    model = TokenFormer.of_state_dict(tensors, **options(cfg), gelu="tanh", tau=tau)
+    expected = logits(cfg, params, tau, tokens)
+    np.testing.assert_allclose(theirs(model, tokens), expected, atol=1e-5)
+
+    kept = [()] * cfg.num_layers
+
+    def cache(layer):
+        def after_those_before(*new):
+            kept[layer] = [torch.cat(both, 2) for both in zip(kept[layer], new, strict=True)] if kept[layer] else new
+            return kept[layer]
+
+        return after_those_before
+
+    for first, last in ((0, 5), (5, 6), (6, 16)):
+        positions = torch.arange(first, last)[None]
+        mask = positions[0, :, None] >= torch.arange(last)
+        with torch.no_grad():
+            found = model.sequential(torch.tensor(tokens[:, first:last]), positions, mask, cache, slice(-1, None))
+        np.testing.assert_allclose(found[:, 0], expected[:, last - 1], atol=1e-5)
+
+
 def test_other_state_dicts_are_refused(tmp_path):
     tensors = {
         name: torch.tensor(a) for name, a in to_official(init_params(tiny_config().model, jax.random.key(0))).items()

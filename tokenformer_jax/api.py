@@ -29,6 +29,7 @@ from tokenformer_jax.nn.language import abstract_model, init_params
 from tokenformer_jax.nn.layers import Params, count_params
 from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage.hub import read_published
 from tokenformer_jax.storage.official import (
     check_tau,
     check_tokenizer,
@@ -161,6 +162,23 @@ class TokenFormer:
         if tokenizer:
             check_tokenizer(tokenizer, cfg, "tokenizer", source)
         return cls(cfg, jax.tree.map(jnp.asarray, from_official(arrays, source)), initial_tau(cfg), tokenizer)
+
+    @classmethod
+    def from_hub(cls, name: str, **said: Any) -> "TokenFormer":
+        """A repository of the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION, or a folder in its form.
+
+        `said` are keys of the model that it leaves unsaid, such as num_heads. Raises UserError that names what is
+        missing, or what the hub refuses.
+
+        >>> model = TokenFormer.from_hub("Haiyang-W/TokenFormer-450M")
+        """
+        found = read_published(name)
+        cfg = found.config({**found.known, **said}).model
+        tokenizer = load_tokenizer(found.tokenizer) if found.tokenizer else None
+        if tokenizer:
+            check_tokenizer(tokenizer, cfg, found.tokenizer, name)
+        params = jax.tree.map(jnp.asarray, from_official(found.arrays, name))
+        return cls(cfg, params, dict(found.tau or initial_tau(cfg)), tokenizer)
 
     def to_official(self) -> dict[str, np.ndarray]:
         """The parameters under the authors' names. Raises UserError where a τ is not √N, which theirs always is.

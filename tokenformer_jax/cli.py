@@ -10,7 +10,7 @@ import pathlib
 import signal
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -134,24 +134,23 @@ def _path_of_preset(value: str) -> str:
     raise UserError(f"--config={value}: {what}{near}; use one of {', '.join(presets)}, or a file")
 
 
-def config_or_flags(*names: str) -> Callable[[str, Callable[[dict[str, Any]], Config]], Config]:
+def config_or_flags(*names: str) -> Callable[..., Config]:
     """Defines `--config`, beside flags of these names that say what is needed without it.
 
-    Returns its reader: of a source's name, and of what makes a config of the flags' values.
+    Returns its reader: of a source's name, of what makes a config of the flags' values, and of what the source says.
     """
     config = config_flag()
 
-    def read(source: str, make: Callable[[dict[str, Any]], Config]) -> Config:
-        said = {name: flags.FLAGS[name] for name in names}
-        if not flags.FLAGS["config"].present:
-            for name, flag in said.items():
-                if flag.value is None:
-                    raise UserError(f"--{name} is missing: {source} does not say it; use it, or --config=FILE:variant")
-            return make({name: flag.value for name, flag in said.items()})
-        for name, flag in said.items():
-            if flag.present:
-                raise UserError(f"--{name}={flag.value}: --config says it already; --config.model.{name} overrides it")
-        return config()
+    def read(source: str, make: Callable[[dict[str, Any]], Config], known: Mapping[str, Any]) -> Config:
+        given = {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].present}
+        if flags.FLAGS["config"].present:
+            for name, value in given.items():
+                raise UserError(f"--{name}={value}: --config says it already; --config.model.{name} overrides it")
+            return config()
+        for name in names:
+            if name not in given and name not in known:
+                raise UserError(f"--{name} is missing: {source} does not say it; use it, or --config=FILE:variant")
+        return make({**known, **given})
 
     return read
 

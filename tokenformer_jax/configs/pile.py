@@ -10,8 +10,7 @@ rows). tfds has no Pile: unpack a copy to .jsonl and name it, with that tokenize
 Each device works through batch_size / accumulation / (mesh.slice * mesh.data * mesh.fsdp) sequences at a time: 8 there.
 
 To expect (paper, table 1; accuracies zero-shot). Not run here: it is days on a pod. The released weights can be had
-through `convert --from_torch` with these configs instead: on the Hugging Face hub they are Haiyang-W/TokenFormer-150M,
--450M, -900M and -1-5B, and the tokenizer is that of EleutherAI/gpt-neox-20b.
+with `convert --from_hub=Haiyang-W/TokenFormer-150M`, -450M, -900M or -1-5B, which takes heads and context from here.
 
 | variant | parameters | of them embedding | Pile perplexity | LAMBADA perplexity | mean accuracy of 6 tasks |
 |---|---|---|---|---|---|

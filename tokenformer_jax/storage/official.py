@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from tokenformer_jax.config import Config, ModelConfig, read_config
+from tokenformer_jax.config import SIZES, Config, ModelConfig, read_config
 from tokenformer_jax.configs import base
 from tokenformer_jax.data.batches import data_identity, train_batches
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -26,7 +27,7 @@ from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.storage.checkpoints import save_one
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.state_dicts import StateDict, check_file_name, write_state_dict
-from tokenformer_jax.storage.trained import load_trained
+from tokenformer_jax.storage.trained import Trained, load_trained
 from tokenformer_jax.storage.workdir import load_config, new_workdir, require_empty
 from tokenformer_jax.training.state import TauRamp
 from tokenformer_jax.training.step import make_step
@@ -48,9 +49,7 @@ FIXED = (
     "vocab_size",
     "num_layers",
     "embed_dim",
-    "qkv_tokens",
-    "out_tokens",
-    "ffn_tokens",
+    *SIZES,
 )
 
 
@@ -179,16 +178,24 @@ def _few(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def config_of(state_dict: StateDict, said: dict[str, Any], source: str) -> Config:
+def config_of(state_dict: StateDict, said: Mapping[str, Any], source: str) -> Config:
     """A config for a state dict: sizes from its tensors, `said` for what they do not say, the rest from base."""
-    model = model_config(state_dict, **said, source=source)
-    return read_config(base.get_config().to_dict() | {"model": dataclasses.asdict(model)})
+    model = model_config(state_dict, num_heads=1, context_length=1, source=source)
+    return read_config(base.get_config().to_dict() | {"model": dataclasses.asdict(model) | dict(said)})
 
 
-def import_official(state_dict: StateDict, cfg: Config, workdir: pathlib.Path, source: str = "state dict") -> int:
+def import_official(
+    state_dict: StateDict,
+    cfg: Config,
+    workdir: pathlib.Path,
+    source: str = "state dict",
+    said: Mapping[str, Any] | None = None,
+    tau: Mapping[str, float] | None = None,
+) -> int:
     """Makes a workdir at step 0 that train, grow, evaluate and generate take; whole or not at all.
 
-    The optimizer and the data start anew, τ is √N, and the tokenizer is the config's.
+    The optimizer and the data start anew, τ is the given one, else √N, and the tokenizer is the config's. `said` is
+    what the source says of its model beside the tensors, keys of `ModelConfig`.
 
     Returns:
       The number of parameters.
@@ -200,17 +207,23 @@ def import_official(state_dict: StateDict, cfg: Config, workdir: pathlib.Path, s
     found = model_config(
         state_dict, model.num_heads, model.rotary_fraction, context_length=model.context_length, source=source
     )
-    differing = [key for key in FIXED if getattr(found, key) != getattr(model, key)]
-    if not differing and found.tokens != model.tokens:
-        differing = ["pad_tokens_to"]
+    theirs = {key: getattr(found, key) for key in FIXED} | dict(said or {})
+    differing = [key for key, value in theirs.items() if getattr(model, key) != value]
     if differing:
-        pairs = (f"model.{key} = {getattr(model, key)!r} for the file's {getattr(found, key)!r}" for key in differing)
+        pairs = (f"model.{key} = {getattr(model, key)!r} for the file's {theirs[key]!r}" for key in differing)
         raise UserError(f"{source}: does not fit the config, which has {', '.join(pairs)}")
+    for key in ("vocab_size", "num_layers", "embed_dim", *SIZES):
+        ours, stored = getattr(model.padding_counted(), key), getattr(found, key)
+        if ours != stored:
+            padding = f" with model.pad_tokens_to = {model.pad_tokens_to}" if model.pad_tokens_to else ""
+            raise UserError(
+                f"{source}: model.{key} = {getattr(model, key)}{padding} asks for {ours}, its tensors have {stored}"
+            )
     require_empty(workdir, "holds something already")
     if cfg.data.tokenizer:
         check_tokenizer(load_tokenizer(cfg.data.tokenizer), model, f"data.tokenizer = {cfg.data.tokenizer!r}", source)
     params = from_official(state_dict, source)
-    make_workdir(params, initial_tau(model), cfg, workdir)
+    make_workdir(params, tau or initial_tau(model), cfg, workdir)
     return count_params(params)
 
 
@@ -239,8 +252,8 @@ def make_workdir(
     data = train_batches(corpus.train, cfg, **this_process(step.mesh))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state.params)
     state = step.init(jax.random.key(cfg.seed))._replace(params=jax.device_put(params, shardings))
-    whole = replicated(step.mesh)
-    state = state._replace(tau={name: jax.device_put(TauRamp.constant(value), whole) for name, value in tau.items()})
+    ramps = jax.device_get({name: TauRamp.constant(value) for name, value in tau.items()})
+    state = state._replace(tau=jax.device_put(ramps, replicated(step.mesh)))
     record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
     with new_workdir(workdir) as folder:
         save_one(folder / "checkpoints", 0, state, data, corpus.assets, record)
@@ -265,11 +278,20 @@ def export_official(workdir: pathlib.Path, path: pathlib.Path, step_number: int 
         raise UserError(f"{workdir}: model.gelu = {model.gelu!r}: the official code would compute with erf")
     run = load_trained(workdir, step_number)
     check_tau(run.state.tau_now(), run.cfg.model, str(workdir))
+    arrays = official_arrays(run, workdir)
     if jax.process_index() == 0:
-        arrays = to_official(run.state.params)
-        require_finite(arrays, f"step {run.step_number} of {workdir}")
         write_state_dict(path, arrays)
     return run.step_number, run.num_params
+
+
+def official_arrays(run: Trained, workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """`to_official` of a run's model, on every process. Raises a UserError where it is not finite."""
+    params = run.state.params
+    if jax.process_count() > 1:
+        params = multihost_utils.process_allgather(params, tiled=True)
+    arrays = to_official(params)
+    require_finite(arrays, f"step {run.step_number} of {workdir}")
+    return arrays
 
 
 def in_pytorch(path: pathlib.Path, workdir: pathlib.Path) -> str:

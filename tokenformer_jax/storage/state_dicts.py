@@ -94,6 +94,7 @@ def write_state_dict(path: pathlib.Path, arrays: StateDict) -> None:
             import torch
 
             torch.save({name: torch.tensor(array) for name, array in arrays.items()}, partial)
+        partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only its owner read it
         os.replace(partial, path)
     except Exception as error:  # safetensors and torch wrap OSError in kinds of their own
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]

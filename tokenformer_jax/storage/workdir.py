@@ -42,10 +42,10 @@ def load_config(path: pathlib.Path) -> Config:
 LOCK = ".lock"  # in a folder that a command writes
 
 
-def require_empty(workdir: pathlib.Path, why: str) -> None:
+def require_empty(workdir: pathlib.Path, why: str, flag: str = "--workdir") -> None:
     """Raises a UserError unless the directory is new or empty."""
     if workdir.exists() and (not workdir.is_dir() or any(path.name != LOCK for path in workdir.iterdir())):
-        raise UserError(f"--workdir={workdir}: {why}; name a new or an empty directory")
+        raise UserError(f"{flag}={workdir}: {why}; name a new or an empty directory")
 
 
 @contextlib.contextmanager

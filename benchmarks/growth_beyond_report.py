@@ -1,5 +1,6 @@
 """What benchmarks/growth_beyond.py found: losses at equal FLOPs, costs at equal loss, and a plot."""
 
+import itertools
 import json
 import pathlib
 import statistics
@@ -74,6 +75,21 @@ def told(row: Record, other: str) -> str:
     return f"{statistics.fmean(ahead):+.3f}{error} ({sum(a > 0 for a in ahead)} of {len(ahead)}; {cost})"
 
 
+def speeds(rows: dict[float, Record]) -> dict[float, Record]:
+    """From each budget to the next: FLOPs of the largest from scratch for the same fall of the loss, over a ladder's.
+
+    Above 1 the grown model learns faster than one from scratch of the same loss: more than a head start.
+    """
+    found = {}
+    for before, after in itertools.pairwise(sorted(rows)):
+        pair = rows[before], rows[after]
+        if all("cost over large" in row and not any(r["bound"] for r in row["cost over large"]) for row in pair):
+            costs = [[row["flops"] / each["ratio"] for each in row["cost over large"]] for row in pair]
+            own = pair[1]["flops"] - pair[0]["flops"]
+            found[after] = {"speed": [(new - old) / own for old, new in zip(*costs, strict=True)]}
+    return found
+
+
 def tables(tree: Record) -> str:
     found = summarize(tree)
     best = at_best_rate(found)
@@ -98,6 +114,9 @@ def tables(tree: Record) -> str:
     for other, what in ("best", "the best size from scratch"), ("large", "the largest from scratch"):
         head = f"nats ahead of {what} at equal FLOPs (seeds ahead; cost over its cost of the same loss)"
         parts.append(table(head, best, lambda row, other=other: told(row, other)))
+    head = "learns so many times as fast as the largest from scratch of the same loss, since the budget before"
+    rates = {name: speeds(rows) for name, rows in best.items()}
+    parts.append(table(head, rates, lambda row: f"{statistics.fmean(row['speed']):.1f}"))
     parts.append(table("every rate: loss", found, lambda row: f"{statistics.fmean(row['loss']):.3f}"))
     parts.append(table("every rate: nats ahead of the best size", found, lambda row: told(row, "best")))
     lossless = [each for each in tree["growths"].values() if each["meant_lossless"]]

@@ -181,12 +181,16 @@ def test_a_report_shows_what_was_not_finite(run, tmp_path):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_plateau_sees_losses_that_are_not_finite(bad):
-    fell = Plateau().after(1, bad, 0.0).after(2, 5.0, 0.0).after(3, bad, 0.0).after(4, 4.0, 0.0)
-    assert fell == Plateau(4, 4.0, 0)
-    assert Plateau(1, bad, 7).after(2, 5.0, 0.0) == Plateau(2, 5.0, 0)  # as a former version wrote it
-    stale = Plateau(1, 4.0).after(2, bad, 0.0).after(3, bad, 0.0)
-    assert stale == Plateau(3, 4.0, 2) and stale.reached(2)
-    assert Plateau().after(1, bad, 0.0).best_loss is None
+    def plateau(start, *losses):
+        for step, loss in enumerate(losses, start.step + 1):
+            start = start.after(step, loss, flops=float(step), min_improvement=0.0)
+        return dataclasses.replace(start, seen=())
+
+    assert plateau(Plateau(), bad, 5.0, bad, 4.0) == Plateau(4, 4.0, 0)
+    assert plateau(Plateau(1, bad, 7), 5.0) == Plateau(2, 5.0, 0)  # as a former version wrote it
+    stale = plateau(Plateau(1, 4.0), bad, bad)
+    assert stale == Plateau(3, 4.0, 2) and stale.reached(tiny_config(grow__patience=2).grow)
+    assert plateau(Plateau(), bad).best_loss is None
 
 
 def test_every_command_says_that_a_model_is_broken(cfg, run, broken, tmp_path, capsys, monkeypatch):

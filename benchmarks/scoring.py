@@ -18,7 +18,7 @@ from absl import flags
 
 from tokenformer_jax.cli import config_flag, run_command
 from tokenformer_jax.config import Config
-from tokenformer_jax.data.tokens import TokenSplit
+from tokenformer_jax.data.tokens import InMemory, TokenSplit
 from tokenformer_jax.devices.hardware import environment
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.evaluation.perplexity import evaluate_split
@@ -52,7 +52,7 @@ def measure(cfg: Config, count: int) -> dict[str, Any]:
     scorer = Scorer(run)
     tokens = sum(len(request.ids) - 1 for request in requests)
     stream = np.concatenate([np.array(request.ids, np.uint32) for request in requests])
-    split = TokenSplit(stream, len(stream), 1, 0, "random")
+    split = TokenSplit([InMemory(stream)], len(stream), 1, 0, "random")
     seconds: dict[str, list[float]] = {"score": [], "evaluate": []}
     for turn in range(TURNS + 1):  # the first compiles
         for name, function in (

@@ -7,15 +7,17 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from configs import base
 from tokenformer_jax.config import Config, read_config
 from tokenformer_jax.data.batches import eval_batches
-from tokenformer_jax.data.text import PythonSource, prepare_builder
+from tokenformer_jax.data.text import PythonSource
 from tokenformer_jax.data.tokenizer import Tokenizer, train_tokenizer
 from tokenformer_jax.data.tokens import Corpus, TokenSplit, prepare
 from tokenformer_jax.errors import UserError
@@ -67,7 +69,7 @@ def test_the_stream_is_the_documents_between_ends_of_text(tmp_path):
 
 
 def test_long_documents_are_encoded_in_pieces_that_join(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenformer_jax.data.tokens._PIECE", 50)
+    monkeypatch.setattr("tokenformer_jax.data.encode._PIECE", 50)
     (tmp_path / "texts").mkdir()
     texts = ["\n".join(WORDS * 20), "x" * 333, "short"]
     for i, text in enumerate(texts):
@@ -146,10 +148,10 @@ def test_a_killed_preparation_is_redone(tmp_path, monkeypatch):
         patch.setattr(Tokenizer, "encode_batch", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(cfg)
-    assert [path.suffix for path in tmp_path.glob("cache/*/tokens-*")] == [".tmp"]
+    assert len(list(tmp_path.glob("cache/*/tokens-*"))) == 1 and not list(tmp_path.glob("cache/*/tokens-*/meta.json"))
     whole = np.array(prepare(cfg).train.tokens)
-    assert not list(tmp_path.glob("cache/*/tokens-*.tmp"))
-    (file,) = tmp_path.glob("cache/*/tokens-*/train.bin")
+    assert not list(tmp_path.glob("cache/*/tokens-*/job.json"))
+    (file,) = tmp_path.glob("cache/*/tokens-*/train-*.bin")
     file.write_bytes(file.read_bytes()[:-2])  # cut short by a full disk
     np.testing.assert_array_equal(prepare(cfg).train.tokens, whole)
     (meta,) = tmp_path.glob("cache/*/tokens-*/meta.json")
@@ -157,7 +159,9 @@ def test_a_killed_preparation_is_redone(tmp_path, monkeypatch):
     np.testing.assert_array_equal(prepare(cfg).train.tokens, whole)
 
 
-@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "train.crc32", "validation.crc32", "meta.json"])
+@pytest.mark.parametrize(
+    "name", ["train-*.bin", "validation-*.bin", "train-*.crc32", "validation-*.crc32", "meta.json"]
+)
 def test_a_flipped_bit_in_prepared_tokens_is_named_or_they_are_prepared_anew(tmp_path, name):
     write_texts(tmp_path / "texts", 500)
     cfg = make_config(tmp_path)
@@ -219,10 +223,31 @@ def test_python_source_is_the_library_without_its_tests(tmp_path):
     paths = [document.path for document in one.documents()]
     assert "argparse.py" in paths and not any("test" in pathlib.Path(p).parts for p in paths)
     assert not any("site-packages" in p or "__pycache__" in p for p in paths)
-    split_at, single = one._survey()
-    splits = [{e["path"] for _, e in one._examples(s, split_at, single)} for s in ("train", "validation")]
-    assert not splits[0] & splits[1] and len(splits[0] | splits[1]) == len(paths)
-    assert 0.02 < len(splits[1]) / len(paths) < 0.1
+    validation = [name for d in one.documents() for name, _ in one.places().texts(d)].count("validation")
+    assert 0.02 < validation / len(paths) < 0.1
+
+
+def prepare_builder(name: str, folder: pathlib.Path, splits: dict[str, Iterator[tuple[int, dict[str, str]]]]) -> None:
+    """Writes examples as the tfds set `name` into the folder."""
+    tfds.disable_progress_bar()
+
+    class Texts(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = None  # there are no download checksums beside this file to look for
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            features = {"text": tfds.features.Text(), "path": tfds.features.Text()}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return splits
+
+        def _generate_examples(self) -> Any:
+            raise NotImplementedError  # abstract in tfds; the splits are generators already
+
+    Texts.name = name
+    builder = Texts(data_dir=folder, file_format="array_record")
+    builder.download_and_prepare()
 
 
 def prepared_tfds_set(folder: pathlib.Path, name: str) -> None:

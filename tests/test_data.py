@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import tiny_config
 from tokenformer_jax.data.batches import Batch, eval_batches, keep_position, train_batches
-from tokenformer_jax.data.tokens import TokenSplit
+from tokenformer_jax.data.tokens import InMemory, TokenSplit
 from tokenformer_jax.errors import UserError
 
 CFG = tiny_config(model__context_length=8, batch_size=4)
@@ -18,12 +18,12 @@ def make_split(num_tokens: int, documents: int = 5) -> TokenSplit:
     """Tokens 1, 2, 3, … with an end of text (0) first and at some other places."""
     tokens = np.arange(num_tokens, dtype=np.uint16)
     tokens[:: max(1, num_tokens // documents)] = 0
-    return TokenSplit(tokens, num_bytes=num_tokens, num_documents=documents, end_of_text=0, fingerprint="")
+    return TokenSplit([InMemory(tokens)], num_bytes=num_tokens, num_documents=documents, end_of_text=0, fingerprint="")
 
 
 def test_targets_are_the_next_tokens_and_segments_count_documents():
     tokens = np.array([0, 5, 6, 0, 7, 8, 9, 0, 0, 4, 3], np.uint16)
-    (batch,) = eval_batches(TokenSplit(tokens, 1, 4, end_of_text=0, fingerprint=""), 3, 4)
+    (batch,) = eval_batches(TokenSplit([InMemory(tokens)], 1, 4, end_of_text=0, fingerprint=""), 3, 4)
     assert batch.tokens_BL.tolist() == [[0, 5, 6, 0], [7, 8, 9, 0], [0, 4, 0, 0]]
     assert batch.targets_BL.tolist() == [[5, 6, 0, 7], [8, 9, 0, 0], [4, 3, 0, 0]]
     assert batch.weights_BL.tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]

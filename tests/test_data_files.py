@@ -12,7 +12,7 @@ from tests.commands import call, complaint
 from tests.helpers import tiny_tree
 from tests.test_corpus import make_config, texts_of
 from tokenformer_jax.config import DataConfig, read_config
-from tokenformer_jax.data import text as text_module
+from tokenformer_jax.data import readers
 from tokenformer_jax.data.text import Document, PythonSource, TextFiles
 from tokenformer_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from tokenformer_jax.data.tokens import prepare
@@ -159,7 +159,7 @@ def test_a_link_is_read_by_its_own_ending(tmp_path, name, expected):
 
 
 def test_files_that_are_not_read_are_named_and_counted(tmp_path, capfd):
-    write(tmp_path, "one.txt=a", "b.jsonl.zst=b", "C.JSONL=c", "d.json=d", "e.jsonl.gz=e", "sub/f.TXT=f")
+    write(tmp_path, "one.txt=a", "b.jsonl.lz4=b", "C.JSONL=c", "d.json=d", "e.csv.gz=e", "sub/f.TXT=f")
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
     (tmp_path / "self.jsonl").symlink_to(tmp_path / "self.jsonl")
     os.mkfifo(tmp_path / "pipe.txt")
@@ -168,16 +168,18 @@ def test_files_that_are_not_read_are_named_and_counted(tmp_path, capfd):
     assert sorted(document.text for document in found.documents()) == ["a", "c", "f"]
     found.report_skipped()
     said = capfd.readouterr().err
-    assert "skipped 6 files, not .txt or .jsonl: b.jsonl.zst, d.json, e.jsonl.gz, " in said
+    assert "skipped 6 files, not .txt, .jsonl or .parquet: b.jsonl.lz4, d.json, e.csv.gz, " in said
     for one in ("gone.txt (a link to nothing)", "pipe.txt (no regular file)", "self.jsonl (a link to nothing)"):
         assert one in said
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("given", ["", "/*", "/a.md", "/a.json"])
+@pytest.mark.parametrize("given", ["", "/*", "/**", "/*.*"])
 def test_a_folder_without_data_says_what_it_holds(tmp_path, given):
     write(tmp_path, "a.md=a", "a.json=a")
-    with pytest.raises(UserError, match=r"^data\.path = .* matches no \.txt or \.jsonl file.* others \(a\.") as error:
+    with pytest.raises(
+        UserError, match=r"^data\.path = .* matches no \.txt, \.jsonl or \.parquet file.* others \(a\."
+    ) as error:
         TextFiles(data_config(f"{tmp_path}{given}"))
     assert "\n" not in str(error.value)
 
@@ -300,7 +302,7 @@ def test_an_edit_that_keeps_size_and_time_is_not_seen(tmp_path):
     ],
 )
 def test_a_byte_order_mark_is_no_text(tmp_path, name, raw, expected, monkeypatch):
-    monkeypatch.setattr(text_module, "_LONGEST_TEXT", 100)
+    monkeypatch.setattr(readers, "_LONGEST_TEXT", 100)
     (tmp_path / name).write_bytes(raw)
     (document,) = documents(tmp_path)
     assert (document.text, document.fault) == (expected, "")
@@ -308,9 +310,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, name, raw, expected, monkeypatch
 
 def test_a_byte_order_mark_before_python_and_before_a_tokenizer(tmp_path):
     (tmp_path / "a.py").write_bytes(b"\xef\xbb\xbfimport os")
-    source = PythonSource(data_config(""))
-    source.root = tmp_path
-    assert next(source.read(tmp_path / "a.py")).text == "import os"
+    assert [document.text for document in PythonSource(data_config(""), tmp_path).documents()] == ["import os"]
     tokenizer = train_tokenizer(["some words"], 300)
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8-sig")
     assert load_tokenizer(tmp_path / "tokenizer.json").fingerprint == tokenizer.fingerprint
@@ -340,8 +340,8 @@ def test_words_of_ordinary_length_train_as_before(capfd):
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 @pytest.mark.parametrize("unit", ["a line of text\n", "no line end ", "🙂é"])
 def test_a_long_text_becomes_documents_that_join(tmp_path, monkeypatch, kind, unit, capfd):
-    monkeypatch.setattr(text_module, "_LONGEST_TEXT", 2000)
-    monkeypatch.setattr(text_module, "_PART", 200)
+    monkeypatch.setattr(readers, "_LONGEST_TEXT", 2000)
+    monkeypatch.setattr(readers, "_PART", 200)
     whole = unit * 400
     (tmp_path / "texts").mkdir()
     line = json.dumps({"text": whole}) + '\n{"text": "short"}\n'
@@ -356,16 +356,16 @@ def test_a_long_text_becomes_documents_that_join(tmp_path, monkeypatch, kind, un
 
 
 def test_a_long_text_that_is_not_utf8_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "_LONGEST_TEXT", 300)
-    monkeypatch.setattr(text_module, "_PART", 200)
+    monkeypatch.setattr(readers, "_LONGEST_TEXT", 300)
+    monkeypatch.setattr(readers, "_PART", 200)
     (tmp_path / "a.txt").write_bytes(b"good\n" * 80 + b"\xff\n" + b"good\n" * 80)
     assert [document.fault for document in documents(tmp_path)].count("not UTF-8") == 1
 
 
 @pytest.mark.parametrize("long", ["x" * 5000, "x" * 1001, "\n".join(["x" * 2000] * 3)])
 def test_a_line_that_is_too_long_to_be_held_is_skipped_and_said(tmp_path, monkeypatch, long):
-    monkeypatch.setattr(text_module, "_LONGEST_LINE", 1000)
-    monkeypatch.setattr(text_module, "_PART", 300)
+    monkeypatch.setattr(readers, "_LONGEST_LINE", 1000)
+    monkeypatch.setattr(readers, "_PART", 300)
     (tmp_path / "a.jsonl").write_text(f'{{"text": "before"}}\n{long}\n{{"text": "after"}}\n{long}')
     found = documents(tmp_path)
     assert [document.text for document in found if document.text] == ["before", "after"]
@@ -374,7 +374,8 @@ def test_a_line_that_is_too_long_to_be_held_is_skipped_and_said(tmp_path, monkey
 
 
 def test_many_tiny_documents_are_encoded_in_bounded_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenformer_jax.data.tokens._PIECE", 4096)
+    monkeypatch.setattr("tokenformer_jax.data.encode._PIECE", 4096)
+    monkeypatch.setattr("tokenformer_jax.data.encode._TOGETHER", 4 * 4096)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in range(20_000)))
     sizes = []
@@ -399,7 +400,7 @@ URLS = ["gs://bucket/run", "s3://bucket/a b", "hf://owner/name", "https://host/x
 
 
 @pytest.mark.parametrize("url", URLS)
-@pytest.mark.parametrize("key", ["path", "tokenizer", "cache_dir"])
+@pytest.mark.parametrize("key", ["tokenizer", "cache_dir"])
 def test_a_url_in_a_key_is_refused(url, key):
     with pytest.raises(UserError, match=rf"^data\.{key} = '{url}': is a URL; use a path") as error:
         read_config(tiny_tree(**{f"data__{key}": url}).to_dict())

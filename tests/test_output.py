@@ -181,16 +181,16 @@ def test_a_report_shows_what_was_not_finite(run, tmp_path):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_plateau_sees_losses_that_are_not_finite(bad):
-    def plateau(start, *losses):
-        for step, loss in enumerate(losses, start.step + 1):
-            start = start.after(step, loss, flops=float(step), min_improvement=0.0)
-        return dataclasses.replace(start, seen=())
+    def after(plateau, *losses):
+        for step, loss in enumerate(losses, plateau.step + 1):
+            plateau = plateau.after(step, loss, float(step), 0.0)
+        return plateau
 
-    assert plateau(Plateau(), bad, 5.0, bad, 4.0) == Plateau(4, 4.0, 0)
-    assert plateau(Plateau(1, bad, 7), 5.0) == Plateau(2, 5.0, 0)  # as a former version wrote it
-    stale = plateau(Plateau(1, 4.0), bad, bad)
-    assert stale == Plateau(3, 4.0, 2) and stale.reached(tiny_config(grow__patience=2).grow)
-    assert plateau(Plateau(), bad).best_loss is None
+    assert after(Plateau(), bad, 5.0, bad, 4.0) == Plateau(4, 4.0, 0, ((2.0, 5.0), (4.0, 4.0)))
+    assert after(Plateau(1, bad, 7), 5.0) == Plateau(2, 5.0, 0, ((2.0, 5.0),))  # as a former version wrote it
+    stale = after(Plateau(1, 4.0), bad, bad)
+    assert stale == Plateau(3, 4.0, 2) and stale.reached(dataclasses.replace(tiny_config().grow, patience=2))
+    assert after(Plateau(), bad).best_loss is None
 
 
 def test_every_command_says_that_a_model_is_broken(cfg, run, broken, tmp_path, capsys, monkeypatch):

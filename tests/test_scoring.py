@@ -11,7 +11,7 @@ from flax import nnx
 
 from tests.helpers import scoring_run
 from tokenformer_jax.data.batches import eval_batches
-from tokenformer_jax.data.tokens import TokenSplit
+from tokenformer_jax.data.tokens import InMemory, TokenSplit
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.perplexity import evaluate_split
 from tokenformer_jax.evaluation.sampling import Sampling, generate
@@ -97,7 +97,7 @@ def test_what_is_longer_than_the_context_keeps_its_end(run):
 
 def test_the_score_of_a_text_is_minus_its_loss(run):
     ids = [END, *np.random.default_rng(5).integers(1, 300, CONTEXT).tolist()]
-    split = TokenSplit(np.array(ids, np.uint16), 100, 1, END, "x")
+    split = TokenSplit([InMemory(np.array(ids, np.uint16))], 100, 1, END, "x")
     figures = evaluate_split(run.step, run.state, split, run.cfg)
     (score,) = Scorer(run).score([Scored(ids, CONTEXT)])
     assert -score.log_likelihood == pytest.approx(figures["loss"] * CONTEXT, rel=1e-6)
@@ -171,7 +171,7 @@ def test_log_likelihoods_in_parts_are_those_of_all_logits(monkeypatch):
 @pytest.mark.parametrize("num_tokens", [2, 64, 65, 66, 129, 200])
 @pytest.mark.parametrize("stride", [0, 1, 7, 64])
 def test_windows_of_any_stride_predict_every_token_once(num_tokens, stride):
-    split = TokenSplit(np.arange(num_tokens, dtype=np.uint16), 1, 1, 999, "x")
+    split = TokenSplit([InMemory(np.arange(num_tokens, dtype=np.uint16))], 1, 1, 999, "x")
     found = eval_batches(split, 3, CONTEXT, stride=stride)
     targets, context = [], []
     for batch in found:
@@ -186,7 +186,7 @@ def test_windows_of_any_stride_predict_every_token_once(num_tokens, stride):
 
 def test_a_stride_sees_more_context_and_weighs_each_token_once(run):
     tokens = np.random.default_rng(7).integers(0, 300, 150).astype(np.uint16)
-    split = TokenSplit(tokens, 300, 1, 999, "x")
+    split = TokenSplit([InMemory(tokens)], 300, 1, 999, "x")
     disjoint, sliding = (evaluate_split(run.step, run.state, split, run.cfg, stride=s) for s in (0, 16))
     assert disjoint["tokens"] == sliding["tokens"] == 149
     total = 0.0

@@ -19,7 +19,7 @@ from configs import zero_shot as preset
 from tests.commands import ROOT
 from tests.harness_tasks import TASKS, sentence, write_tasks
 from tests.helpers import corpus_overrides, scoring_run, tiny_config
-from tokenformer_jax.data.tokens import TokenSplit
+from tokenformer_jax.data.tokens import InMemory, TokenSplit
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation import zero_shot
 from tokenformer_jax.evaluation.harness import HarnessModel
@@ -97,7 +97,7 @@ def test_a_text_after_nothing_scores_minus_its_loss(model, run):
     for text in ("key value query", "x", sentence(random.Random(1), 30)):
         ids = [run.tokenizer.end_of_text, *run.tokenizer.encode(text)]
         assert len(ids) <= CONTEXT
-        figures = evaluate_split(run.step, run.state, TokenSplit(np.array(ids), 1, 1, 0, "x"), run.cfg)
+        figures = evaluate_split(run.step, run.state, TokenSplit([InMemory(np.array(ids))], 1, 1, 0, "x"), run.cfg)
         pairs = ask(model, "loglikelihood", ("", text), ("  ", text))
         assert -pairs[0][0] == pytest.approx(figures["loss"] * (len(ids) - 1), rel=1e-5)
         assert pairs[1][0] == pytest.approx(of_ids(run, [0], run.tokenizer.encode("  " + text)), rel=1e-5)

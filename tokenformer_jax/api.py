@@ -15,8 +15,8 @@ import optax
 from flax import nnx
 
 from tokenformer_jax.config import Config, ModelConfig, validate, validate_model
+from tokenformer_jax.data.mixture import prepare
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer
-from tokenformer_jax.data.tokens import prepare
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.perplexity import choose_split, evaluate_split

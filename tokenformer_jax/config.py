@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import local_path, sealed
+from tokenformer_jax.files import is_url, local_path, sealed
 
 
 class Rule(NamedTuple):
@@ -101,6 +101,7 @@ class DataConfig:
     tokenizer: str
     mask_documents: bool
     cache_dir: str
+    sources: tuple[dict[str, Any], ...] = ()  # `mixture.sources` reads them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +190,8 @@ class Config:
     def to_json(self) -> str:
         """The text of a `config.json`, with a checksum. Its paths hold wherever it is read."""
         paths: Any = {key: _absolute(getattr(self.data, key)) for key in PATHS}
+        own = ({"path": _absolute(source["path"])} if "path" in source else {} for source in self.data.sources)
+        paths["sources"] = tuple(source | path for source, path in zip(self.data.sources, own, strict=True))
         return sealed(dataclasses.asdict(dataclasses.replace(self, data=dataclasses.replace(self.data, **paths))))
 
 
@@ -201,7 +204,7 @@ class IndivisibleBatch(UserError):
 
 
 def _absolute(path: str) -> str:
-    return str(pathlib.Path(path).absolute()) if path and not path.startswith("~") else path
+    return path if not path or path.startswith("~") or is_url(path) else str(pathlib.Path(path).absolute())
 
 
 def read_config(tree: Mapping[str, Any], source: str = "config") -> Config:
@@ -291,7 +294,8 @@ def validate(cfg: Config) -> None:
             "use 'rollback'"
         )
     for key in PATHS:
-        local_path(getattr(cfg.data, key), f"data.{key}", any_bytes=key == "path")
+        if not (key == "path" and is_url(cfg.data.path)):
+            local_path(getattr(cfg.data, key), f"data.{key}", any_bytes=key == "path")
     validate_model(cfg.model)
     mesh = cfg.mesh
     model, padded = cfg.model, cfg.model.padding_counted()

@@ -16,6 +16,10 @@ from tokenformer_jax.errors import UserError, shown
 _URL = re.compile(r"[A-Za-z][\w.+-]+:/")  # also with one slash, to which pathlib shortens two
 
 
+def is_url(value: str | os.PathLike[str]) -> bool:
+    return bool(_URL.match(os.fspath(value)))
+
+
 def local_path(value: str | os.PathLike[str], name: str, any_bytes: bool = False) -> pathlib.Path:
     """A path that a user gave in the flag or key `name`, with ~ expanded.
 
@@ -25,7 +29,7 @@ def local_path(value: str | os.PathLike[str], name: str, any_bytes: bool = False
       UserError: it is a URL, or no name that can be used.
     """
     given = f"{name}={shown(os.fspath(value))}" if name.startswith("--") else f"{name} = {os.fspath(value)!r}"
-    if _URL.match(os.fspath(value)):
+    if is_url(value):
         raise UserError(f"{given}: is a URL; use a path of this machine, such as that of a mounted bucket")
     if "\0" in os.fspath(value):
         raise UserError(f"{given}: holds a zero byte, as no path does; leave it out")

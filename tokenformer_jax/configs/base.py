@@ -53,8 +53,10 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.dataset = "python_source"  # or "text_files", or any tfds text set: "lm1b", "c4/en", "wiki40b/en"
-    data.path = ""  # text_files: a folder, file or glob of .txt and .jsonl; tfds sets: their data_dir
-    data.text_key = "text"  # the feature, or .jsonl key, that holds the text
+    data.path = ""  # text_files: a folder, file, glob or URL of .txt, .jsonl, .parquet; tfds sets: their data_dir
+    data.text_key = "text"  # the feature, .jsonl key or .parquet column that holds the text
+    data.sources = ()  # a mixture: (dict(name="web", weight=0.7, path="…"), dict(name="code", weight=0.3, path="…"))
+    # whose other keys are as in data: dataset, path, text_key, train_split, validation_split
     data.train_split = "train"
     data.validation_split = "validation"
     data.tokenizer = ""  # a tokenizer.json; empty trains a byte-level BPE of model.vocab_size on the train split

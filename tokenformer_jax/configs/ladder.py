@@ -3,8 +3,8 @@
 Trains on: OpenWebText, 512 x 1024 tokens a step (the batch of the authors' released code): 124m for 600 000 steps (300B
 tokens), and each rung for 60 000 more (30B; `steps` counts from the model's birth). For the paper's 15B and 60B runs,
 override --config.steps. tfds has no OpenWebText (its c4/webtextlike is another text, C4's pages at OpenWebText's
-addresses): unpack a copy to .txt or .jsonl and name it, with a tokenizer.json of at most 50304 ids, such as GPT-2's or
-GPT-NeoX-20B's:
+addresses): name a copy (.parquet or another form of docs/data.md), with a tokenizer.json of at most 50304 ids, such as
+GPT-2's or GPT-NeoX-20B's:
 
     python -m tokenformer_jax.train --config=configs/ladder.py:all_mesh --workdir=W --config.mesh.fsdp=16 \
         --config.data.path=OPENWEBTEXT --config.data.tokenizer=TOKENIZER.json

@@ -1,7 +1,7 @@
 """The authors' four language models on the Pile: 150m, 450m, 900m, 1b5.
 
 Trains on: 300B tokens of the Pile, 143 000 steps of 1024 x 2048, in the GPT-NeoX-20B vocabulary (50277 ids in 50304
-rows). tfds has no Pile: unpack a copy to .jsonl and name it, with that tokenizer's tokenizer.json. `text_files` holds
+rows). tfds has no Pile: name a copy (.jsonl.zst, say), with that tokenizer's tokenizer.json. `text_files` holds
 5 % of the documents out for validation, which is not the Pile's own split. For example, on 16 devices:
 
     python -m tokenformer_jax.train --config=configs/pile.py:150m --workdir=W --config.mesh.fsdp=16 \

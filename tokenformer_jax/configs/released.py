@@ -1,10 +1,10 @@
 """The growth that the authors released with their PyTorch code: 354m, and 757m grown from it.
 
 Trains on: OpenWebText2 in the GPT-NeoX-20B vocabulary, 512 x 1024 tokens a step: 354m for 600 000 steps, then 757m for
-60 000 more, or 120 000 (757m_120k; `steps` counts from the model's birth). tfds has no OpenWebText2: unpack a copy to
-.jsonl and name it in --config.data.path, and that tokenizer's tokenizer.json in --config.data.tokenizer. Commands as in
-configs/ladder.py. The 354m weights they released can be imported with `convert --from_torch`; those start at step 0, so
-grow them with --config.steps=60000.
+60 000 more, or 120 000 (757m_120k; `steps` counts from the model's birth). tfds has no OpenWebText2: name a copy
+(.jsonl.zst or another form of docs/data.md) in --config.data.path, and that tokenizer's tokenizer.json in
+--config.data.tokenizer. Commands as in configs/ladder.py. The 354m weights they released can be imported with
+`convert --from_torch`; those start at step 0, so grow them with --config.steps=60000.
 
 To expect, validation perplexity on their split of OpenWebText2 (the README of the authors' repository). Not run here:
 

@@ -4,6 +4,7 @@ Window i reads L + 1 ids of the stream from i * L on, so that every token but th
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -45,17 +46,31 @@ def train_batches(
     windows = _shuffled_windows(split, cfg)
 
     def read(step: int) -> Batch:
-        return _read_windows(split, [windows[step * batch_size + row] for row in rows], length)
+        numbers = [windows[step * batch_size + row] for row in rows]
+        if not split.parts:
+            return _read_windows(split, numbers, length)
+        each = [_read_windows(split.parts[part].split, [window], length) for part, window in numbers]
+        return Batch(*map(np.concatenate, zip(*each, strict=True)))
 
     steps = grain.MapDataset.range(sys.maxsize // batch_size).map(read)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
 def _shuffled_windows(split: TokenSplit, cfg: Config) -> grain.MapDataset:
-    """The examples of training in their order: which window each reads."""
+    """The examples of training in their order: which window each reads, of a mixture after which part."""
+    if split.parts:
+        orders = []
+        for i, part in enumerate(split.parts):
+            own = dataclasses.replace(cfg, seed=cfg.seed + i)
+            orders.append(_shuffled_windows(part.split, own).map(functools.partial(_pair, i)))
+        return grain.MapDataset.mix(orders, [part.weight for part in split.parts])
     check_length(split, "data.train_split", cfg.model.context_length)
     num_windows = (split.num_tokens - 1) // cfg.model.context_length
     return grain.MapDataset.range(num_windows).seed(cfg.seed % 2**32).shuffle().repeat()
+
+
+def _pair(part: int, window: int) -> tuple[int, int]:
+    return part, window
 
 
 def data_identity(split: TokenSplit, cfg: Config) -> str:
@@ -120,13 +135,16 @@ def eval_batches(
 
 def training_examples(
     split: TokenSplit, cfg: Config, examples: Sequence[int], *, process_index: int = 0, process_count: int = 1
-) -> EvalBatches:
+) -> list[Batch]:
     """Examples by their number in the order of training, each in a batch whose other rows are padding."""
-    windows = np.full((len(examples), cfg.batch_size), split.num_tokens)
-    order = _shuffled_windows(split, cfg)
-    windows[:, 0] = [order[example] for example in examples]
-    rows = _process_rows(cfg.batch_size, process_index, process_count)
-    return EvalBatches(split, windows.reshape(-1), cfg.batch_size, cfg.model.context_length, rows)
+    order, batch_size = _shuffled_windows(split, cfg), cfg.batch_size
+    rows = _process_rows(batch_size, process_index, process_count)
+    batches = []
+    for example in examples:
+        part, window = order[example] if split.parts else (0, order[example])
+        of = split.parts[part].split if split.parts else split
+        batches.append(EvalBatches(of, np.array([window]), batch_size, cfg.model.context_length, rows)[0])
+    return batches
 
 
 def _process_rows(batch_size: int, process_index: int, process_count: int) -> range:

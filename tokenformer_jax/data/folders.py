@@ -1,12 +1,15 @@
-"""Which files a path names: the file itself, all that a folder holds, or what a glob matches."""
+"""Which files a path or URL names: the file itself, all that a folder holds, or what a glob matches."""
 
 import fnmatch
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tokenformer_jax.data.units import ending_of, is_known
+from tokenformer_jax.errors import UserError
 
 # What stands in a workdir; a folder with two of these is one.
 _RUN = ("checkpoints", "config.json", "environment.json", "metrics.jsonl", "tensorboard", ".lock")
@@ -16,8 +19,10 @@ _PREPARED = re.compile(r"-[0-9a-f]{12}$")  # folders of a cache
 
 
 class File(NamedTuple):
-    path: Path  # without links
+    path: str  # without links, or the URL
     ending: str  # of the name that it was found by, in lower case: what a link points to may have none
+    size: int
+    stamp: Any  # another where the file has changed: its time or, in a bucket, what the bucket says of its content
 
 
 class Found(NamedTuple):
@@ -25,13 +30,14 @@ class Found(NamedTuple):
     skipped: list[str]  # names of the others, and why if it is not their ending
 
 
-def find(path: Path, endings: Sequence[str], cache: Path | None = None) -> Found:
-    """The files with these endings (in any case) that a path names.
+def find(path: Path, cache: Path | None = None) -> Found:
+    """The files that a path names: those whose endings are known (in any case) or, where it says an ending, all.
 
     A name that exists is taken as it is, even where it looks like a glob. Below a folder or a glob, links are followed;
     hidden files and folders are left out, and so are the folders of runs and prepared data in the folder `cache`.
     """
     base, pattern = _existing_part(path)
+    wants = _wanted(pattern[-1] if pattern else "" if base.is_dir() else base.name)
     faults: dict[str, str] = {}  # why a name cannot be read
     if pattern or base.is_dir():
         base = Path(os.path.realpath(base))
@@ -48,15 +54,72 @@ def find(path: Path, endings: Sequence[str], cache: Path | None = None) -> Found
     skipped = [f"{inside(name)} ({fault})" for name, fault in faults.items()]
     # A file's own name comes before those of links to it, so that links do not change what it is read as.
     for name, real in sorted(names.items(), key=lambda item: (item[0] != item[1], item[0])):
-        ending = os.path.splitext(name)[1].lower()
+        ending = ending_of(name)
         if name in faults:
             continue
-        if ending in endings:
+        if wants(ending):
             stat = os.stat(real)
-            files.setdefault((stat.st_dev, stat.st_ino) if stat.st_ino else real, File(Path(real), ending))
+            file = File(real, ending, stat.st_size, stat.st_mtime_ns)
+            files.setdefault((stat.st_dev, stat.st_ino) if stat.st_ino else real, file)
         else:
             skipped.append(inside(name))
-    return Found(sorted(files.values()), sorted(skipped))
+    return Found(sorted(files.values(), key=lambda file: Path(file.path)), sorted(skipped))
+
+
+def _wanted(name: str) -> Callable[[str], bool]:
+    """Whether a file is read, by its ending, where a path's last part is `name`."""
+    return (lambda ending: True) if re.search(r"\.[^.]*\w[^.]*$", name) else is_known
+
+
+def find_remote(url: str) -> Found:
+    """The files that a URL names, as `find` does, through whatever library fsspec knows for it.
+
+    Raises:
+      UserError: there is no such library, or it cannot list the files.
+    """
+    import fsspec
+
+    key = f"data.path = {url!r}"
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+        pattern = ""
+        if system.isfile(path):
+            names = {path: system.info(path)}
+        elif system.isdir(path):
+            names = system.find(path, detail=True)
+        else:
+            pattern = path
+            names = {name: info for name, info in system.glob(path, detail=True).items() if info["type"] == "file"}
+    except ImportError as error:
+        extra = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}.get(url.partition(":")[0], "")
+        extra = f"; pip install 'tokenformer-jax[{extra}]'" if extra else ""
+        raise UserError(f"{key}: cannot be read without a package ({_line(error)}){extra}") from None
+    except Exception as error:  # each library has its own, of the network, of rights, of names
+        raise UserError(
+            f"{key}: cannot be listed ({_line(error)}); use one that can, or a path of this machine"
+        ) from None
+    base = os.path.dirname(re.split(r"[*?\[]", path)[0]) if pattern else path
+    wants = _wanted(path.rpartition("/")[2] if pattern or path in names else "")
+    found = Found([], [])
+    for name, info in sorted(names.items()):
+        inside = name.removeprefix(base).strip("/") or os.path.basename(name)
+        if any(part.startswith(".") for part in inside.split("/")) and name != path:
+            continue
+        ending = ending_of(name)
+        if wants(ending):
+            stamp = next((info[key] for key in _CONTENT if info.get(key)), None) or str(info.get("mtime", ""))
+            found.files.append(File(system.unstrip_protocol(name), ending, info["size"] or 0, stamp))
+        else:
+            found.skipped.append(inside)
+    return found
+
+
+# What libraries call a hash of a file's content: Hugging Face's, Google's, Amazon's and Azure's.
+_CONTENT = ("blob_id", "md5Hash", "crc32c", "etag", "ETag", "content_md5")
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
 
 
 def _existing_part(path: Path) -> tuple[Path, tuple[str, ...]]:

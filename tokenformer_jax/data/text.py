@@ -1,173 +1,219 @@
-"""Data sets of text. `identity` changes when the data does; `build` gives a prepared tfds builder."""
+"""Our own data sets of text. `identity` changes when the data does; `units` is the work of reading them, in parts."""
 
-import contextlib
-import hashlib
-import io
 import os
 import pathlib
-import shutil
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
 from tokenformer_jax.config import DataConfig
-from tokenformer_jax.data.folders import find
+from tokenformer_jax.data.folders import File, find, find_remote
+from tokenformer_jax.data.readers import Document, Reading
+from tokenformer_jax.data.units import Unit, units_of
 from tokenformer_jax.errors import UserError, listed, shown
-from tokenformer_jax.files import local_path, parse_json
+from tokenformer_jax.files import is_url, local_path
 
 Path = pathlib.Path
 
 _VALIDATION_PART = 0.05  # of the documents of our own sets
-_LONGEST_LINE = 256 << 20  # bytes of a .jsonl, which must be in memory to be parsed
-_LONGEST_TEXT = 32 << 20  # bytes of a document; those of a longer text become several, so that memory is bounded
-_PART = 1 << 20  # bytes of each of these
 _NAMED = 3  # of the documents that are skipped
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SLICE = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
 
-class Document(NamedTuple):
-    path: str
-    text: str  # empty where there is a fault
-    place: float  # a hash in [0, 1); the lowest 5 % are for validation
-    fault: str = ""  # why it cannot be read
-    line: int = 0  # of the file, from 1; 0: all of it
-    part: int = 0  # of a text that is cut, from 1
+@dataclass(frozen=True)
+class Split:
+    """A split of one of our own sets, or a slice of it such as `train[:10%]`."""
 
-    def __str__(self) -> str:
-        line = f":{self.line}" if self.line else ""
-        return shown(f"{self.path}{line}") + (f" ({self.fault})" if self.fault else "")
+    name: str
+    begin: str = ""
+    end: str = ""
+
+    @classmethod
+    def of(cls, text: str, key: str) -> "Split":
+        """Raises a UserError, which names the key, where the text is no such split."""
+        match = _SLICE.fullmatch(text)
+        if not match or match[1] not in ("train", "validation"):
+            raise UserError(f"{key} = {text!r}: cannot be read; use train or validation, or a part such as train[:10%]")
+        return cls(match[1], match[2] or "", match[3] or "")
+
+    @property
+    def counts(self) -> bool:
+        """Whether it says a number of documents."""
+        return any(edge and "%" not in edge for edge in (self.begin, self.end))
+
+    def range(self, count: int) -> range:
+        """Which of so many documents belong to it."""
+        edges = [_edge(edge, count) if edge else None for edge in (self.begin, self.end)]
+        return range(count)[slice(*edges)]
 
 
-class _LocalFiles:
-    """Files of this machine as a tfds set with the features `text` and `path`."""
+def _edge(edge: str, count: int) -> int:
+    return round(int(edge[:-1]) * count / 100) if edge.endswith("%") else int(edge)
+
+
+@dataclass
+class Places:
+    """Which documents of our own sets are for validation."""
+
+    split_at: float = _VALIDATION_PART  # those whose place is lower
+    single: bool = False  # there is but one: its end is
+
+    def texts(self, document: Document) -> Iterator[tuple[str, str]]:
+        """What a document adds to the splits: their names, and the texts."""
+        if self.single:
+            cut = int((1 - _VALIDATION_PART) * len(document.text))
+            yield "train", document.text[:cut]
+            yield "validation", document.text[cut:]
+        else:
+            yield ("validation" if document.place < self.split_at else "train"), document.text
+
+
+class LocalSet:
+    """Files as a set of documents that are split by a hash."""
 
     name: ClassVar[str]
-    text_feature = "text"
-    files: list[Path]
+    reading: Reading
+    files: list[File]
 
     @property
     def identity(self) -> list[Any]:
-        stats = [(str(file), file.stat()) for file in self.files]
-        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-
-    def read(self, file: Path) -> Iterator[Document]:
-        raise NotImplementedError
+        return [(file.path, file.size, file.stamp) for file in self.files]
 
     def report_skipped(self) -> None:
         """Says which of the files are not read."""
 
+    def units(self) -> list[Unit]:
+        return units_of(((file.path, file.ending, file.size) for file in self.files), self.reading.text_key)
+
+    def splits(self, data: DataConfig) -> dict[str, Split]:
+        return {
+            name: Split.of(getattr(data, f"{name}_split"), f"data.{name}_split") for name in ("train", "validation")
+        }
+
     def documents(self) -> Iterator[Document]:
-        for file in self.files:
-            try:
-                yield from self.read(file)
-            except OSError as error:
-                raise UserError(f"{self}: {shown(file)} cannot be read ({error.strerror})") from None
+        for unit in self.units():
+            yield from self.reading.read(unit)
 
-    def build(self, folder: Path) -> Any:
-        split_at, single = self._survey()
-        splits = {name: self._examples(name, split_at, single) for name in ("train", "validation")}
-        return prepare_builder(self.name, folder, splits)
+    def places(self) -> Places:
+        """Where the splits part. Reads documents until both sides have one, which takes few.
 
-    def _survey(self) -> tuple[float, bool]:
-        """Reports what is skipped. Returns the place that parts the splits, and whether all documents are one."""
-        unreadable, empty, cut, low, high = 0, 0, 0, 1.0, 0.0
-        first: list[Document] = []
-        first_cut = None
+        Raises:
+          UserError: there is no text.
+        """
+        low, high = 1.0, 0.0
+        skipped = Skipped()
         for document in self.documents():
-            if document.fault:
-                unreadable += 1
-                first += [document] if len(first) < _NAMED else []
-            elif not document.text.strip():
-                empty += 1
-            else:
+            if not skipped.skips(document):
                 low, high = min(low, document.place), max(high, document.place)
-            if document.part == 1:
-                cut += 1
-                first_cut = first_cut or document
-        more = f" and {unreadable - len(first)} more" if unreadable > len(first) else ""
-        faults = ", ".join(map(str, first)) + more
+                if low < _VALIDATION_PART <= high:
+                    return Places()
         if low > high:
+            faults = skipped.named()
             raise UserError(
-                f"{self}: holds no text that can be used{': ' * bool(faults)}{faults}; use UTF-8 in .txt, "
-                "or .jsonl whose key --config.data.text_key=KEY holds the text"
-            )
-        if unreadable or empty:
-            which = f" ({faults})" if faults else ""
-            print(f"{self}: skipped {unreadable} unreadable documents{which} and {empty} empty ones", file=sys.stderr)
-        if cut:
-            print(
-                f"{self}: cut {cut} texts of more than {_LONGEST_TEXT >> 20} MiB into documents of {_PART >> 20} MiB, "
-                f"after line ends where there are any; the first is {first_cut}",
-                file=sys.stderr,
+                f"{self.reading.label}: holds no text that can be used{': ' * bool(faults)}{faults}; use UTF-8 in "
+                ".txt, or .jsonl or .parquet whose key --config.data.text_key=KEY holds the text"
             )
         # Few documents may all fall on one side: then the outermost goes alone to the other.
-        split_at = min(max(_VALIDATION_PART, np.nextafter(low, 1)), high)
-        return split_at, low == high
-
-    def _examples(self, split: str, split_at: float, single: bool) -> Iterator[tuple[int, dict[str, str]]]:
-        for key, document in enumerate(self.documents()):
-            text = document.text
-            if not text.strip():
-                continue
-            if single:  # nothing to choose from: its end is for validation
-                cut = int((1 - _VALIDATION_PART) * len(text))
-                text = text[:cut] if split == "train" else text[cut:]
-            elif (document.place < split_at) != (split == "validation"):
-                continue
-            yield key, {"text": text, "path": document.path}
+        return Places(float(min(max(_VALIDATION_PART, np.nextafter(low, 1)), high)), low == high)
 
 
-class PythonSource(_LocalFiles):
+@dataclass
+class Skipped:
+    """What is not read as it is, of documents."""
+
+    unreadable: int = 0
+    empty: int = 0
+    cut: int = 0
+    first: tuple[str, ...] = ()
+    first_cut: str = ""
+
+    def skips(self, document: Document) -> bool:
+        if document.part == 1:
+            self.cut += 1
+            self.first_cut = self.first_cut or str(document)
+        if document.fault:
+            self.unreadable += 1
+            self.first = (*self.first, str(document))[:_NAMED]
+        elif not document.text.strip():
+            self.empty += 1
+        else:
+            return False
+        return True
+
+    def add(self, other: "Skipped") -> None:
+        for key in ("unreadable", "empty", "cut"):
+            setattr(self, key, getattr(self, key) + getattr(other, key))
+        self.first = (*self.first, *other.first)[:_NAMED]
+        self.first_cut = self.first_cut or other.first_cut
+
+    def named(self) -> str:
+        more = self.unreadable - len(self.first)
+        return ", ".join(self.first) + (f" and {more} more" if more else "")
+
+    def report(self, label: str) -> None:
+        if self.unreadable or self.empty:
+            which = f" ({self.named()})" if self.unreadable else ""
+            print(
+                f"{label}: skipped {self.unreadable} unreadable documents{which} and {self.empty} empty ones",
+                file=sys.stderr,
+            )
+        if self.cut:
+            print(
+                f"{label}: cut {self.cut} texts of more than 32 MiB into documents of 1 MiB, "
+                f"after line ends where there are any; the first is {self.first_cut}",
+                file=sys.stderr,
+            )
+
+
+class PythonSource(LocalSet):
     """The running interpreter's standard library, without its tests; split by a hash of the relative path."""
 
     name = "python_source"
     _LEFT_OUT: ClassVar = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
-    def __init__(self, data: DataConfig):
-        self.root = Path(sysconfig.get_path("stdlib"))
-        self.files = []
-        for folder, subfolders, names in os.walk(self.root):
+    def __init__(self, data: DataConfig, root: Path | None = None):
+        root = root or Path(sysconfig.get_path("stdlib"))
+        self.reading = Reading(f"data.dataset = {self.name!r}: {root}", root=str(root))
+        found = []
+        for folder, subfolders, names in os.walk(root):
             subfolders[:] = set(subfolders) - self._LEFT_OUT
             files = [Path(folder, name) for name in names if name.endswith(".py")]
-            self.files += [file for file in files if file.is_file() and file.stat().st_size]  # many are empty
-        self.files.sort()
-
-    def __str__(self) -> str:
-        return f"data.dataset = {self.name!r}: {self.root}"
-
-    def read(self, file: Path) -> Iterator[Document]:
-        path = file.relative_to(self.root).as_posix()
-        text = _decode(file.read_bytes())
-        yield Document(path, text or "", _place(path), "not UTF-8" if text is None else "")
+            found += [file for file in files if file.is_file() and file.stat().st_size]  # many are empty
+        self.files = []
+        for file in sorted(found):
+            stat = file.stat()
+            self.files.append(File(str(file), ".py", stat.st_size, stat.st_mtime_ns))
 
 
-class TextFiles(_LocalFiles):
-    """A folder, file or glob of .txt (each a document) and .jsonl (each line one); split by a hash of the text."""
+class TextFiles(LocalSet):
+    """What a folder, file, glob or URL names: text, lines of JSON and parquet; split by a hash of the text."""
 
     name = "text_files"
-    ENDINGS = (".txt", ".jsonl")
 
     def __init__(self, data: DataConfig):
-        self.path, self.text_key = data.path, data.text_key
-        path = local_path(data.path, "data.path", any_bytes=True)
+        label = f"data.path = {data.path!r}"
+        self.reading = Reading(label, data.text_key)
         if not data.path:
-            raise UserError(f"{self}: names no data; use --config.data.path=PLACE, a folder, file or glob")
-        found, self.skipped = find(path, self.ENDINGS, local_path(data.cache_dir, "data.cache_dir"))
-        self.endings = {file.path: file.ending for file in found}
-        self.files = list(self.endings)
-        if not found:
-            others = f", but {len(self.skipped)} others ({listed(self._skipped)})" if self.skipped else ""
+            raise UserError(f"{label}: names no data; use --config.data.path=PLACE, a folder, file, glob or URL")
+        place = ""
+        if is_url(data.path):
+            self.files, self.skipped = find_remote(data.path)
+        else:
+            path = local_path(data.path, "data.path", any_bytes=True)
+            self.files, self.skipped = find(path, local_path(data.cache_dir, "data.cache_dir"))
             place = "" if path.is_absolute() else f" in {os.getcwd()}"
+        if not self.files:
+            others = f", but {len(self.skipped)} others ({listed(self._skipped)})" if self.skipped else ""
             raise UserError(
-                f"{self}: matches no .txt or .jsonl file{place}{others}; use a folder, file or glob of such files "
+                f"{label}: matches no .txt, .jsonl or .parquet file{place}{others}; use a folder or file of such, "
+                "or a glob that says another ending, such as '**/*.py' "
                 "(where they were moved, --config.data.path=PLACE says so)"
             )
-
-    def __str__(self) -> str:
-        return f"data.path = {self.path!r}"
 
     @property
     def _skipped(self) -> list[str]:
@@ -175,176 +221,14 @@ class TextFiles(_LocalFiles):
 
     def report_skipped(self) -> None:
         if self.skipped:
-            count = len(self.skipped)
-            print(f"{self}: skipped {count} files, not .txt or .jsonl: {listed(self._skipped)}", file=sys.stderr)
+            print(
+                f"{self.reading.label}: skipped {len(self.skipped)} files, not .txt, .jsonl or .parquet: "
+                f"{listed(self._skipped)}",
+                file=sys.stderr,
+            )
 
     @property
     def identity(self) -> list[Any]:
         # A link whose ending is not that of its file decides how it is read.
-        kinds = [[ending] if file.suffix != ending else [] for file, ending in self.endings.items()]
-        return [self.text_key, *([*stat, *kind] for stat, kind in zip(super().identity, kinds, strict=True))]
-
-    def read(self, file: Path) -> Iterator[Document]:
-        path = os.fsencode(file).decode(errors="backslashreplace")  # names need not be UTF-8
-        with file.open("rb") as content:
-            if self.endings[file] == ".jsonl":
-                for number, line in enumerate(_lines(content), 1):
-                    text, fault = _json_text(line, self.text_key) if line is not None else ("", _TOO_LONG)
-                    del line
-                    raw = text.encode()
-                    if len(raw) <= _LONGEST_TEXT:
-                        yield Document(path, text, _place(text), fault, number)
-                    else:
-                        del text
-                        for part, cut in enumerate(_parts(io.BytesIO(raw)), 1):
-                            yield Document(path, cut.decode(), _place(cut.decode()), "", number, part)
-            else:
-                if content.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
-                    content.seek(0)
-                whole = os.fstat(content.fileno()).st_size <= _LONGEST_TEXT
-                for part, raw in enumerate([content.read()] if whole else _parts(content), 1):
-                    found = _decode(raw)
-                    fault = "not UTF-8" if found is None else ""
-                    yield Document(path, found or "", _place(found or ""), fault, part=0 if whole else part)
-
-
-_TOO_LONG = f"longer than {_LONGEST_LINE >> 20} MiB"
-
-
-def _lines(content: BinaryIO) -> Iterator[bytes | None]:
-    """The lines of a file; None for one that is too long to be held."""
-    while line := content.readline(_LONGEST_LINE + 1):
-        if len(line) <= _LONGEST_LINE:
-            yield line
-        else:
-            while line and not line.endswith(b"\n"):
-                line = content.readline(_PART)
-            yield None
-
-
-def _parts(content: BinaryIO) -> Iterator[bytes]:
-    """Cuts a text of UTF-8 after line ends or, where there are none, after characters."""
-    rest = b""
-    while raw := content.read(_PART):
-        rest += raw
-        while len(rest) > _PART:
-            cut = rest.rfind(b"\n", _PART // 2, _PART) + 1 or _PART
-            while rest[cut] & 0xC0 == 0x80 and cut > _PART - 4:
-                cut -= 1
-            yield rest[:cut]
-            rest = rest[cut:]
-    yield rest
-
-
-def _decode(raw: bytes) -> str | None:
-    try:
-        return raw.removeprefix(_BYTE_ORDER_MARK).decode()
-    except UnicodeDecodeError:
-        return None
-
-
-def _json_text(line: bytes, key: str) -> tuple[str, str]:
-    """The text of a line of JSON, or why there is none."""
-    line = line.removeprefix(_BYTE_ORDER_MARK)
-    if not line.strip():
-        return "", ""
-    try:
-        tree = parse_json(line)
-    except ValueError:
-        return "", "not JSON"
-    if not isinstance(tree, dict):
-        return "", "not {…} with keys"
-    if key not in tree:
-        return "", f"no key {key!r}, but {listed([repr(other)[:40] for other in tree]) or 'none'}"
-    text = tree[key]
-    if not isinstance(text, str):
-        return "", f"{key!r} is not text"
-    try:
-        text.encode()  # JSON can spell lone surrogates, which are no text
-    except UnicodeEncodeError:
-        return "", f"{key!r} is not Unicode"
-    return text, ""
-
-
-def _place(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
-
-
-def prepare_builder(name: str, folder: Path, splits: dict[str, Iterator[tuple[int, dict[str, str]]]]) -> Any:
-    """Writes examples as the tfds set `name` into the folder, unless it is there."""
-    import tensorflow_datasets as tfds  # takes half a second, which a run on prepared tokens saves
-
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
-
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-        VERSION = tfds.core.Version("1.0.0")
-        code_path = None  # there are no download checksums beside this file to look for
-
-        def _info(self) -> tfds.core.DatasetInfo:
-            features = {"text": tfds.features.Text(), "path": tfds.features.Text()}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return splits
-
-        def _generate_examples(self) -> Any:
-            raise NotImplementedError  # abstract in tfds; the splits are generators already
-
-    Builder.name = name
-    for leftover in folder.glob(f"{name}/incomplete.*"):  # of a preparation that was killed
-        shutil.rmtree(leftover)
-    builder = Builder(data_dir=folder, file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):  # of a download, which this is not
-        builder.download_and_prepare()
-    return builder
-
-
-class PublishedSet:
-    """A text set of tfds by name, such as "lm1b" or "wiki40b/en"; downloaded if its data_dir lacks it."""
-
-    def __init__(self, data: DataConfig):
-        self.name, self.text_feature = data.dataset, data.text_key
-        self.data_dir = str(local_path(data.path, "data.path").resolve()) if data.path else None
-
-    @property
-    def identity(self) -> list[Any]:
-        return [self.name, self.data_dir, self.text_feature]
-
-    def report_skipped(self) -> None:
-        """A set has no files of ours."""
-
-    def build(self, folder: Path) -> Any:
-        import tensorflow_datasets as tfds
-        import tensorflow_datasets.text  # registers c4, wiki40b and others, which tfds alone does not
-
-        key = f"data.dataset = {self.name!r}"
-        try:
-            builder = tfds.builder(self.name, data_dir=self.data_dir)
-            with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the command
-                builder.download_and_prepare(file_format="array_record")
-        except Exception as error:  # whatever the set's own code, its download or a missing package of it raises
-            raise UserError(
-                f"{key}: cannot be loaded ({cause(error)}); use python_source, text_files, "
-                "or a tfds set that is prepared as array_record in the folder data.path"
-                f"{_moved(self.data_dir)}"
-            ) from None
-        texts = [name for name, kind in builder.info.features.items() if isinstance(kind, tfds.features.Text)]
-        if self.text_feature not in texts:
-            use = f"use {' or '.join(texts)}" if texts else "it has none"
-            raise UserError(f"data.text_key = {self.text_feature!r}: no text of {self.name}; {use}")
-        return builder
-
-
-def _moved(folder: str | None) -> str:
-    if folder is None or os.path.isdir(folder):
-        return ""
-    return f"; there is no {shown(folder)}: where it was moved, use --config.data.path=PLACE"
-
-
-def cause(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")[:200]
-
-
-LOCAL_SETS = {"python_source": PythonSource, "text_files": TextFiles}
+        kinds = [[file.ending] if Path(file.path).suffix != file.ending else [] for file in self.files]
+        return [self.reading.text_key, *([*stat, *kind] for stat, kind in zip(super().identity, kinds, strict=True))]

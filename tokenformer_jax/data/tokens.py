@@ -1,53 +1,109 @@
-"""The corpus: a tfds data set, tokenized once into flat files.
+"""The corpus: texts, tokenized once into flat files.
 
-A split is one stream of ids: <eot> document <eot> document <eot> … <eot>. Every 4 KiB of it have a checksum, which is
-compared whenever they are read.
+A split is one stream of ids: <eot> document <eot> document <eot> … <eot>, in files of at most 1 GiB. Every 4 KiB of
+them have a checksum, which is compared whenever they are read.
 """
 
+import bisect
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
+import pathlib
 import shutil
+import sys
+import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from tokenformer_jax.config import Config
-from tokenformer_jax.data.text import (
-    LOCAL_SETS,
-    Path,
-    PublishedSet,
-    cause,
+from tokenformer_jax.config import Config, DataConfig
+from tokenformer_jax.data.encode import (
+    BLOCK,
+    Job,
+    checksum_file,
+    part_name,
+    pieces,
+    split_texts,
+    token_file,
+    token_type,
 )
+from tokenformer_jax.data.published import open_set
+from tokenformer_jax.data.text import Skipped
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from tokenformer_jax.data.workers import parts_of, run_units
+from tokenformer_jax.devices.distributed import ALONE, Pod
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import local_path, locked, sealed, unsealed
+from tokenformer_jax.files import local_path, locked, replace_file, sealed, unsealed
 
-_PIECE = 1 << 20  # characters encoded at once; the encoder takes about 100 bytes of memory a token
+Path = pathlib.Path
+
 _TRAINER_CHARACTERS = 1 << 29  # a BPE of more text than this is no better
-_BLOCK = 4096  # bytes of tokens that share a checksum
+_SEEN_AFTER = 90  # seconds, after which a shared file system shows what was written
+
+
+class Shard:
+    """A file of tokens, mapped read-only."""
+
+    def __init__(self, file: Path, num_tokens: int, dtype: str):
+        self.file, self.num_tokens = file, num_tokens
+        self.tokens = np.memmap(file, dtype=dtype, mode="r")
+        self.checksums = np.memmap(checksum_file(file), dtype=np.uint32, mode="r")
+        if len(self.tokens) != num_tokens or len(self.checksums) != -(-self.tokens.nbytes // BLOCK):
+            raise ValueError("truncated")
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """Tokens of the file. Raises a UserError where they have changed since they were prepared."""
+        size = BLOCK // self.tokens.itemsize
+        for block in range(begin // size, -(-end // size)):
+            if zlib.crc32(self.tokens[block * size : (block + 1) * size].data) != self.checksums[block]:
+                raise UserError(
+                    f"{self.file}: bytes {block * BLOCK} to {(block + 1) * BLOCK} have changed since they were "
+                    "prepared; delete its folder, and they are prepared anew"
+                )
+        return self.tokens[begin:end]
+
+
+class InMemory:
+    """Tokens that are in no file."""
+
+    def __init__(self, tokens: np.ndarray):
+        self.tokens, self.num_tokens = tokens, len(tokens)
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        return self.tokens[begin:end]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenSplit:
     """A tokenized split: num_documents documents of num_bytes bytes of UTF-8 in all."""
 
-    tokens: np.ndarray  # [num_tokens] uint16 or uint32, mapped read-only
+    shards: Sequence[Shard | InMemory]  # in their order
     num_bytes: int
     num_documents: int
     end_of_text: int
     fingerprint: str  # of the tokens
-    checksums: np.ndarray | None = None  # uint32, the CRC-32 of each _BLOCK bytes of tokens
+    parts: tuple["Part", ...] = ()  # of a mixture, whose streams these are one after the other
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return np.cumsum([shard.num_tokens for shard in self.shards]).tolist()
 
     @property
     def num_tokens(self) -> int:
-        return len(self.tokens)
+        return self._ends[-1] if self.shards else 0
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All of them [num_tokens], uint16 or uint32: of a split of several files a copy, in memory."""
+        if len(self.shards) == 1:
+            return self.shards[0].tokens
+        return np.concatenate([shard.tokens for shard in self.shards])
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """The tokens from `begin` up to `end`.
@@ -55,16 +111,22 @@ class TokenSplit:
         Raises:
           UserError: they have changed since they were prepared.
         """
-        if self.checksums is not None and begin < end:
-            size = _BLOCK // self.tokens.itemsize
-            for block in range(begin // size, -(-end // size)):
-                if zlib.crc32(self.tokens[block * size : (block + 1) * size].data) != self.checksums[block]:
-                    path = getattr(self.tokens, "filename", "tokens")
-                    raise UserError(
-                        f"{path}: bytes {block * _BLOCK} to {(block + 1) * _BLOCK} have changed since they were "
-                        "prepared; delete its folder, and they are prepared anew"
-                    )
-        return np.asarray(self.tokens[begin:end])
+        found = []
+        first = bisect.bisect_right(self._ends, begin)
+        for shard, stop in zip(self.shards[first:], self._ends[first:], strict=False):
+            start = stop - shard.num_tokens
+            if start >= end:
+                break
+            found.append(shard.read(max(begin, start) - start, min(end, stop) - start))
+        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.uint16), *found])
+
+
+class Part(NamedTuple):
+    """A source's share of a mixture."""
+
+    name: str
+    weight: float  # all parts' sum to 1
+    split: TokenSplit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,11 +141,12 @@ class Corpus:
         return {"tokenizer": self.tokenizer.to_json()}
 
 
-def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Corpus:
+def prepare(cfg: Config, tokenizer: Tokenizer | None = None, pod: Pod = ALONE) -> Corpus:
     """Opens the tokenized data set, after making it if this is the first time on this machine.
 
-    Several processes may call it at once: one works, the others wait. The tokenizer is the given one, else the file
-    data.tokenizer, else one trained on the train split.
+    Several processes may call it at once: one works, with all cores, and the others wait. With `pod` all processes of
+    it must call it, on a folder that they share, and each does its part. What was made before a kill is not made again.
+    The tokenizer is the given one, else the file data.tokenizer, else one trained on the train split.
 
     Raises:
       UserError: the data, the tokenizer, the vocabulary or the cache directory cannot be used, by the key's name.
@@ -92,17 +155,17 @@ def prepare(cfg: Config, tokenizer: Tokenizer | None = None) -> Corpus:
         tokenizer = load_tokenizer(cfg.data.tokenizer)
     if tokenizer:
         _check_vocabulary(tokenizer, cfg)
-    dataset = LOCAL_SETS.get(cfg.data.dataset, PublishedSet)(cfg.data)
+    dataset = open_set(cfg.data)
     if not (jax.distributed.is_initialized() and jax.process_index()):
         dataset.report_skipped()
     cache = local_path(cfg.data.cache_dir, "data.cache_dir")
-    folder = cache / f"{cfg.data.dataset.replace('/', '-')}-{_digest(dataset.identity)}"
+    folder = cache / f"{cfg.data.dataset.replace('/', '-')}-{digest(dataset.identity)}"
     try:
         corpus = _open_corpus(folder, cfg, tokenizer)
-        if corpus is None:
+        if corpus is None or pod.count > 1:
             folder.mkdir(parents=True, exist_ok=True)
-            with locked(folder / "lock"):
-                corpus = _open_corpus(folder, cfg, tokenizer) or _make_corpus(folder, cfg, dataset, tokenizer)
+            with contextlib.nullcontext() if pod.index else locked(folder / "lock"):
+                corpus = _make_corpus(folder, cfg, dataset, tokenizer, pod)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
@@ -129,16 +192,20 @@ def check_length(split: TokenSplit, key: str, context_length: int) -> None:
         )
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+def digest(value: Any) -> str:
+    return _sha256(value)[:12]
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _tokenizer_file(folder: Path, cfg: Config) -> Path:
-    return folder / f"tokenizer-{_digest([cfg.data.train_split, cfg.model.vocab_size])}.json"
+    return folder / f"tokenizer-{digest([cfg.data.train_split, cfg.model.vocab_size])}.json"
 
 
 def _tokens_folder(folder: Path, cfg: Config, tokenizer: Tokenizer) -> Path:
-    return folder / f"tokens-{_digest([cfg.data.train_split, cfg.data.validation_split, tokenizer.fingerprint])}"
+    return folder / f"tokens-{digest([cfg.data.train_split, cfg.data.validation_split, tokenizer.fingerprint])}"
 
 
 def _open_corpus(folder: Path, cfg: Config, tokenizer: Tokenizer | None) -> Corpus | None:
@@ -166,155 +233,115 @@ def _open_split(
     end_of_text: int,
     dtype: str,
     fingerprint: str,
+    files: list[Any] | None = None,
 ) -> TokenSplit:
-    tokens = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
-    if len(tokens) != num_tokens:
+    files = files or [[f"{name}.bin", num_tokens]]  # as it was when there was one of each
+    shards = [Shard(folder / file, size, dtype) for file, size in files]
+    if sum(shard.num_tokens for shard in shards) != num_tokens:
         raise ValueError("truncated")
-    checksums = np.fromfile(_checksum_file(folder, name), np.uint32)
-    if len(checksums) != -(-tokens.nbytes // _BLOCK):
-        raise ValueError("truncated")
-    return TokenSplit(tokens, num_bytes, num_documents, end_of_text, fingerprint, checksums)
+    return TokenSplit(shards, num_bytes, num_documents, end_of_text, fingerprint)
 
 
-def _checksum_file(folder: Path, name: str) -> Path:
-    return folder / f"{name}.crc32"
-
-
-def _make_corpus(folder: Path, cfg: Config, dataset: Any, tokenizer: Tokenizer | None) -> Corpus:
-    builder = dataset.build(folder)
-    sources = {name: _open_source(builder, cfg, name) for name in ("train", "validation")}
-
-    def texts(name: str, doing: str) -> Iterator[str]:
-        return _read_source(sources[name], dataset.text_feature, f"{doing} {cfg.data.dataset} {name}")
-
-    if tokenizer is None:
-        tokenizer = train_tokenizer(_sample(texts("train", "tokenizer from")), cfg.model.vocab_size)
-        _check_vocabulary(tokenizer, cfg)
-        with _atomically(_tokenizer_file(folder, cfg)) as temporary:
-            temporary.write_text(tokenizer.to_json(), encoding="utf-8")
-    with _atomically(_tokens_folder(folder, cfg, tokenizer)) as temporary:
-        temporary.mkdir()
-        meta = {name: _write_split(temporary, name, texts(name, "tokens of"), tokenizer) for name in sources}
-        (temporary / "meta.json").write_text(sealed(meta))
-    corpus = _open_corpus(folder, cfg, tokenizer)
+def _make_corpus(folder: Path, cfg: Config, dataset: Any, tokenizer: Tokenizer | None, pod: Pod) -> Corpus:
+    """Makes what is not there: each process of the pod its part, and the first one the rest."""
+    is_first = not pod.index
+    there = _open_corpus(folder, cfg, tokenizer) if is_first else None
+    plan = "" if there or not is_first else _plan(folder, cfg, dataset, tokenizer).name
+    if name := pod.from_first(plan):
+        file = folder / name / "job.json"
+        wait_for(file, pod)
+        job, used = Job.read(file), load_tokenizer(file.with_name("tokenizer.json"))
+        doing = f"tokens of {cfg.data.dataset}" + (f", process 0 of {pod.count}" if pod.count > 1 else "")
+        mine = range(pod.index, len(job.units), pod.count)
+        run_units(file, job, used, mine, pod.on_this_host(), doing, is_shown=is_first)
+        pod.wait_for_all()
+        if is_first:
+            _finish(folder / name, job, used, dataset, pod)
+        pod.wait_for_all()
+        wait_for(folder / name / "meta.json", pod)
+    corpus = there or _open_corpus(folder, cfg, tokenizer)
     assert corpus is not None
     return corpus
 
 
-@contextlib.contextmanager
-def _atomically(path: Path) -> Iterator[Path]:
-    """Gives a path to write a file or folder at, which takes its name once it is whole. Needs the lock."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    for leftover in (temporary, path):
-        shutil.rmtree(leftover, ignore_errors=True)
-    yield temporary
-    os.replace(temporary, path)
-
-
-def _open_source(builder: Any, cfg: Config, name: str) -> Any:
-    split = getattr(cfg.data, f"{name}_split")
-    try:
-        return builder.as_data_source(split)
-    except NotImplementedError as error:
-        raise UserError(f"data.dataset = {cfg.data.dataset!r}: {cause(error)}; use array_record") from None
-    except Exception as error:  # tfds raises ValueError and AssertionError, array_record its own
-        raise UserError(
-            f"data.{name}_split = {split!r}: cannot be read ({cause(error)}); "
-            f"use {' or '.join(builder.info.splits) or 'another data.dataset'}"
-        ) from None
-
-
-def _read_source(source: Any, feature: str, description: str) -> Iterator[str]:
-    """The texts of a split, read several at once as long as they are short."""
-    start, count = 0, 1
-    with tqdm(total=len(source), desc=description, unit="doc", disable=None) as progress:
-        while start < len(source):
-            texts = [record[feature] for record in source.__getitems__(range(start, min(start + count, len(source))))]
-            start += len(texts)
-            count = min(64, 2 * count) if sum(map(len, texts)) < 4 * _PIECE else max(1, count // 4)
-            progress.update(len(texts))
-            for text in texts:
-                yield text.decode(errors="replace")
-
-
-class Piece(NamedTuple):
-    text: str
-    is_last: bool  # of its document
-
-
-def _pieces(text: str) -> Iterator[Piece]:
-    """Cuts a long text after line ends, where cutting changes next to no token."""
-    start = 0
-    while start < len(text):
-        stop = start + _PIECE
-        if stop < len(text):
-            stop = text.rfind("\n", start, stop) + 1 or stop
-        yield Piece(text[start:stop], stop >= len(text))
-        start = stop
-
-
-def _sample(texts: Iterable[str]) -> Iterator[str]:
-    left = _TRAINER_CHARACTERS  # tfds stores documents in random order, so the first are a fair sample
-    for text in texts:
-        yield from (piece.text for piece in _pieces(text[:left]))
-        left -= len(text)
-        if left <= 0:
+def wait_for(file: Path, pod: Pod) -> None:
+    """Waits until a network's file system shows what another process wrote."""
+    for _ in range(_SEEN_AFTER if pod.count > 1 else 1):
+        if file.exists():
             return
+        os.scandir(file.parent.parent).close()  # has NFS look again
+        time.sleep(1)
+    raise UserError(
+        f"data.cache_dir: {file}, which another process wrote, is not seen by this one; use a folder that all share"
+    )
 
 
-def _write_split(folder: Path, name: str, texts: Iterable[str], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Writes the stream of a split's ids, and its checksums. Returns its entry in meta.json."""
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    eot = tokenizer.end_of_text
-    num_tokens, num_bytes, num_documents = 1, 0, 0
-    content, rest = hashlib.sha256(), b""
-    with (folder / f"{name}.bin").open("wb") as stream, _checksum_file(folder, name).open("wb") as checksums:
-
-        def write(ids: list[int]) -> None:
-            nonlocal rest
-            raw = np.array(ids, dtype).tobytes()
-            stream.write(raw)
-            content.update(raw)
-            rest += raw
-            whole = len(rest) // _BLOCK * _BLOCK
-            write_checksums(rest[:whole])
-            rest = rest[whole:]
-
-        def write_checksums(raw: bytes) -> None:
-            sums = [zlib.crc32(raw[start : start + _BLOCK]) for start in range(0, len(raw), _BLOCK)]
-            checksums.write(np.array(sums, np.uint32).tobytes())
-
-        write([eot])
-        for chunk in _chunks(texts):
-            encoded = tokenizer.encode_batch([piece.text for piece in chunk])
-            for piece, ids in zip(chunk, encoded, strict=True):
-                if piece.is_last:
-                    ids.append(eot)
-                write(ids)
-                num_tokens += len(ids)
-                num_bytes += len(piece.text.encode())
-                num_documents += piece.is_last
-        write_checksums(rest)
-    return {
-        "dtype": dtype,
-        "end_of_text": eot,
-        "num_tokens": num_tokens,
-        "num_bytes": num_bytes,
-        "num_documents": num_documents,
-        "fingerprint": content.hexdigest()[:16],
-    }
+def _plan(folder: Path, cfg: Config, dataset: Any, tokenizer: Tokenizer | None) -> Path:
+    """Writes what is to be done, with the tokenizer, into a folder that may hold parts of it from before a kill."""
+    splits, units = dataset.splits(cfg.data), dataset.units()
+    for name, split in splits.items():
+        if split.counts and len(units) > 1:
+            given = getattr(cfg.data, f"{name}_split")
+            raise UserError(f"data.{name}_split = {given!r}: counts documents, of too many; use a part: train[:10%]")
+    places = dataset.places()
+    if tokenizer is None:
+        tokenizer = make_tokenizer(_tokenizer_file(folder, cfg), cfg, [(dataset, cfg.data, 1.0)])
+    tokens = _tokens_folder(folder, cfg, tokenizer)
+    job, file = json.dumps(dataclasses.asdict(Job.of(dataset.reading, units, splits, places))), tokens / "job.json"
+    if (tokens / "meta.json").exists() or not file.exists() or file.read_text() != job:
+        shutil.rmtree(tokens, ignore_errors=True)
+        tokens.mkdir()
+        replace_file(tokens / "tokenizer.json", tokenizer.to_json())
+        replace_file(file, job)
+    return tokens
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[Piece]]:
-    """Gathers a few MB of pieces: work for all cores in little memory."""
-    chunk: list[Piece] = []
-    size = 0
-    for text in texts:
-        for piece in _pieces(text):
-            chunk.append(piece)
-            size += len(piece.text) + _PIECE // 4096  # so that there are not too many, however short they are
-            if size >= 4 * _PIECE:
-                yield chunk
-                chunk, size = [], 0
-    if chunk:
-        yield chunk
+def make_tokenizer(file: Path, cfg: Config, sources: list[tuple[Any, DataConfig, float]]) -> Tokenizer:
+    """Trains a tokenizer on the train splits of sets, from each as much as its weight says, unless the file is there.
+
+    Raises:
+      UserError: there is no text, or the vocabulary does not fit.
+    """
+    if file.exists():
+        return load_tokenizer(file)
+
+    def texts() -> Iterator[str]:
+        for dataset, data, weight in sources:
+            units, places, split = dataset.units(), dataset.places(), dataset.splits(data)["train"]
+            if len(units) > 1:
+                print(f"a tokenizer is trained on {dataset.reading.label}", file=sys.stderr)
+            characters = int(_TRAINER_CHARACTERS * weight) // len(units)
+            for unit in units:
+                for text in split_texts(dataset.reading, unit, places, split, characters):
+                    yield from (piece for piece, _ in pieces(text))
+
+    tokenizer = train_tokenizer(texts(), cfg.model.vocab_size)
+    _check_vocabulary(tokenizer, cfg)
+    replace_file(file, tokenizer.to_json())
+    return tokenizer
+
+
+def _finish(tokens: Path, job: Job, tokenizer: Tokenizer, dataset: Any, pod: Pod) -> None:
+    """Makes one corpus of the parts, once all are there: with meta.json, which is written last, it is whole."""
+    skipped, parts = Skipped(), []
+    for unit in range(len(job.units)):
+        records = parts_of(tokens, unit)
+        if not records:
+            wait_for(tokens / f"{part_name(unit, 0)}.json", pod)
+            records = parts_of(tokens, unit)
+        for part, record in enumerate(records):
+            skipped.add(Skipped(**record["skipped"]))
+            parts.append((unit, part, record["splits"]))
+    skipped.report(dataset.reading.label)
+    meta = {}
+    for name in job.splits:
+        found = [(token_file(Path(), name, unit, part).name, splits[name]) for unit, part, splits in parts]
+        prints = [figures["fingerprint"] for _, figures in found]
+        one = prints[0] if len(prints) == 1 else _sha256(prints)
+        total = {key: sum(figures[key] for _, figures in found) for key in ("num_tokens", "num_bytes", "num_documents")}
+        files = [[file, figures["num_tokens"]] for file, figures in found if figures["num_tokens"]]
+        meta[name] = total | {"fingerprint": one[:16], "files": files}
+        meta[name] |= {"dtype": token_type(tokenizer), "end_of_text": tokenizer.end_of_text}
+    replace_file(tokens / "meta.json", sealed(meta))
+    for file in [*tokens.glob("*-*.json"), tokens / "job.json"]:
+        file.unlink()

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import itertools
 import os
 import re
 import secrets
@@ -21,6 +22,7 @@ OTHER_ENDED = os.EX_TEMPFAIL  # exit code of a process that ends because another
 _GRACE = 4  # seconds in which a process may end by itself before it does because of another
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}  # a silent machine is lost after 14 seconds
 _DONE = "done"
+_LONG_WAIT = 30 * 24 * 3600 * 1000  # ms; where a process dies, the others do not wait that long
 
 
 class Peers:
@@ -130,6 +132,52 @@ class Peers:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+class Pod:
+    """Processes that work together without using their devices; this one alone unless it is given a client.
+
+    All call the same methods in the same order.
+    """
+
+    _calls = itertools.count()
+
+    def __init__(self, client: Any = None, index: int = 0, count: int = 1) -> None:
+        self.client, self.index, self.count = client, index, count
+
+    def _name(self) -> str:
+        return f"tokenformer/call {next(self._calls)}"
+
+    def from_first(self, value: str) -> str:
+        """Gives all the value of process 0, for which they wait."""
+        if not self.client:
+            return value
+        name = self._name()
+        if not self.index:
+            self.client.key_value_set(name, value)
+        return self.client.blocking_key_value_get(name, _LONG_WAIT)
+
+    def wait_for_all(self) -> None:
+        if self.client:
+            self.client.wait_at_barrier(self._name(), _LONG_WAIT)
+
+    def on_this_host(self) -> int:
+        """How many of the processes run on this host."""
+        if not self.client:
+            return 1
+        name, host = self._name(), socket.gethostname()
+        self.client.key_value_set(f"{name}/{self.index}", host)
+        hosts = [self.client.blocking_key_value_get(f"{name}/{i}", _LONG_WAIT) for i in range(self.count)]
+        return hosts.count(host)
+
+
+ALONE = Pod()
+
+
+def this_pod() -> Pod:
+    """The processes that this one has joined."""
+    state: Any = distributed.global_state
+    return Pod(state.client, state.process_id, state.num_processes) if state.client else ALONE
 
 
 def _lines(connection: socket.socket) -> Iterator[str]:

@@ -34,9 +34,14 @@ def evaluate_split(
     """Evaluates all of a split once (or `max_batches` batches spread over it), as `Task.eval_batches` cuts it.
 
     Returns:
-      The task's figures: of a language model `loss`, `perplexity`, `bits_per_byte` and `tokens`.
+      The task's figures: of a language model `loss`, `perplexity`, `bits_per_byte` and `tokens`; of a mixture, whose
+      sources are evaluated apart, each one's `loss_NAME` too.
     """
     task = task_of(cfg)
+    if parts := task.parts(split):
+        how: Any = {"max_batches": max_batches, "length": length, "stride": stride, "progress": progress}
+        each = {name: evaluate_split(step, state, part, cfg, **how) for name, part in parts.items()}
+        return task.joint_figures(split, each)
     batches = task.eval_batches(split, cfg, step.mesh, cfg.batch_size // cfg.accumulation, max_batches, length, stride)
     bar = Progress(0, len(batches), "batch") if progress else None
     sums: list[Any] = []

@@ -16,8 +16,8 @@ from jax.experimental import multihost_utils
 from tokenformer_jax.config import SIZES, Config, ModelConfig, read_config
 from tokenformer_jax.configs import base
 from tokenformer_jax.data.batches import data_identity, train_batches
+from tokenformer_jax.data.mixture import prepare
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer
-from tokenformer_jax.data.tokens import prepare
 from tokenformer_jax.devices.sharding import make_mesh, replicated, this_process
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import replace_file

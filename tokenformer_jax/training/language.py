@@ -12,8 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.data import batches
 from tokenformer_jax.data.batches import Batch
+from tokenformer_jax.data.mixture import prepare
 from tokenformer_jax.data.tokenizer import tokenizer_from_json
-from tokenformer_jax.data.tokens import Corpus, TokenSplit, prepare
+from tokenformer_jax.data.tokens import Corpus, TokenSplit
 from tokenformer_jax.devices.sharding import this_process
 from tokenformer_jax.nn import language
 
@@ -64,7 +65,26 @@ class Language:
         return train_flops_per_token(cfg)
 
     def describe_data(self, corpus: Corpus) -> str:
-        return f"{corpus.train.num_tokens:,} training tokens"
+        parts = [f"{part.name} {part.weight:.3g} of {part.split.num_tokens:,}" for part in corpus.train.parts]
+        return f"{corpus.train.num_tokens:,} training tokens{_listed(parts)}"
+
+    def parts(self, split: TokenSplit) -> dict[str, TokenSplit]:
+        return {part.name: part.split for part in split.parts}
+
+    def joint_figures(self, split: TokenSplit, each: Mapping[str, dict[str, float]]) -> dict[str, float]:
+        """Means by the weights of the mixture, and each source's `loss_NAME`."""
+
+        def mean(name: str) -> float:
+            return math.fsum(part.weight * each[part.name][name] for part in split.parts)
+
+        loss = mean("loss")
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": mean("bits_per_byte"),
+            "tokens": math.fsum(figures["tokens"] for figures in each.values()),
+            **{f"loss_{name}": figures["loss"] for name, figures in each.items()},
+        }
 
     def figures(self, split: TokenSplit, nll: float, weights: float) -> dict[str, float]:
         """`loss` in nats a token, `perplexity` = exp(loss), `bits_per_byte` of the UTF-8 text, `tokens` predicted."""
@@ -78,10 +98,15 @@ class Language:
         }
 
     def describe(self, figures: dict[str, float]) -> str:
+        each = [f"{name.removeprefix('loss_')} {loss:.4f}" for name, loss in figures.items() if name[:5] == "loss_"]
         return (
-            f"validation loss {figures['loss']:.4f}, perplexity {figures['perplexity']:.4g}, "
-            f"{figures['bits_per_byte']:.4f} bits per byte"
+            f"validation loss {figures['loss']:.4f}{_listed(each)}, perplexity "
+            f"{figures['perplexity']:.4g}, {figures['bits_per_byte']:.4f} bits per byte"
         )
+
+
+def _listed(parts: list[str]) -> str:
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def train_flops_per_token(cfg: ModelConfig) -> float:

@@ -23,17 +23,21 @@ class Progress:
             dynamic_ncols=True,
         )
         self.plain = jax.process_index() == 0 and not sys.stderr.isatty()
-        self.start, self.began, self.said = start, time.monotonic(), 0.0
+        self.start, self.began, self.said = start, 0.0, 0.0  # from the first update on: what it waited for was compiled
 
     def update(self, done: int, **figures: float) -> None:
         text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(done - self.bar.n)
         now = time.monotonic()
+        if not self.began:
+            self.start, self.began = done, now
         if self.plain and (now - self.said > 10 or done == self.total):
             self.said = now
-            eta = (now - self.began) / max(done - self.start, 1) * (self.total - done)
-            self.say(f"{self.unit} {done}/{self.total}  {text}  ETA {eta:.0f} s")
+            line = f"{self.unit} {done}/{self.total}  {text}"
+            if done > self.start:
+                line += f"  ETA {(now - self.began) / (done - self.start) * (self.total - done):.0f} s"
+            self.say(line)
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar."""

@@ -82,6 +82,12 @@ class Task(Protocol):
     def figures(self, split: Any, nll: float, weights: float) -> dict[str, float]:
         """What an evaluation reports of these sums over a split, its `loss` among it."""
 
+    def parts(self, split: Any) -> dict[str, Any]:
+        """What of a split is evaluated apart, by name; empty where it is evaluated as one."""
+
+    def joint_figures(self, split: Any, each: Mapping[str, dict[str, float]]) -> dict[str, float]:
+        """What an evaluation reports of the figures of these parts."""
+
     def describe(self, figures: dict[str, float]) -> str:
         """An evaluation in words."""
 

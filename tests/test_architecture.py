@@ -15,7 +15,8 @@ FLOORS = """
     data: tokenizer units readers folders text published encode workers tokens mixture batches
     nn: backends layers row_kernels pattention_vjp pattention attention transformer loss language
     training: metrics language tasks state schedule non_finite step
-    storage: fingerprint workdir record arrays metrics_file checkpoints trained state_dicts official hub card hub_format
+    storage: fingerprint workdir record arrays trackers metrics_file checkpoints trained
+    storage: state_dicts official hub card hub_format
     evaluation: perplexity sampling report advice settings scoring harness zero_shot suite
     growth: recipes ladder figures verify resize grow shrink
     planning: hlo plan fit whole_run

@@ -161,7 +161,7 @@ def test_files_hold_valid_json(tmp_path, value):
     assert strictly(json_text(tree)) == whole
     assert unsealed(sealed(tree)) == whole
     strictly(sealed(tree))
-    writer = MetricsWriter(tmp_path, 0, 1)
+    writer = MetricsWriter(tiny_config(), tmp_path, 0, 1)
     writer.write({"step": 1, "params": 1, "eval_loss": value})
     writer.close()
     assert strictly((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "params": 1, "eval_loss": None}

@@ -71,7 +71,7 @@ def test_a_quota_ends_training_in_one_line_and_loses_nothing_that_was_saved(cfg,
 
 
 def test_a_full_disk_is_told_of_metrics_too(tmp_path):
-    writer = MetricsWriter(tmp_path, 0, 1)
+    writer = MetricsWriter(tiny_config(), tmp_path, 0, 1)
     writer.file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
         writer.write({"step": 1, "params": 1, "loss": 1.0})

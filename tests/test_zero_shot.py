@@ -204,6 +204,19 @@ def test_tasks_of_all_kinds_give_the_figures_of_their_requests(run, model, tasks
     assert all(task["version"] == 1 and task["num_fewshot"] == 0 for task in found["tasks"].values())
 
 
+def test_groups_and_patterns_of_tasks(run, tasks, tmp_path):
+    folder, _ = tasks
+    head = "group: pair\ntask: [choice, last_word]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    (tmp_path / "pair.yaml").write_text(f"{head}metadata: {{version: 2.0}}\n")
+    for name in ("choice", "last_word", "rolling"):
+        (tmp_path / f"{name}.yaml").write_text((folder / f"{name}.yaml").read_text())
+    found = zero_shot.run_tasks(Scorer(run), settings(tasks="pair,roll*", include_path=str(tmp_path)))
+    figures = zero_shot.task_figures(found)
+    assert set(figures) == {"pair", "choice", "last_word", "rolling"}
+    value = {name: figures[name]["metrics"]["acc"]["value"] for name in ("pair", "choice", "last_word")}
+    assert value["pair"] == pytest.approx((value["choice"] + value["last_word"]) / 2)
+
+
 def test_limit_and_fewshot_reach_the_harness(run, tasks, monkeypatch):
     folder, _ = tasks
     asked = []

@@ -174,6 +174,7 @@ class Config:
     max_minutes: NotNegativeFloat = 0.0
     train_tokens: NotNegativeFloat = 0.0
     train_flops: NotNegativeFloat = 0.0
+    track: Annotated[str, one_of("none", "wandb")] = "none"
 
     @property
     def budget(self) -> str:

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     # batch, or "rollback" to the last checkpoint and skip the batches since
     config.non_finite_limit = 10  # steps skipped in a row, or rollbacks, after which the run ends all the same
     config.loss_spike = 0.0  # nats above the mean of 20 steps at which a loss counts as not finite, too; 0: none does
+    config.track = "none"  # or "wandb": metrics and growths to Weights & Biases, too (the extra `wandb`)
     config.profile_at = 0  # step whose next 5 steps are written as a profile to WORKDIR/tensorboard; 0: none
 
     config.rungs = ()  # growths on the way: (dict(step=1000, model=dict(ffn_tokens=4096)), …); see configs/ladder.py

@@ -13,7 +13,7 @@ from tokenformer_jax.errors import UserError
 
 # What stands in a workdir; a folder with two of these is one.
 _RUN = ("checkpoints", "config.json", "environment.json", "metrics.jsonl", "tensorboard", ".lock")
-_OF_A_RUN = ("checkpoints", "damaged_checkpoints", "metrics.jsonl", "tensorboard")
+_OF_A_RUN = ("checkpoints", "damaged_checkpoints", "metrics.jsonl", "tensorboard", "wandb")
 _OF_A_CHECKPOINT = "commit_success.txt"
 _PREPARED = re.compile(r"-[0-9a-f]{12}$")  # folders of a cache
 

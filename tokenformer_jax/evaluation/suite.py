@@ -46,7 +46,7 @@ def evaluate_all(
         if first:
             from lm_eval.utils import make_table
 
-            print(make_table(found) + (f"\n{make_table(found, 'groups')}" if found.get("groups") else ""), flush=True)
+            print(make_table(found), flush=True)
     write_result(result, workdir, out)
 
 
@@ -66,7 +66,7 @@ def _evaluate(run: Trained, name: str, data: DataSet, settings: EvalConfig) -> d
     how = {"length": settings.context_length, "stride": settings.stride}
     if not data.dataset:
         return evaluate_own(run, data.split, **how)
-    given: Any = {"dataset": data.dataset, "path": data.path, "text_key": data.text_key}
+    given: Any = {"dataset": data.dataset, "path": data.path, "text_key": data.text_key, "sources": ()}
     given |= dict.fromkeys(("train_split", "validation_split"), data.split)
     cfg = dataclasses.replace(run.cfg, data=dataclasses.replace(run.cfg.data, **given))
     try:

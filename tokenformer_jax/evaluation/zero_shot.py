@@ -112,7 +112,7 @@ def task_figures(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     A metric of several filters is named `metric,filter`.
     """
     figures = {}
-    for name, found in (results["results"] | results.get("groups", {})).items():
+    for name, found in results["results"].items():
         metrics = {}
         for key, value in found.items():
             metric, comma, rest = key.partition(",")

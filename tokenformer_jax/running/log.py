@@ -21,7 +21,7 @@ class Log:
 
     def __init__(self, run: Run, workdir: pathlib.Path):
         self.run, self.workdir, self.task = run, workdir, task_of(run.cfg)
-        self.writer = MetricsWriter(workdir, run.start, count_params(run.state.params))
+        self.writer = MetricsWriter(run.cfg, workdir, run.start, count_params(run.state.params))
         self.progress = Progress(run.start, run.cfg.steps)
         self.restart_clock(run.start)
         for rollback in run.record.rollbacks:

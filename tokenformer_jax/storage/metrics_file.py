@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: what a run says of itself, step by step."""
+"""metrics.jsonl, and what follows it: what a run says of itself, step by step."""
 
 import contextlib
 import pathlib
@@ -10,27 +10,23 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from tokenformer_jax.config import Config
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import json_text, parse_json, replace_file
+from tokenformer_jax.storage.trackers import trackers
 
 Row = dict[str, Any]
-FLUSH_EVERY = 30  # seconds between TensorBoard's sights of a run
-
-
-def _tensorboard() -> Any:
-    """tensorboardX, late: where torch is installed it imports that, for a second and 180 MB."""
-    import tensorboardX
-
-    return tensorboardX
+FLUSH_EVERY = 30  # seconds between the trackers' sights of a run
 
 
 class MetricsWriter:
-    """Appends rows to WORKDIR/metrics.jsonl and WORKDIR/tensorboard; only process 0 writes."""
+    """Appends rows to WORKDIR/metrics.jsonl and to the trackers of the config; only process 0 writes."""
 
-    def __init__(self, workdir: pathlib.Path, start_step: int, params: int):
+    def __init__(self, cfg: Config, workdir: pathlib.Path, start_step: int, params: int):
         """Drops rows that a run left which died before its next checkpoint: of later steps, or of a larger model.
 
         Args:
+          cfg: of the run.
           workdir: the run's directory.
           start_step: the step that training goes on from.
           params: size of the model that it goes on with; a model may have grown at that step.
@@ -42,16 +38,9 @@ class MetricsWriter:
         rows = read_metrics(workdir) if self.path.exists() else []
         self.kept = [row for row in rows if (row["step"], row["params"]) <= (start_step, params)]
         replace_file(self.path, "".join(json_text(row) + "\n" for row in self.kept))
-        (workdir / "tensorboard").mkdir(exist_ok=True)
         with self._writing():
             self.file = self.path.open("a", buffering=1)
-            # Its SummaryWriter would wait forever for a thread that ended since the disk was full.
-            board = _tensorboard()
-            self.tensorboard = board.event_file_writer.EventsWriter(str(workdir / "tensorboard" / "events"))
-            events = board.proto.event_pb2
-            restart = events.SessionLog(status=events.SessionLog.START)
-            purge = events.Event(wall_time=time.time(), step=start_step + 1, session_log=restart)
-            self.tensorboard.write_event(purge)
+            self.trackers = trackers(cfg, workdir, start_step)
         self.flushed = time.monotonic()
 
     @contextlib.contextmanager
@@ -74,21 +63,20 @@ class MetricsWriter:
             return
         with self._writing():
             self.file.write(json_text(row) + "\n")
-            for name, value in row.items():
-                if name != "step" and isinstance(value, int | float):
-                    summary = _tensorboard().summary.scalar(name, value)
-                    event = _tensorboard().proto.event_pb2.Event(
-                        wall_time=time.time(), step=row["step"], summary=summary
-                    )
-                    self.tensorboard.write_event(event)
+            figures = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+            events = {name: value for name, value in row.items() if isinstance(value, dict)}
+            for tracker in self.trackers:
+                tracker.write(row["step"], figures, events)
             if time.monotonic() - self.flushed > FLUSH_EVERY:
-                self.tensorboard.flush()
+                for tracker in self.trackers:
+                    tracker.flush()
                 self.flushed = time.monotonic()
 
     def close(self) -> None:
         if self.active:
             with self._writing():
-                self.tensorboard.close()
+                for tracker in self.trackers:
+                    tracker.close()
                 self.file.close()
 
 

@@ -30,7 +30,7 @@ def settings(**given):
     return read_eval_config(zero_shot.get_config().to_dict() | given)
 
 
-def text(path, split="train+validation"):
+def text(path, split="train"):
     return zero_shot.data_set("text_files", split) | {"path": str(path)}
 
 
@@ -39,7 +39,7 @@ def test_several_data_sets_in_one_run(home, capsys):
     asked = settings(datasets={"one": text(folder / "one"), "two": text(folder / "two", "validation")})
     evaluate_all(run, asked, folder, "validation")
     found = json.loads((folder / "eval.json").read_text())
-    for name, split in (("one", "train+validation"), ("two", "validation")):
+    for name, split in (("one", "train"), ("two", "validation")):
         data = dataclasses.replace(
             run.cfg.data, dataset="text_files", path=str(folder / name), train_split=split, validation_split=split
         )

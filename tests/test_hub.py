@@ -229,6 +229,7 @@ def test_safetensors_are_taken_where_there_are_both(hub, arrays, tmp_path):
     assert {name for name, _ in hub.loads} == {"model.safetensors", "pytorch_model.bin"}
 
 
+@pytest.mark.slow
 def test_the_command_takes_the_hub_that_the_environment_names(published, corpus, tmp_path):
     cfg = write_config(tmp_path / "config.py", tiny_config(**corpus))
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

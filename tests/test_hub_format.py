@@ -181,6 +181,7 @@ def test_the_card_says_what_the_workdir_knows(grown, corpus, tmp_path, capsys):
     assert "It never grew." in model_card("old", old, grown / "W")
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_folder_and_reads_it(grown, tmp_path):
     said = call_well("convert", f"--to_hub_format={tmp_path}/out", f"--workdir={grown}/W", "--step=4")
     assert f"AutoModelForCausalLM.from_pretrained('{tmp_path}/out', trust_remote_code=True)" in said

@@ -89,6 +89,7 @@ def test_the_tokens_are_the_same_on_any_number_of_cores(tmp_path, monkeypatch, s
     assert corpus.train.fingerprint == SEVERAL
 
 
+@pytest.mark.slow
 def test_what_processes_skip_is_counted_together(tmp_path, monkeypatch, small_units, capfd):
     write_some(tmp_path / "texts")
     monkeypatch.setattr(workers, "cores", lambda: 2)
@@ -98,6 +99,7 @@ def test_what_processes_skip_is_counted_together(tmp_path, monkeypatch, small_un
     assert "skipped 4001 unreadable documents (" in said and "some.jsonl" in said and "and 3998 more" in said
 
 
+@pytest.mark.slow
 def test_a_mistake_that_a_process_finds_is_one_line(tmp_path, monkeypatch, small_units):
     write_some(tmp_path / "texts")
     monkeypatch.setattr(workers, "cores", lambda: 2)
@@ -117,6 +119,7 @@ def test_a_count_of_documents_is_refused_where_no_process_sees_them_all(tmp_path
     assert 145 <= half.train.num_documents <= 159
 
 
+@pytest.mark.slow
 def test_parquet_and_published_sets_are_shared_among_processes(tmp_path, monkeypatch, small_units):
     monkeypatch.setattr(workers, "cores", lambda: 2)
     (tmp_path / "texts").mkdir()

@@ -87,6 +87,7 @@ def call(function, *args, **environment):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_hub():
     with http.server.ThreadingHTTPServer(("localhost", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -273,7 +273,7 @@ deploy() { # the project, as it is in this folder, to all workers
   archive=$HOME/.cache/tokenformer_jax/launch/$name.tar.gz
   call mkdir -p "${archive%/*}"
   call tar -czf "$archive" -C "$root" --exclude=__pycache__ README.md pyproject.toml requirements.txt \
-    requirements-tpu.txt configs launch tokenformer_jax
+    requirements-tpu.txt requirements-eval.txt configs launch tokenformer_jax
   each_slice copy_project
   local unpack='mkdir -p tokenformer_jax && cd tokenformer_jax && rm -rf configs launch tokenformer_jax'
   unpack+=' && tar -xzf ../tokenformer_jax.tar.gz && '

@@ -191,7 +191,8 @@ def test_a_run_creates_installs_starts_and_waits(cloud):
         assert cloud.ran(worker) == [[*TRAINING, "--distributed"]]
     assert cloud.read("mounted").count("bucket /mnt/shared\n") == 2
     sent = {path.name for path in (cloud.folder / "home/pod-0/tokenformer_jax").iterdir()}
-    assert {"configs", "launch", "tokenformer_jax", "requirements-tpu.txt"} <= sent and "tests" not in sent
+    assert {"configs", "launch", "tokenformer_jax"} <= sent and "tests" not in sent
+    assert {"requirements-tpu.txt", "requirements-eval.txt"} <= sent
 
 
 @pytest.mark.parametrize("kind", ["vm", "queued", "multislice"])

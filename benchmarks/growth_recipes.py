@@ -54,9 +54,11 @@ def gradient_keys(state: TrainState) -> Callable[[ModelConfig, jax.Array], Param
     return draw
 
 
-RECIPES["shrink_and_perturb"] = Recipe(shrink_and_perturb, lossless=False, ramps=True)
-RECIPES["gradient_keys"] = Recipe(random_keys, lossless=False)
-DRAWS["gradient_keys"] = gradient_keys
+def add_recipes(recipes: dict[str, Recipe], draws: dict[str, Any]) -> None:
+    recipes["shrink_and_perturb"] = Recipe(shrink_and_perturb, lossless=False, ramps=True)
+    recipes["gradient_keys"] = Recipe(random_keys, lossless=False)
+    draws["gradient_keys"] = gradient_keys
+
 
 DEFAULT = Arm(LADDER, RATE, (1000,), "zero_keys")
 FFN_ALONE, ATTENTION_ALONE = (SMALL, 448), (112, 4 * SMALL)  # as many parameters as LARGE
@@ -82,6 +84,7 @@ def main() -> None:
     args = parser.parse_args()
     name = f"growth_recipes_{args.epochs}_epochs" if args.epochs else "growth_recipes"
     if not args.report_only:
+        add_recipes(RECIPES, DRAWS)
         seeds = [int(seed) for seed in args.seeds.split(",")]
         study(args.workdir, seeds, REPEATED if args.epochs else ARMS, name, args.epochs)
     runs: dict[str, Any] = json.loads((args.workdir / f"{name}.json").read_text())["runs"]

@@ -15,6 +15,7 @@ from benchmarks.gpu_growth.plan import Run, Rung, Trunk
 from benchmarks.gpu_growth.programs import Programs
 from benchmarks.gpu_growth.training import Trainer
 from benchmarks.growth_beyond import Lineage
+from tokenformer_jax.growth.recipes import RECIPES
 
 SETTING = plan.SETTINGS["tiny"]
 SMALL, MIDDLE, LARGE = SETTING.tokens
@@ -101,10 +102,12 @@ def test_the_study_spends_its_budgets_and_reports_what_it_found(folder, monkeypa
     assert capsys.readouterr().out == told
 
 
-def test_gradient_keys_are_mixtures_of_gradients(folder):
+def test_gradient_keys_are_mixtures_of_gradients(folder, monkeypatch):
     """And shrink_and_perturb keeps 0.8 of what was trained."""
-    one = trainer(folder, "recipes", 1)
-    one.programs.draws = growth_recipes.DRAWS
+    one, recipes = trainer(folder, "recipes", 1), dict(RECIPES)
+    for module in ("tokenformer_jax.growth.grow", "benchmarks.gpu_growth.training"):
+        monkeypatch.setattr(f"{module}.RECIPES", recipes)
+    growth_recipes.add_recipes(recipes, one.programs.draws)
     state, _ = one.advance(one.birth(SMALL, (0,)), Trunk((0,), (Rung(0, SMALL, 1e-2),)), 0, 5, [])
     arguments = jax.random.split(jax.random.key(0), 1), np.int32(5), np.zeros((4, 16), np.int32)
     keys = {

@@ -196,5 +196,5 @@ def test_the_command_leaves_a_plan_and_its_plot(tmp_path):
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["topology"] == "v5e:2x2" and (tmp_path / "plan.png").stat().st_size > 1000
     assert "MFU at most" in done.stdout and "fits" in done.stdout
-    assert plan["run"]["fits"] and plan["run"]["total"]["steps"] == 600 and plan["rungs"] == []
+    assert plan["run"]["fits"] and plan["run"]["total"]["steps"] == 1000 and plan["rungs"] == []
     assert "on 4 chips at an ASSUMED MFU of 40%" in done.stdout

@@ -80,6 +80,8 @@ def test_a_full_disk_is_told_of_metrics_too(tmp_path):
 def test_a_workdir_that_vanishes_ends_the_run(cfg, tmp_path, monkeypatch):
     def vanish(self, n):
         if n == 3:
+            while not Checkpoints(tmp_path / "run" / "checkpoints").steps:  # else Orbax may be about to make the folder
+                time.sleep(0.01)
             (tmp_path / "run").rename(tmp_path / "elsewhere")
         return False
 

@@ -5,7 +5,7 @@ python -m benchmarks.growth_rates [--workdir=runs/growth_rates] [--seeds=0,1,2,3
 One TokenFormer of 2 layers and width 64 with n = 16 or 64 parameter tokens (4 n in the feed-forward) trains on the
 source code of all packages of the interpreter's environment, each window read once. All arms spend the same FLOPs:
 
-- the large model from scratch, and the small one, for all of them;
+- the large model from scratch, the small one, and a plain Transformer as large, for all of them;
 - the small one for 3000, 1000 or 100 steps, then grown to the large one, by each recipe.
 
 All warm up (over 200 steps, or more), stay at a peak rate, and fall to zero in the last 20 %; the peak of the last size
@@ -48,6 +48,9 @@ SETTING = Setting(
 FLOPS, DECAY, RATE, RAMP = 4.2e12, 0.2, 2e-3, 500
 
 
+TRANSFORMER = (0, 384)  # with as many parameters as LARGE
+
+
 class Arm(NamedTuple):
     sizes: tuple[Size, ...]
     rate: float = RATE  # peak, of the last size
@@ -61,7 +64,8 @@ class Arm(NamedTuple):
         how = f"{self.recipe} at step {', '.join(map(str, self.grown_at))}" if self.recipe else "from scratch"
         warmup = f", warm-up {self.warmup}" if self.warmup else ""
         ramp = "" if self.ramp == RAMP else f", τ ramped over {self.ramp} steps" if self.ramp else ", τ kept"
-        return f"{' -> '.join(map(str, self.sizes))}, {how}, rate {self.rate:g}{warmup}{ramp}"
+        sizes = " -> ".join("plain Transformer" if size == TRANSFORMER else str(size) for size in self.sizes)
+        return f"{sizes}, {how}, rate {self.rate:g}{warmup}{ramp}"
 
     def run(self, seed: int) -> Run:
         """In whole chunks, with as many FLOPs as all others."""
@@ -92,6 +96,7 @@ ARMS = (
     Arm((LARGE,), warmup=5000),
     Arm(LADDER, RATE, (1000,), "zero_keys", warmup=2000),
     Arm(LADDER, RATE, (100,), "zero_keys"),
+    *(Arm((TRANSFORMER,), rate, warmup=2000) for rate in (1e-3, 2e-3, 4e-3)),
 )
 
 

@@ -11,7 +11,8 @@ from tokenformer_jax.training.language import train_flops_per_token
 
 DECAY = 0.2  # of a budget
 RAMP = 0.25  # of a rung, up to its first budget: where zero_keys' τ goes to its target
-Size = int | tuple[int, int]  # parameter tokens of attention, whose feed-forward has 4 times as many; or of both
+# Parameter tokens of attention, whose feed-forward has 4 times as many; or of both. (0, H): plain Transformer, H wide.
+Size = int | tuple[int, int]
 SMALLER = 0.2  # of what a ladder of three sizes spends before its last rung: spent on the smallest
 
 
@@ -43,6 +44,7 @@ class Setting:
         tree.model.update(vocab_size=self.vocabulary, context_length=self.context, num_layers=self.layers)
         tree.model.update(num_heads=self.heads, embed_dim=self.width, dtype=self.dtype)
         tree.model.update(qkv_tokens=attention, out_tokens=attention, ffn_tokens=ffn)
+        tree.model.projection = "pattention" if attention else "linear"
         return read_config(tree.to_dict())
 
     def flops(self, n: Size) -> float:

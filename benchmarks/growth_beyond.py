@@ -22,16 +22,13 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax
-
-from benchmarks.gpu_growth.data import ROOTS, prepare
-from benchmarks.gpu_growth.plan import DECAY, Run, Rung, Setting, Size, Trunk, marks
-from benchmarks.gpu_growth.programs import Programs
-from benchmarks.gpu_growth.training import Trainer, say
+from benchmarks.gpu_growth.data import ROOTS
+from benchmarks.gpu_growth.plan import DECAY, Run, Rung, Setting, Trunk, marks
+from benchmarks.gpu_growth.programs import Programs, keep_compiled
+from benchmarks.gpu_growth.training import Trainer, prepare_once, say
 from benchmarks.growth_beyond_report import report
 from tokenformer_jax.devices.hardware import environment
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.nn.layers import count_params
 
 SMALL, MIDDLE, LARGE = 16, 64, 256
 SETTING = Setting(
@@ -75,11 +72,7 @@ class Lineage(NamedTuple):
 
     def runs(self, seeds: tuple[int, ...], unit: float) -> list[Run]:
         """In whole chunks of steps; a budget of 1 has `unit` FLOPs."""
-        chunk = SETTING.chunk
-
-        def steps(flops: float, n: Size) -> int:
-            return max(1, round(flops / SETTING.flops(n) / chunk)) * chunk
-
+        steps = SETTING.steps
         rungs, spent = [Rung(0, self.sizes[0], self.rates[0], warmup=self.warmup)], 0.0
         for goal, n, rate in zip(self.spent, self.sizes[1:], self.rates[1:], strict=True):
             before = rungs[-1]
@@ -93,7 +86,7 @@ class Lineage(NamedTuple):
         for budget in self.budgets:
             own = steps(budget * unit - spent, last.n)
             decay = steps(DECAY * (own * SETTING.flops(last.n) if self.restarts else budget * unit), last.n)
-            constant = max(own - decay, chunk)
+            constant = max(own - decay, SETTING.chunk)
             found.append(Run(self.name, trunk, budget, last.step + constant, decay, spent))
         return found
 
@@ -136,18 +129,14 @@ def ladders(rates: dict[int, float], cost: dict[int, float]) -> Iterator[Lineage
 
 
 def prepare_text(args: argparse.Namespace) -> None:
-    data = args.workdir / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    if not (data / "data.json").exists():
-        prepare(data, ROOTS, SETTING.max_tokens, SETTING.vocabulary, SETTING.held_out, args.prepare_seconds)
+    prepare_once(args.workdir, ROOTS, SETTING, args.prepare_seconds)
 
 
 class Study:
     def __init__(self, args: argparse.Namespace):
         deadline = time.monotonic() + 60 * args.minutes
         prepare_text(args)
-        if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-            jax.config.update("jax_compilation_cache_dir", str(args.workdir.absolute() / "compiled"))
+        keep_compiled(args.workdir)
         self.seeds = tuple(map(int, args.seeds.split(",")))
         self.programs = Programs(SETTING, len(self.seeds))
         for n in (LARGE, MIDDLE, SMALL):
@@ -157,7 +146,7 @@ class Study:
             self.programs.start("grow", *pair, "zero_keys")
         trainer = self.trainer = Trainer(SETTING, self.programs, args.workdir, deadline, "growth_beyond.json")
         per_token = {n: SETTING.flops(n) / SETTING.batch / SETTING.context for n in SETTING.tokens}
-        params = {n: count_params(self.programs.state(n).params) // len(self.seeds) for n in SETTING.tokens}
+        params = {n: self.programs.num_params(n) for n in SETTING.tokens}
         self.cost = {n: flops / per_token[LARGE] for n, flops in per_token.items()}
         self.unit = params[LARGE] * per_token[LARGE]
         if args.repeat:
@@ -175,7 +164,7 @@ class Study:
             self.trainer.marks.setdefault(trunk, set()).update(steps)
         done = self.trainer.tree["runs"]
         for run in runs:
-            if not done.keys() >= set(run.names):
+            if self.trainer.missing([run]):
                 self.trainer.run(run)
         return {run.budget: [done[name]["loss"] or 99.0 for name in run.names] for run in runs}
 
@@ -209,8 +198,7 @@ class Study:
             say("the time is over; the same command with more --minutes goes on")
         self.programs.pool.shutdown(wait=False, cancel_futures=True)
         runs = [run for lineage in lineages for run in lineage.runs(self.seeds, self.unit)]
-        names = [name for run in runs for name in run.names]
-        self.trainer.write(dropped=[name for name in names if name not in self.trainer.tree["runs"]])
+        self.trainer.write(dropped=self.trainer.missing(runs))
 
 
 def main() -> None:

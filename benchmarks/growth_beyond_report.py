@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.gpu_growth.report import frontiers, ratio
+from benchmarks.gpu_growth.report import frontiers, markdown, ratio
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -59,11 +59,6 @@ def at_best_rate(found: dict[str, dict[float, Record]]) -> dict[str, dict[float,
     return best
 
 
-def markdown(rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
 def told(row: Record, other: str) -> str:
     """Nats ahead with the standard error, the seeds that are, and the cost; a bound if that of one seed is."""
     if f"ahead of {other}" not in row:
@@ -98,7 +93,7 @@ def tables(tree: Record) -> str:
     def table(head: str, rows_of: dict[str, dict[float, Record]], cell: Any) -> str:
         cells = {name: [cell(rows[b]) if b in rows else "" for b in budgets] for name, rows in rows_of.items()}
         return markdown(
-            [[head, *(f"{b:g}" for b in budgets)], *([name, *row] for name, row in cells.items() if any(row))]
+            [head, *(f"{b:g}" for b in budgets)], *([name, *row] for name, row in cells.items() if any(row))
         )
 
     sizes = [["n", "parameters", "FLOPs a token", "best rate from scratch"]]
@@ -106,7 +101,7 @@ def tables(tree: Record) -> str:
         rate = tree.get("rates", {}).get(n, "")
         sizes.append([n, f"{size['parameters']:,}", f"{size['flops_per_token']:.3g}", f"{rate}"])
     parts = [
-        markdown(sizes),
+        markdown(*sizes),
         f"Columns are budgets, all rungs counted, in units of {tree['unit_flops']:.3g} FLOPs: a token for each "
         "parameter of the largest model.",
         table("loss at the best rate, mean of seeds", best, lambda row: f"{statistics.fmean(row['loss']):.3f}"),

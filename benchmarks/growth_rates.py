@@ -22,13 +22,11 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from benchmarks.gpu_growth.data import prepare
 from benchmarks.gpu_growth.plan import Run, Rung, Setting, Size, Trunk, marks
-from benchmarks.gpu_growth.programs import Programs
-from benchmarks.gpu_growth.training import Trainer, say
+from benchmarks.gpu_growth.programs import Programs, keep_compiled
+from benchmarks.gpu_growth.training import Trainer, prepare_once, say
 
 SMALL, LARGE = 16, 64
 SETTING = Setting(
@@ -75,8 +73,7 @@ class Arm(NamedTuple):
             spent += (step - rungs[-1].step) * SETTING.flops(rungs[-1].n)
             rungs.append(Rung(step, n, rate, self.recipe, self.ramp))
         last = rungs[-1].n
-        each = SETTING.flops(last) * SETTING.chunk
-        steps, decay = (round(flops / each) * SETTING.chunk for flops in (FLOPS - spent, DECAY * FLOPS))
+        steps, decay = (SETTING.steps(flops, last) for flops in (FLOPS - spent, DECAY * FLOPS))
         return Run(self.name, Trunk((seed,), tuple(rungs)), 1.0, rungs[-1].step + steps - decay, decay, spent)
 
 
@@ -124,13 +121,8 @@ def study(
     workdir: pathlib.Path, seeds: list[int], arms: Sequence[Arm], name: str = "growth_rates", epochs: int = 0
 ) -> None:
     """Runs what is missing. With `epochs` the large model from scratch reads the same text so many times."""
-    data = workdir / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    if not (data / "data.json").exists():
-        folders = [sysconfig.get_path("purelib"), sysconfig.get_path("stdlib")]
-        prepare(data, folders, SETTING.max_tokens, SETTING.vocabulary, SETTING.held_out, 600)
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+    prepare_once(workdir, [sysconfig.get_path("purelib"), sysconfig.get_path("stdlib")], SETTING, 600)
+    keep_compiled(workdir)
     programs = Programs(SETTING)
     programs.draws = DRAWS
     trainer = Trainer(SETTING, programs, workdir, np.inf, f"{name}.json")
@@ -140,7 +132,7 @@ def study(
     runs = [arm.run(seed) for seed in seeds for arm in arms]
     trainer.marks = marks(runs)
     for number, run in enumerate(runs, 1):
-        if not trainer.tree["runs"].keys() >= set(run.names):
+        if trainer.missing([run]):
             began = time.monotonic()
             trainer.run(run)
             left = (time.monotonic() - began) * (len(runs) - number)

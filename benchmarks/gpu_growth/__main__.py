@@ -23,27 +23,21 @@ import sys
 import sysconfig
 import time
 
-import jax
-
-from benchmarks.gpu_growth.data import ROOTS, prepare
+from benchmarks.gpu_growth.data import ROOTS
 from benchmarks.gpu_growth.plan import LINEAGES, SETTINGS, Size, marks, runs_of, whole_budget
-from benchmarks.gpu_growth.programs import Programs
+from benchmarks.gpu_growth.programs import Programs, keep_compiled
 from benchmarks.gpu_growth.report import report
-from benchmarks.gpu_growth.training import Trainer, say
+from benchmarks.gpu_growth.training import Trainer, prepare_once, say
 from tokenformer_jax.devices.hardware import environment
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.nn.layers import count_params
 
 RESERVE = 10.0  # seconds for the report
 RUN_SECONDS = 1.0  # of a run: its last evaluation, and what it saves
 
 
 def prepare_data(args: argparse.Namespace) -> None:
-    setting, data = SETTINGS[args.size], args.workdir / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    if not (data / "data.json").exists():
-        folders = [sysconfig.get_path("stdlib")] if args.size == "tiny" else ROOTS
-        prepare(data, folders, setting.max_tokens, setting.vocabulary, setting.held_out, args.prepare_seconds)
+    folders = [sysconfig.get_path("stdlib")] if args.size == "tiny" else ROOTS
+    prepare_once(args.workdir, folders, SETTINGS[args.size], args.prepare_seconds)
 
 
 def study(args: argparse.Namespace) -> None:
@@ -53,8 +47,7 @@ def study(args: argparse.Namespace) -> None:
         small, middle, large = map(float, args.rates.split(","))
         setting = dataclasses.replace(setting, rates=(small, middle, large))
     fit = lineages[: args.fit]
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(args.workdir.absolute() / "compiled"))
+    keep_compiled(args.workdir)
     programs = Programs(setting)
     if not (args.workdir / "gpu_growth.json").exists():  # else most are not needed
         for n, part in itertools.product(reversed(setting.tokens), ("train", "evaluate", "init")):
@@ -77,7 +70,7 @@ def study(args: argparse.Namespace) -> None:
         flops, by = whole_budget(setting, fit, step_seconds, max(left, 1.0), limit)
         sizes = {n: {"step_seconds": s, "flops_per_second": setting.flops(n) / s} for n, s in step_seconds.items()}
         for tokens, size in sizes.items():
-            size["parameters"] = count_params(programs.state(tokens).params) // programs.copies
+            size["parameters"] = programs.num_params(tokens)
             size["flops_per_token"] = setting.flops(tokens) / setting.batch / setting.context
         plan = {"flops": args.flops or flops, "limited_by": "--flops" if args.flops else by, "seconds_left": left}
         trainer.tree |= {
@@ -95,12 +88,12 @@ def study(args: argparse.Namespace) -> None:
     trainer.marks = marks(runs)
     try:
         for run in runs:
-            if not trainer.tree["runs"].keys() >= set(run.names):
+            if trainer.missing([run]):
                 trainer.run(run)
     except TimeoutError:
         say("the time is over; the same command with more --minutes goes on")
     programs.pool.shutdown(wait=False, cancel_futures=True)
-    trainer.write(dropped=[name for run in runs for name in run.names if name not in trainer.tree["runs"]])
+    trainer.write(dropped=trainer.missing(runs))
     report(trainer.path)
 
 

@@ -51,6 +51,10 @@ class Setting:
         """Training FLOPs of a step."""
         return train_flops_per_token(self.config(n).model) * self.batch * self.context
 
+    def steps(self, flops: float, n: Size) -> int:
+        """About so many FLOPs in steps: whole chunks, one at least."""
+        return max(1, round(flops / self.flops(n) / self.chunk)) * self.chunk
+
 
 TINY: dict[str, Any] = {
     "tokens": (4, 8, 16),
@@ -158,10 +162,7 @@ LINEAGES = (  # the most valuable first
 
 def runs_of(lineage: Lineage, setting: Setting, whole: float) -> list[Run]:
     """The runs of a lineage where the whole budget has so many FLOPs, in whole chunks of steps."""
-
-    def steps(flops: float, n: Size) -> int:
-        return max(1, round(flops / setting.flops(n) / setting.chunk)) * setting.chunk
-
+    steps = setting.steps
     (n, rate), *larger = [(setting.tokens[size], setting.rates[size] * lineage.times_rate) for size in lineage.sizes]
     ends = [share * lineage.small * whole for share in (SMALLER, 1.0)[2 - len(larger) :]]
     rungs, spent = [Rung(0, n, rate)], 0.0

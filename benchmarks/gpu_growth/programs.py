@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +17,19 @@ from benchmarks.gpu_growth.plan import Setting, Size
 from tokenformer_jax.data.batches import Batch
 from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.nn.language import abstract_model, init_params
+from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.training.schedule import make_optimizer
 from tokenformer_jax.training.state import TauRamp, TrainState, new_state
 
 # What runs once has the usual kernels: on a GPU, to try which are fastest takes longer, and keeps all others waiting.
 ONCE: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_experimental_enable_fusion_autotuner": False}
+
+
+def keep_compiled(workdir: pathlib.Path) -> None:
+    """Keeps compiled programs in the workdir, unless JAX was told another place."""
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
 
 
 class Programs:
@@ -56,6 +64,10 @@ class Programs:
 
     def state(self, n: Size) -> TrainState:
         return jax.eval_shape(self.init(n)[0], self.keys)
+
+    def num_params(self, n: Size) -> int:
+        """Of one copy."""
+        return count_params(self.state(n).params) // self.copies
 
     def tokens(self) -> jax.ShapeDtypeStruct:
         """Of either split: an array of one length, so that programs are compiled before the data are there."""

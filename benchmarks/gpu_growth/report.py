@@ -51,15 +51,16 @@ def shown(run: Record) -> str:
     return ("diverged" if run["loss"] is None else f"{run['loss']:.3f}") + (f" ({', '.join(costs)})" if costs else "")
 
 
+def markdown(*rows: list) -> str:
+    """A table whose first row is its head."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
 def table(tree: Record) -> str:
     """Every loss, the sizes with their speed, and what growth changed, as Markdown."""
     runs, whole = tree["runs"].values(), tree["plan"]["flops"]
     budgets = sorted({run["budget"] for run in runs})
-
-    def markdown(*rows: list) -> str:
-        lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
-        return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
     losses: dict[str, dict[float, str]] = {}
     for run in runs:
         losses.setdefault(label(run), {})[run["budget"]] = shown(run)

@@ -6,18 +6,19 @@ import math
 import pathlib
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.gpu_growth.data import prepare
 from benchmarks.gpu_growth.plan import Run, Rung, Setting, Size, Trunk
 from benchmarks.gpu_growth.programs import Programs
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import replace_file
 from tokenformer_jax.growth.recipes import RECIPES
 from tokenformer_jax.growth.verify import LOGIT_BOUND
-from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.training.state import TrainState
 
 # Rows (FLOPs of all rungs and one seed, step, training losses [A] since the last row, validation losses [A]).
@@ -26,6 +27,14 @@ Curve = list[list]
 
 def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def prepare_once(workdir: pathlib.Path, folders: Iterable[str], setting: Setting, limit: float) -> None:
+    """`data.prepare` in the workdir, unless that was done."""
+    data = workdir / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    if not (data / "data.json").exists():
+        prepare(data, folders, setting.max_tokens, setting.vocabulary, setting.held_out, limit)
 
 
 class Trainer:
@@ -63,6 +72,10 @@ class Trainer:
             if begun["identity"] != json.loads(json.dumps(identity)):
                 raise UserError(f"--workdir={workdir}: holds runs with other data or sizes; use a new directory")
             self.tree = begun
+
+    def missing(self, runs: list[Run]) -> list[str]:
+        """The names of what these runs are still to leave."""
+        return [name for run in runs for name in run.names if name not in self.tree["runs"]]
 
     def write(self, **new: Any) -> None:
         self.tree |= new
@@ -190,7 +203,7 @@ class Trainer:
         state, curve = self.advance(state, run.trunk, run.trunk_steps, run.steps, curve, decay=True)
         losses, flops, seeds = self.evaluate(rungs[-1].n, state, len(self.windows_PEB)), curve[-1][0], run.trunk.seeds
         tokens = run.steps * self.setting.batch * self.setting.context
-        params = count_params(state.params) // len(seeds)
+        params = self.programs.num_params(rungs[-1].n)
         row: dict[str, Any] = {"lineage": run.lineage, "recipe": run.trunk.last.recipe, "budget": run.budget}
         row |= {"sizes": [rung.n for rung in rungs], "rates": [rung.rate for rung in rungs]}
         row |= {"grown_at_steps": [rung.step for rung in rungs[1:]], "steps": run.steps, "decay_steps": run.decay_steps}

@@ -17,7 +17,7 @@ FLOORS = """
     training: metrics language tasks state schedule non_finite step
     storage: fingerprint workdir record arrays trackers metrics_file checkpoints trained
     storage: state_dicts official hub card hub_format
-    evaluation: perplexity sampling report advice settings scoring harness zero_shot suite
+    evaluation: perplexity sampling report slope advice settings scoring harness zero_shot suite
     growth: recipes ladder figures verify resize grow shrink
     planning: hlo plan fit whole_run
     running: signals run log loop branch

@@ -13,6 +13,7 @@ import numpy as np
 
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.report import read_run
+from tokenformer_jax.evaluation.slope import slope
 from tokenformer_jax.storage.workdir import load_config
 from tokenformer_jax.training.schedule import decay_length
 
@@ -32,13 +33,6 @@ class Curve(NamedTuple):
     def at(self, losses: Any, what: np.ndarray) -> Any:
         """FLOPs or steps at a loss, interpolated over their logarithms."""
         return np.exp(np.interp(-losses, -self.losses_E, np.log(what)))
-
-    def slope(self, flops: float) -> float | None:
-        """Nats that the last doubling brought, as `grow.slope` counts; None where half of the FLOPs were not seen."""
-        if flops / 2 < self.flops_E[0]:
-            return None
-        half, now = np.interp(np.log([flops / 2, flops]), np.log(self.flops_E), self.losses_E)
-        return float(half - now)
 
 
 def read_curve(name: str, workdir: pathlib.Path) -> Curve | None:
@@ -81,7 +75,7 @@ def compare(small: Curve, large: Curve) -> dict[str, Any]:
         spent = float(small.at(at, small.flops_E))
         found["growth"] = {"loss": at, "step": round(float(small.at(at, small.steps_E))), "flops": spent}
         found["growth"] |= {"saves_at_most_flops": float(ahead[best]), "still_gaining": best == POINTS - 1}
-        found["growth"]["slope"] = small.slope(spent)
+        found["growth"]["slope"] = slope(small.flops_E, small.losses_E, spent)
     return found
 
 

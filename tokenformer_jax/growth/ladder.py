@@ -11,10 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from tokenformer_jax.config import BUDGETS, Config, GrowConfig, IndivisibleBatch, read_config, validate
 from tokenformer_jax.errors import UserError
+from tokenformer_jax.evaluation.slope import slope
 from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.training.tasks import task_of
 
@@ -177,11 +176,10 @@ class Plateau:
     @property
     def slope(self) -> float | None:
         """Nats that the last doubling of all FLOPs has brought; None where the stage has not seen one."""
-        if not self.seen or self.seen[0][0] > self.seen[-1][0] / 2:
+        if not self.seen:
             return None
-        flops_E, losses_E = np.array(self.seen).T
-        half = np.interp(np.log2(flops_E[-1]) - 1, np.log2(flops_E), losses_E)
-        return float(half - losses_E[-1])
+        flops_E, losses_E = zip(*self.seen, strict=True)
+        return slope(flops_E, losses_E, flops_E[-1])
 
     def reached(self, grow: GrowConfig) -> bool:
         """Whether `grow.patience` evaluations in a row brought nothing, or twice the FLOPs less than `grow.slope`."""

@@ -59,13 +59,18 @@ def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
 
 def _nll_and_gradient(logits_BCV, targets_BC, weights_BC, dtype):
     """-log softmax(logits)[target], and the gradient of its weighted sum to the logits."""
+    nll_BC, _, exp_BCV, sum_BC1 = _softmax(logits_BCV, targets_BC)
+    is_target_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])
+    return nll_BC, ((exp_BCV / sum_BC1 - is_target_BCV) * weights_BC[..., None]).astype(dtype)
+
+
+def _softmax(logits_BCV, targets_BC):
+    """-log softmax(logits)[target], whether no logit is larger than the target's, the exponentials and their sum."""
     target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
     max_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
     exp_BCV = jnp.exp(logits_BCV - max_BC1)
     sum_BC1 = jnp.sum(exp_BCV, axis=-1, keepdims=True)
-    nll_BC = (max_BC1 + jnp.log(sum_BC1))[..., 0] - target_BC
-    is_target_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])
-    return nll_BC, ((exp_BCV / sum_BC1 - is_target_BCV) * weights_BC[..., None]).astype(dtype)
+    return (max_BC1 + jnp.log(sum_BC1))[..., 0] - target_BC, target_BC == max_BC1[..., 0], exp_BCV, sum_BC1
 
 
 def _by_rows(logits_BCV, targets_BC, weights_BC, dtype):
@@ -84,10 +89,8 @@ def log_likelihoods(h_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array
     def of_part(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h_BCD, targets_BC = positions_in_a_row(*part)
         logits_BCV = sums_in_float32("...d,vd->...v", h_BCD, table_VD)
-        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        max_BC = jnp.max(logits_BCV, axis=-1)
-        total_BC = max_BC + jnp.log(jnp.sum(jnp.exp(logits_BCV - max_BC[..., None]), axis=-1))
-        return (target_BC - total_BC).reshape(part[1].shape), (target_BC == max_BC).reshape(part[1].shape)
+        nll_BC, is_likeliest_BC, *_ = _softmax(logits_BCV, targets_BC)
+        return -nll_BC.reshape(part[1].shape), is_likeliest_BC.reshape(part[1].shape)
 
     parts = _parts(targets_BL.shape, len(table_VD))
     split = [x.reshape(x.shape[0], parts, -1, *x.shape[2:]).swapaxes(0, 1) for x in (h_BLD, targets_BL)]

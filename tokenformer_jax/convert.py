@@ -14,7 +14,7 @@ from absl import flags
 from tokenformer_jax.cli import config_or_flags, print_once, run_command, workdir_flag
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import local_path
-from tokenformer_jax.storage.hub import import_published, read_for
+from tokenformer_jax.storage.hub import UNSAID, import_published, read_for
 from tokenformer_jax.storage.hub_format import export_hub, in_transformers
 from tokenformer_jax.storage.official import export_official, in_pytorch
 
@@ -33,7 +33,7 @@ def main() -> None:
     flags.DEFINE_integer("num_heads", None, "attention heads, where neither --config nor what is read says it")
     flags.DEFINE_integer("context_length", None, "tokens of context, likewise")
     flags.DEFINE_float("rotary_fraction", None, "part of each head's dims that rotary turns, likewise; 0.25 if unsaid")
-    config = config_or_flags("num_heads", "context_length", "rotary_fraction")
+    config = config_or_flags(*UNSAID)
 
     def convert() -> None:
         given = {way.name: way.value for way in ways if way.value}

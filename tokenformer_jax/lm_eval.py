@@ -7,11 +7,10 @@ Its flags are the harness' own; `--model_args workdir=W,step=600` names a checkp
 """
 
 import importlib
-import os
 import sys
 
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.evaluation.zero_shot import require_harness
+from tokenformer_jax.evaluation.zero_shot import no_forks, require_harness
 
 
 def main() -> None:
@@ -20,8 +19,8 @@ def main() -> None:
         from lm_eval.__main__ import cli_evaluate
 
         importlib.import_module("tokenformer_jax.evaluation.harness")  # registers the model
-        os.environ["DISABLE_MULTIPROC"] = "1"  # JAX's threads do not survive the forks that standard errors are made in
-        cli_evaluate()
+        with no_forks():
+            cli_evaluate()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

@@ -50,7 +50,7 @@ def run_tasks(scorer: Scorer, settings: EvalConfig) -> dict[str, Any]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every task that is given num_fewshot
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    with contextlib.redirect_stdout(sys.stderr), _no_forks():
+    with contextlib.redirect_stdout(sys.stderr), no_forks():
         # As the harness' own command does.
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)
@@ -68,7 +68,7 @@ def run_tasks(scorer: Scorer, settings: EvalConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _no_forks():
+def no_forks():
     """Keeps the harness from forking this process, which JAX's threads do not survive, for a standard error."""
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"

@@ -19,6 +19,7 @@ from tokenformer_jax.storage.workdir import require_empty
 MODEL_TYPE = "tokenformer"  # of a config.json of ours
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there; INDEX where it is in parts
 INDEX = ".index.json"
+UNSAID = ("num_heads", "context_length", "rotary_fraction")  # what a model needs, and no tensor's shape says
 # Keys of ours that the authors' own and the hub's configs name otherwise.
 OTHER_NAMES = {
     "num_heads": ("num_attention_heads",),
@@ -45,7 +46,7 @@ class Published(NamedTuple):
         Raises:
           UserError: it does not fit the tensors, or leaves something unsaid.
         """
-        for key in ("num_heads", "context_length", "rotary_fraction"):
+        for key in UNSAID:
             if key not in said:
                 raise UserError(f"{key} is missing: {self.source} does not say it")
         return config_of(self.arrays, said, self.source)
@@ -63,8 +64,7 @@ def import_published(found: Published, cfg: Config, workdir: pathlib.Path, token
     file = tokenizer or cfg.data.tokenizer or found.tokenizer
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=file))
     count = import_official(found.arrays, cfg, workdir, found.source, found.said, found.tau)
-    keys = ("num_heads", "context_length", "rotary_fraction")
-    model = ", ".join(f"{key} = {getattr(cfg.model, key)}" for key in keys)
+    model = ", ".join(f"{key} = {getattr(cfg.model, key)}" for key in UNSAID)
     if found.by and all(getattr(cfg.model, key) == value for key, value in found.known.items()):
         model += f" as {found.by} says"
     done = f"{workdir}: {count:,} parameters of {found.source} at step 0, {model}; train, grow, evaluate and generate "
@@ -171,8 +171,9 @@ def _preset(name: str, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, Any]
         for variant in preset.VARIANTS:
             model = preset.get_config(variant).model
             if all(model[key] == getattr(found, key) for key in ("vocab_size", "num_layers", "embed_dim", *SIZES)):
-                keys = ("num_heads", "context_length", "rotary_fraction", "normalizer")
-                return {key: model[key] for key in keys}, f"the preset {preset.__name__.split('.')[-1]}:{variant}"
+                return {
+                    key: model[key] for key in (*UNSAID, "normalizer")
+                }, f"the preset {preset.__name__.split('.')[-1]}:{variant}"
     return {}, ""
 
 

@@ -8,7 +8,7 @@ import http.server
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from urllib.parse import parse_qs, urlparse
 
@@ -38,7 +38,6 @@ class Emulator:
             self.port = free.getsockname()[1]
         self.address = f"http://localhost:{self.port}"
         self.lock = threading.Lock()
-        self.refuses: Callable[[str], bool] = lambda path: False  # requests that are answered with 503
         self.environment = dict(zip(VARIABLES, (self.address, "false", self.address, "none"), strict=True))
 
     def start(self) -> None:
@@ -152,9 +151,6 @@ def _handler(emulator):
 
         def parse_request(self):
             parsed = super().parse_request()
-            if parsed and emulator.refuses(self.path):
-                self.send_error(503)
-                return False
             if parsed:
                 self.storage = _Checked(self.storage, parse_qs(urlparse(self.path).query))
             return parsed

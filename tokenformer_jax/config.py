@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import is_url, local_path, sealed
+from tokenformer_jax.files import check_data_path, is_url, sealed
 
 
 class Rule(NamedTuple):
@@ -294,8 +294,7 @@ def validate(cfg: Config) -> None:
             "use 'rollback'"
         )
     for key in PATHS:
-        if not (key == "path" and is_url(cfg.data.path)):
-            local_path(getattr(cfg.data, key), f"data.{key}", any_bytes=key == "path")
+        check_data_path(getattr(cfg.data, key), f"data.{key}")
     validate_model(cfg.model)
     mesh = cfg.mesh
     model, padded = cfg.model, cfg.model.padding_counted()

@@ -300,6 +300,19 @@ def test_a_tokenizer_is_read_from_a_bucket(cfg, remote):
     assert prepare(there).tokenizer.to_json() == tokenizer.to_json()
 
 
+@pytest.mark.slow
+def test_a_folder_out_of_reach_is_not_one_that_is_not_there(bucket, remote):
+    folder = remote / "checkpoints"
+    assert folder.is_dir() and not (folder / "none").is_dir() and not (remote / "config.json").is_dir()
+    bucket.stop()
+    try:
+        for ask in (folder.is_dir, folder.exists, lambda: list(folder.iterdir()), lambda: Checkpoints(folder).steps):
+            with pytest.raises(OSError, match="Cannot connect"):
+                ask()
+    finally:
+        bucket.start()
+
+
 def test_patience_ends(monkeypatch):
     calls = []
 

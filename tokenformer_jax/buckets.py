@@ -59,11 +59,28 @@ def is_bucket(path: str | os.PathLike[str]) -> bool:
 def bucket_path(url: str) -> pathlib.Path:
     """A path in a bucket, which acts as pathlib's do."""
     import fsspec
-    from etils import epath
 
     # epath makes the file system, and listings must show what other processes and TensorStore write.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    return cast(pathlib.Path, epath.Path(url))
+    return cast(pathlib.Path, _path_class()(url))
+
+
+@functools.cache
+def _path_class() -> Any:
+    import fsspec
+    from etils.epath import gpath
+
+    class BucketPath(gpath.PosixGPath):
+        """epath's own says of a folder that is out of reach that there is none, and a run would begin anew."""
+
+        def is_dir(self) -> bool:
+            system, place = fsspec.core.url_to_fs(os.fspath(self))
+            try:
+                return system.info(place)["type"] == "directory"
+            except FileNotFoundError:
+                return False
+
+    return BucketPath
 
 
 def patience() -> float:

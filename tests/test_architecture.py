@@ -12,7 +12,7 @@ FLOORS = """
     config
     configs: base quickstart pile ladder released tpu transformer zero_shot
     devices: distributed hardware sharding
-    data: tokenizer units readers folders text published encode workers tokens mixture batches augment
+    data: tokenizer units readers folders text published encode workers tokens mixture batches augment pictures
     nn: backends layers row_kernels pattention_vjp pattention attention transformer loss language
     training: metrics language tasks state schedule non_finite step
     storage: fingerprint workdir record arrays trackers metrics_file checkpoints trained

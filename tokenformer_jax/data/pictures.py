@@ -352,10 +352,10 @@ def open_published(
     label = next((key for key, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)), None)
     if image is None or label is None:
         raise UserError(f"{key}: has no pictures with labels, but {', '.join(features)}; use another")
-    skip = {image: tfds.decode.SkipDecoding()} if isinstance(features[image], tfds.features.Image) else None
-    wanted = tfds.decode.PartialDecoding({image: True, label: True}, skip)
+    images = [key for key, kind in features.items() if isinstance(kind, tfds.features.Image)]
+    skip = {key: tfds.decode.SkipDecoding() for key in images}  # also of masks and the like, which nobody reads
     try:
-        source = builder.as_data_source(split, decoders=wanted)
+        source = builder.as_data_source(split, decoders=skip)
         count = len(source)
     except NotImplementedError as error:
         raise UserError(f"{key}: {cause(error)}; use array_record") from None

@@ -53,8 +53,7 @@ def evaluate_split(
     if bar:
         bar.close()
     host = jax.device_get(sums)
-    nll, weights = (math.fsum(float(row[name]) for row in host) for name in ("nll", "weights"))
-    return task.figures(split, nll, weights)
+    return task.figures(split, {name: math.fsum(float(row[name]) for row in host) for name in host[0]})
 
 
 def choose_split(corpus: Prepared, name: str) -> TokenSplit:

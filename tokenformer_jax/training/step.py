@@ -50,7 +50,7 @@ class Step:
     abstract_state: TrainState  # ShapeDtypeStructs with shardings
     init: Callable[[jax.Array], TrainState]  # PRNG key -> state
     train: OnMesh  # (state, Batch) -> state, metrics; donates the state, and does not learn from what is not finite
-    evaluate: Callable[[TrainState, Batch], Metrics]  # sums of nll (nats) and weights; needs no opt_state
+    evaluate: Callable[[TrainState, Batch], Metrics]  # the network's `sums`; needs no opt_state
     batch: NamedSharding  # of every array of a Batch
     mesh: Mesh
 
@@ -85,14 +85,13 @@ def make_step(
         return nnx.merge(graphdef, params).loss_sums(batch, tau, cfg, key)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = masks_key(cfg, state.step)
+        key, batch = masks_key(cfg, state.step), task.augmented(batch, cfg, state.step)
         mean, grads = mean_gradients(loss, state, batch, key, cfg.accumulation)
         update = functools.partial(clipped_update, optimizer, cfg.optimizer.clip_norm, new_tokens)
         return update_state(state, mean, grads, schedule, update)
 
     def evaluate(state: TrainState, batch: Batch) -> Metrics:
-        nll, weights = loss(state.params, state.tau_now(), batch)
-        return {"nll": nll, "weights": weights}
+        return nnx.merge(graphdef, state.params).sums(batch, state.tau_now(), cfg)
 
     abstract = jax.eval_shape(init, jax.random.key(0))
     of_state, batch, whole = (
@@ -188,7 +187,7 @@ def clipped_update(
     return optax.apply_updates(params, updates), opt_state
 
 
-def put_batch(step: Step, batch: Batch) -> Batch:
+def put_batch(step: Step, batch: Any) -> Any:
     """This process's rows of a global batch -> arrays sharded over the mesh."""
     with jax.transfer_guard_host_to_device("allow"):  # the one transfer of a step that is meant
         return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(step.batch, rows), batch)

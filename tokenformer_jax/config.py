@@ -32,7 +32,7 @@ from tokenformer_jax.rules import (
 RECIPE_NAMES = ("zero_keys", "isometric", "split", "random_keys", "released", "zero_padding")
 PATHS = ("path", "tokenizer", "cache_dir")  # keys of the data that name files
 SIZES = ("qkv_tokens", "out_tokens", "ffn_tokens")  # keys of the model that say counts of parameter tokens
-BUDGETS = ("train_tokens", "train_flops")  # keys that say a run's length in place of `steps`
+BUDGETS = ("train_tokens", "train_flops", "train_epochs")  # keys that say a run's length in place of `steps`
 
 
 # How to compute and to train, not what: they may change from run to run.
@@ -76,6 +76,11 @@ class ModelConfig:
         return (self.image_size // self.patch_size) ** 2 if self.image_size else 0
 
     @property
+    def is_causal(self) -> bool:
+        """Whether a position sees those before it alone."""
+        return not self.image_size
+
+    @property
     def positions(self) -> int:
         """Of an example, at most: tokens of a text, or patches and class token of an image."""
         return self.num_patches + (self.pooling == "class_token") if self.image_size else self.context_length
@@ -111,6 +116,7 @@ class DataConfig:
     mask_documents: bool
     cache_dir: str
     sources: tuple[dict[str, Any], ...] = ()  # `mixture.sources` reads them
+    train_examples: NotNegativeInt = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +191,7 @@ class Config:
     max_minutes: NotNegativeFloat = 0.0
     train_tokens: NotNegativeFloat = 0.0
     train_flops: NotNegativeFloat = 0.0
+    train_epochs: NotNegativeFloat = 0.0
     track: Annotated[str, one_of("none", "wandb")] = "none"
 
     @property
@@ -316,10 +323,12 @@ def validate(cfg: Config) -> None:
     dim, heads = model.embed_dim, model.num_heads
     require_divisible("model.num_heads", heads, "mesh.tensor", mesh.tensor, lambda n: n <= dim and dim % n == 0)
     require_divisible("model.embed_dim", dim, "mesh.fsdp", mesh.fsdp, lambda n: n % heads == 0)
-    if cfg.train_tokens and cfg.train_flops:
+    budgets = [f"{key} = {getattr(cfg, key):g}" for key in BUDGETS if getattr(cfg, key)]
+    if len(budgets) > 1:
+        raise UserError(f"{' and '.join(budgets)}: each says where the run ends; use one, and 0 for the other")
+    if cfg.train_epochs and not cfg.data.train_examples:
         raise UserError(
-            f"train_tokens = {cfg.train_tokens:g} and train_flops = {cfg.train_flops:g}: each says where the run ends; "
-            "use one, and 0 for the other"
+            f"train_epochs = {cfg.train_epochs:g}: counts in data.train_examples; use the number of training examples"
         )
     require(
         cfg.optimizer.warmup_steps < cfg.steps or bool(cfg.budget),  # whose steps `ladder.with_budget` checks

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     config.steps = 1000  # the run ends at this step, counted from the model's birth
     config.train_tokens = 0.0  # in place of steps: the run ends once it has seen so many, since its birth; 0: steps
     config.train_flops = 0.0  # in place of steps: model FLOPs, as `report` counts them, smaller rungs' too; 0: steps
+    config.train_epochs = 0.0  # in place of steps: as often each of data.train_examples; 0: steps
     config.max_minutes = 0.0  # after which training is saved and stops, as by a signal (exit code 85); 0: never
     config.batch_size = 32  # sequences a step, over all devices
     config.accumulation = 1  # the batch is worked through in this many parts
@@ -63,6 +64,7 @@ def get_config() -> ConfigDict:
     data.text_key = "text"  # the feature, .jsonl key or .parquet column that holds the text
     data.sources = ()  # a mixture: (dict(name="web", weight=0.7, path="…"), dict(name="code", weight=0.3, path="…"))
     # whose other keys are as in data: dataset, path, text_key, train_split, validation_split
+    data.train_examples = 0  # in an epoch, for train_epochs; images: checked against the data
     data.train_split = "train"
     data.validation_split = "validation"
     data.tokenizer = ""  # a tokenizer.json; empty trains a byte-level BPE of model.vocab_size on the train split

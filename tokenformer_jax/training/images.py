@@ -13,6 +13,7 @@ from tokenformer_jax.data import image_batches
 from tokenformer_jax.data.image_batches import ImageBatch
 from tokenformer_jax.data.images import ImageData, ImageSplit, open_images
 from tokenformer_jax.devices.sharding import this_process
+from tokenformer_jax.errors import UserError
 from tokenformer_jax.nn import vision
 from tokenformer_jax.nn.layers import subkey
 from tokenformer_jax.training.augment import augmented
@@ -46,7 +47,12 @@ class ImageClassification:
         return augmented(batch, cfg.augment, cfg.model.num_classes, key)
 
     def prepare(self, cfg: Config, assets: Mapping[str, str] | None = None) -> ImageData:
-        return open_images(cfg.data, cfg.model.num_classes)
+        found, said = open_images(cfg.data, cfg.model.num_classes), cfg.data.train_examples
+        if said not in (0, len(found.train)):
+            raise UserError(
+                f"data.train_examples = {said}: {cfg.data.dataset} has {len(found.train)}; use {len(found.train)}"
+            )
+        return found
 
     def identity(self, data: ImageData, cfg: Config) -> str:
         return image_batches.data_identity(data.train, cfg)
@@ -90,6 +96,12 @@ class ImageClassification:
             "top5": sums["top5"] / images,
             "images": sums["weights"],
         }
+
+    def report(self, figures: dict[str, float], split_name: str) -> str:
+        return (
+            f"{figures['images']:,.0f} images of the {split_name} split: loss {figures['loss']:.4f} nats, "
+            f"top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%}"
+        )
 
     def describe(self, figures: dict[str, float]) -> str:
         return (

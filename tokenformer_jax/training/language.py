@@ -100,6 +100,12 @@ class Language:
             "tokens": sums["weights"],
         }
 
+    def report(self, figures: dict[str, float], split_name: str) -> str:
+        return (
+            f"{figures['tokens']:,.0f} tokens of the {split_name} split: loss {figures['loss']:.4f} nats, "
+            f"perplexity {figures['perplexity']:.5g}, {figures['bits_per_byte']:.4f} bits per byte"
+        )
+
     def describe(self, figures: dict[str, float]) -> str:
         each = [f"{name.removeprefix('loss_')} {loss:.4f}" for name, loss in figures.items() if name[:5] == "loss_"]
         return (

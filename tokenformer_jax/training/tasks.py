@@ -94,7 +94,10 @@ class Task(Protocol):
         """What an evaluation reports of the figures of these parts."""
 
     def describe(self, figures: dict[str, float]) -> str:
-        """An evaluation in words."""
+        """An evaluation in words, within a run."""
+
+    def report(self, figures: dict[str, float], split_name: str) -> str:
+        """An evaluation of all of a split in words."""
 
 
 TASKS: dict[str, Task] = {"language": Language(), "image_classification": ImageClassification()}

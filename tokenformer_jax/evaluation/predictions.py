@@ -62,8 +62,9 @@ def predict_split(run: Trained, count: int, top: int) -> list[Prediction]:
     require_images(run)
     split: ImageSplit = task_of(run.cfg).prepare(run.cfg, run.assets).validation
     chosen = np.arange(min(count, len(split))) * len(split) // min(count, len(split))
-    seen = [(f"validation {i}", pixels_of(run, split.read(int(i)))) for i in chosen]
-    labels = [split.classes[split.labels[i]] for i in chosen]
+    read = [split.read(int(i)) for i in chosen]
+    seen = [(split.name(int(i)), pixels_of(run, item)) for i, (item, _) in zip(chosen, read, strict=True)]
+    labels = [split.classes[label] for _, label in read]
     return [p._replace(label=label) for p, label in zip(predictions(run, seen, top), labels, strict=True)]
 
 

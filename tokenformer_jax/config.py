@@ -146,6 +146,7 @@ class GrowConfig:
     slope: NotNegativeFloat = 0.0
     new_tokens_rate: PositiveFloat = 1.0
     new_tokens_warmup: NotNegativeInt = 0
+    train: Annotated[str, one_of("all", "new")] = "all"
 
     @property
     def may_begin_early(self) -> bool:

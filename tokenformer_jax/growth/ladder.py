@@ -55,6 +55,11 @@ def stages(cfg: Config) -> list[Config]:
             raise IndivisibleBatch(_named(number, error), error.cfg, number) from None
         except UserError as error:
             raise UserError(_named(number, error)) from None
+    if cfg.train_flops and any(stage.grow.train == "new" for stage in result):
+        raise UserError(
+            f"train_flops = {cfg.train_flops:g}: is planned for models that learn as a whole; with grow.train = 'new' "
+            "use steps or train_tokens"
+        )
     return result
 
 

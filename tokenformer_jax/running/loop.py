@@ -123,7 +123,7 @@ def read_step(run: Run, log: Log, n: int, metrics: Metrics) -> None:
     arrays = jax.device_get(metrics)
     norms = arrays.pop("grad_norms")
     figures = {name: float(value) for name, value in arrays.items()}
-    names = list(by_name(run.step.abstract_state.params))
+    names = list(by_name(run.step.learned))
     why = what_is_bad(figures["loss"], figures["grad_norm"], norms, names, run.losses, cfg.loss_spike)
     if why:
         bad = BadStep(n, run.examples(n), why)

@@ -19,16 +19,18 @@ FLOORS = """
     training: metrics language augment images tasks state schedule learned non_finite step
     storage: fingerprint workdir record arrays trackers metrics_file checkpoints trained
     storage: state_dicts official hub card hub_format
-    evaluation: perplexity sampling report slope advice settings scoring harness zero_shot suite
+    evaluation: perplexity sampling report slope advice settings scoring harness zero_shot suite predictions
     growth: recipes ladder figures verify resize grow shrink
     planning: hlo plan fit whole_run
     running: signals run log loop branch
+    resizable
     api
+    classifier
     pytorch
     modeling_tokenformer
     cli
 """
-COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare lm_eval".split()
+COMMANDS = "train grow evaluate generate predict convert plan report checkpoint prepare lm_eval".split()
 
 
 def order() -> list[str]:

@@ -15,7 +15,7 @@ FLOORS = """
     data: tokenizer units readers folders text published encode workers tokens mixture batches
     nn: backends layers row_kernels pattention_vjp pattention attention transformer loss language
     training: metrics language tasks state schedule learned non_finite step
-    storage: fingerprint workdir record arrays trackers metrics_file checkpoints trained
+    storage: fingerprint workdir record arrays trackers metrics_file checkpoints trained adapters
     storage: state_dicts official hub card hub_format
     evaluation: perplexity sampling report slope advice settings scoring harness zero_shot suite
     growth: recipes ladder figures verify resize grow shrink

@@ -31,6 +31,7 @@ class Trained:
     step: Step
     state: TrainState  # without optimizer state
     num_params: int
+    adapters: tuple[str, ...] = ()  # names of their files
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

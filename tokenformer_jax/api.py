@@ -306,7 +306,7 @@ class TokenFormer:
         num_ids = self.tokenizer.vocab_size if self.tokenizer else None
         prompt_BL = self._ids("prompt_BL", prompt_BL)
         stream = generate(self.cfg, self.params, self.tau, prompt_BL, max_tokens, how=how, seed=seed, num_ids=num_ids)
-        return jnp.asarray(checked(jnp.stack(list(stream), axis=1)))
+        return jnp.asarray(checked(jnp.concatenate(list(stream)).T))
 
 
 def _check_seed(seed: Any) -> None:

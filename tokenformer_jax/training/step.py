@@ -51,7 +51,7 @@ class Step:
     abstract_state: TrainState  # ShapeDtypeStructs with shardings
     init: Callable[[jax.Array], TrainState]  # PRNG key -> state
     train: OnMesh  # (state, Batch) -> state, metrics; donates the state, and does not learn from what is not finite
-    evaluate: Callable[[TrainState, Batch], Metrics]  # sums of nll (nats) and weights; needs no opt_state
+    evaluate: Callable[[TrainState, Batch], Metrics]  # the network's `sums`; needs no opt_state
     batch: NamedSharding  # of every array of a Batch
     mesh: Mesh
     new_tokens: NewTokens | None
@@ -84,7 +84,8 @@ def make_step(
 
     def init(key: jax.Array) -> TrainState:
         params = task.init_params(cfg.model, key)
-        return new_state(params, optimizer.init(learned(params, new_tokens)), initial_tau(cfg.model))
+        opt_state = optimizer.init(learned(params, new_tokens))
+        return new_state(params, opt_state, initial_tau(cfg.model), cfg.optimizer.average > 0)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss(learns: Params, tau: Tau, batch: Batch, key: Key) -> tuple[jax.Array, jax.Array]:
@@ -92,16 +93,17 @@ def make_step(
             learn_alone(model, learns, new_tokens, list(cfg.model.tokens))
             return model.loss_sums(batch, tau, cfg, key)
 
-        key, learns = masks_key(cfg, state.step), learned(state.params, new_tokens)
+        key, batch = masks_key(cfg, state.step), task.augmented(batch, cfg, state.step)
+        learns = learned(state.params, new_tokens)
         mean, grads = mean_gradients(loss, learns, state.tau_now(), batch, key, cfg.accumulation)
         update = functools.partial(clipped_update, optimizer, cfg.optimizer.clip_norm, new_tokens)
         learns, opt_state, metrics = update_state(state, learns, mean, grads, schedule, update)
         params = put_back(state.params, learns, new_tokens)
-        return TrainState(state.step + 1, params, opt_state, state.tau), metrics
+        average = moved_average(state.average, params, cfg.optimizer.average, metrics)
+        return TrainState(state.step + 1, params, opt_state, state.tau, average), metrics
 
     def evaluate(state: TrainState, batch: Batch) -> Metrics:
-        nll, weights = nnx.merge(graphdef, state.params).loss_sums(batch, state.tau_now(), cfg)
-        return {"nll": nll, "weights": weights}
+        return nnx.merge(graphdef, state.evaluated).sums(batch, state.tau_now(), cfg)
 
     abstract = jax.eval_shape(init, jax.random.key(0))
     of_state, batch, whole = (
@@ -141,7 +143,8 @@ def state_shardings(
         part_of(of_params, new_tokens),
         transform_non_params=lambda _: whole,
     )
-    return jax.tree.map(lambda _: whole, abstract)._replace(params=of_params, opt_state=of_moments)
+    of_average = of_params if abstract.average else ()
+    return jax.tree.map(lambda _: whole, abstract)._replace(params=of_params, opt_state=of_moments, average=of_average)
 
 
 def masks_key(cfg: Config, step: jax.Array | int) -> Key:
@@ -199,6 +202,13 @@ def update_state(
     return params, opt_state, metrics
 
 
+def moved_average(average: Any, params: Params, kept: float, metrics: Metrics) -> Any:
+    """The exponential mean of the parameters after a step, which keeps this share of itself; empty if there is none."""
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    move = jnp.where(finite, 1 - kept, 0.0)
+    return jax.tree.map(lambda mean, now: mean + move * (now - mean), average, params if kept else ())
+
+
 def clipped_update(
     optimizer: optax.GradientTransformation,
     clip_norm: float,
@@ -217,7 +227,7 @@ def clipped_update(
     return optax.apply_updates(params, updates), opt_state
 
 
-def put_batch(step: Step, batch: Batch) -> Batch:
+def put_batch(step: Step, batch: Any) -> Any:
     """This process's rows of a global batch -> arrays sharded over the mesh."""
     with jax.transfer_guard_host_to_device("allow"):  # the one transfer of a step that is meant
         return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(step.batch, rows), batch)

@@ -2,10 +2,8 @@
 
 python -m tokenformer_jax.convert --from_hub=Haiyang-W/TokenFormer-450M --workdir=W   # or a folder as one there
 python -m tokenformer_jax.convert --to_hub_format=FOLDER --workdir=W [--step=N]   # for transformers, with its code
-python -m tokenformer_jax.convert --from_torch=FILE --workdir=W --config=pile:150m [--tokenizer=T]
-python -m tokenformer_jax.convert --from_torch=FILE --workdir=W --num_heads=12 --context_length=2048 [--tokenizer=T]
-python -m tokenformer_jax.convert --to_torch=FILE --workdir=W [--step=N]
-python -m tokenformer_jax.convert --to_adapter=F.safetensors --workdir=W [--step=N]
+python -m tokenformer_jax.convert --from_torch=FILE --workdir=W --config=pile:150m [--tokenizer=T]   # or --num_heads=12
+python -m tokenformer_jax.convert --to_torch=FILE --workdir=W [--step=N]   # or --to_adapter=F.safetensors
 
 FILE ends in .bin, .pt or .pth (which need torch), .safetensors or .npz. Tensors are read, stored code is never run.
 """
@@ -20,10 +18,7 @@ from tokenformer_jax.storage.hub import UNSAID, import_published, read_for
 from tokenformer_jax.storage.hub_format import export_hub, in_transformers
 from tokenformer_jax.storage.official import export_official, in_pytorch
 
-READ = {
-    "from_torch": "the official state dict to read",
-    "from_hub": "the repository of the hub to read, as OWNER/NAME or OWNER/NAME@REVISION, or a folder like one",
-}
+READ = {"from_torch": "the official state dict to read", "from_hub": "the OWNER/NAME[@REVISION], or a folder like one"}
 WRITE = {
     "to_torch": ("the official state dict to write", export_official, in_pytorch),
     "to_hub_format": ("the new folder to write, for transformers", export_hub, in_transformers),
@@ -46,7 +41,7 @@ def main() -> None:
         given = {way.name: way.value for way in ways if way.value}
         if len(given) != 1:
             raise UserError(f"{', '.join(f'--{way.name}' for way in ways)}: give one of them, to read or to write")
-        ((way, name),) = given.items()
+        [(way, name)] = given.items()
         local_path(tokenizer.value or "", "--tokenizer")
         if way in WRITE:
             (_, export, use), path = WRITE[way], local_path(name, f"--{way}")

@@ -129,8 +129,8 @@ def check_base(adapters: Sequence[Adapter], fingerprint: str, source: str) -> No
     for adapter in adapters:
         if adapter.base != fingerprint:
             raise UserError(
-                f"{adapter.source}: was trained on the model {adapter.base}, but {source} is {fingerprint}; use the run "
-                f"and step that it grew from (step {adapter.history['growth']['step']})"
+                f"{adapter.source}: was trained on the model {adapter.base}, but {source} is {fingerprint}; use the "
+                f"run that it grew from, at step {adapter.history['growth']['step']}"
             )
 
 

@@ -17,7 +17,7 @@ FLOORS = """
     data: tokenizer units readers folders text published encode workers tokens mixture batches images image_batches
     nn: backends layers row_kernels pattention_vjp pattention attention transformer loss language vision
     training: metrics language augment images tasks state schedule learned non_finite step
-    storage: fingerprint workdir record arrays trackers metrics_file checkpoints trained
+    storage: fingerprint workdir record arrays trackers metrics_file checkpoints trained adapters
     storage: state_dicts official hub card hub_format
     evaluation: perplexity sampling report slope advice settings scoring harness zero_shot suite predictions
     growth: recipes ladder figures verify resize grow shrink

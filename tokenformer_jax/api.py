@@ -27,6 +27,8 @@ from tokenformer_jax.nn.layers import Params, count_params
 from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.resizable import Resizable, check_config, check_seed
 from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage.adapters import adapted_config, adapted_tau, append, check_base, read_adapter
+from tokenformer_jax.storage.fingerprint import model_fingerprint
 from tokenformer_jax.storage.hub import read_published
 from tokenformer_jax.storage.official import (
     check_tau,
@@ -227,6 +229,19 @@ class TokenFormer(Resizable):
                 f"{self.cfg.vocab_size - 1}"
             )
         return ids
+
+    def adapted(self, *paths: str | os.PathLike[str]) -> "TokenFormer":
+        """This model with the tokens of adapters (files of convert --to_adapter), which were trained on it.
+
+        Raises UserError where one is of another model. This one stays as it is.
+
+        >>> model.adapted("prose.safetensors")
+        """
+        adapters = [read_adapter(local_path(path, "adapter")) for path in paths]
+        check_base(adapters, model_fingerprint(self.params, self.tau), "this model")
+        cfg = adapted_config(self.cfg, adapters)
+        params = jax.jit(functools.partial(append, counts=cfg.tokens))(self.params, [a.tokens for a in adapters])
+        return dataclasses.replace(self, cfg=cfg, params=params, tau=adapted_tau(self.tau, adapters))
 
     def generate(
         self, prompt_BL: jax.Array, max_tokens: int, sampling: Sampling | None = None, seed: int = 0

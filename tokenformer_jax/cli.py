@@ -362,6 +362,12 @@ def mesh_flag() -> Any:
     return lambda: None if holder.value is None else parse_mesh(holder.value, "--mesh")
 
 
+def adapter_flag() -> Callable[[], list[pathlib.Path]]:
+    """Defines `--adapter=F`, which may be given several times; returns its reader."""
+    holder = flags.DEFINE_multi_string("adapter", [], "a file of convert --to_adapter to put on; may be repeated")
+    return lambda: [local_path(name, "--adapter") for name in holder.value]
+
+
 def examples_flag() -> Callable[[], range | None]:
     """Defines `--examples=first:end`; returns its reader."""
     holder = flags.DEFINE_string("examples", None, "first:end, of training in its order, to be shown with their losses")

@@ -13,11 +13,12 @@ FLOORS = """
     configs: base quickstart pile ladder released tpu transformer zero_shot
     devices: distributed hardware sharding
     data: tokenizer units readers folders text published encode workers tokens mixture batches
-    nn: backends layers row_kernels pattention_vjp pattention attention transformer loss language
+    nn: backends layers row_kernels pattention_vjp pattention watch attention transformer loss language
     training: metrics language tasks state schedule non_finite step
     storage: fingerprint workdir record arrays trackers metrics_file checkpoints trained
     storage: state_dicts official hub card hub_format
-    evaluation: perplexity sampling report slope advice settings scoring harness zero_shot suite
+    evaluation: perplexity contributions inspection sampling report slope advice settings
+    evaluation: scoring harness zero_shot suite
     growth: recipes ladder figures verify resize grow shrink
     planning: hlo plan fit whole_run
     running: signals run log loop branch
@@ -26,7 +27,7 @@ FLOORS = """
     modeling_tokenformer
     cli
 """
-COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare lm_eval".split()
+COMMANDS = "train grow evaluate generate convert plan report inspect checkpoint prepare lm_eval".split()
 
 
 def order() -> list[str]:

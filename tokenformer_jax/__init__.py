@@ -10,7 +10,7 @@ Names of arrays end in their axes:
     L length     E a projection's output                  V vocabulary          C positions of a chunk
     H heads      K head dim                               S cache length        P parts, or positions in a row
     Y layers     W width of what rotary turns at once     G groups              M of a group
-    1 an axis of size 1
+    X texts      1 an axis of size 1
 """
 
 import importlib

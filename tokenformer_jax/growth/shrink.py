@@ -14,6 +14,7 @@ over all layers. That gives back the former τ, too: the factor is 1 after `zero
 """
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from tokenformer_jax.nn.layers import Params
 from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.training.state import TauRamp, TrainState
 
+Useful = Mapping[str, Any]  # what each token of a projection is worth, [Y, N]
 SAME_TAU = 1e-5  # relative; a τ so close to its target is that, but for rounding
 
 
@@ -85,17 +87,21 @@ def check_shrinking(old: ModelConfig, new: ModelConfig) -> None:
         raise UserError(f"model.ffn_tokens = {new.ffn_tokens}: --shrink drops none, as the source has no token more")
 
 
-def usefulness(tokens: Params) -> jax.Array:
-    """‖kᵢ‖·‖vᵢ‖ of each token of a projection, [Y, N]."""
-    return jnp.linalg.norm(tokens["keys"], axis=-1) * jnp.linalg.norm(tokens["values"], axis=-1)
+def norms(params: Params) -> Useful:
+    """‖kᵢ‖·‖vᵢ‖ of each token."""
+
+    def norm(tokens: Params) -> jax.Array:
+        return jnp.linalg.norm(tokens["keys"], axis=-1) * jnp.linalg.norm(tokens["values"], axis=-1)
+
+    return {name: norm(tokens) for name, tokens in params["blocks"].items()}
 
 
-def most_useful(tokens: Params, count: int) -> jax.Array:
+def most_useful(useful_YN: jax.Array, count: int) -> jax.Array:
     """The `count` most useful tokens of each layer, in their order; of equals the first. Integers [Y, count]."""
-    return jnp.sort(jax.lax.top_k(usefulness(tokens), count)[1], axis=1)
+    return jnp.sort(jax.lax.top_k(useful_YN, count)[1], axis=1)
 
 
-def shrink_state(state: TrainState, cfg: ModelConfig, ramp_steps: int) -> TrainState:
+def shrink_state(state: TrainState, cfg: ModelConfig, ramp_steps: int, useful: Useful | None = None) -> TrainState:
     """Drops parameter tokens and their moments; a pure function, to be jitted with the smaller state's shardings.
 
     Where tokens are sharded, each device gathers those of all to pick its own.
@@ -104,8 +110,9 @@ def shrink_state(state: TrainState, cfg: ModelConfig, ramp_steps: int) -> TrainS
       state: of the larger model; its optimizer state may be an empty tuple.
       cfg: the smaller model's config.
       ramp_steps: steps over which τ goes to `initial_tau(cfg)`; 0 keeps it for good.
+      useful: what each token is worth; its norms where it is None.
     """
-    kept = kept_tokens(state.params, cfg)
+    kept = kept_tokens(state.params, cfg, useful)
     tau = dict(state.tau)
     for name, count in cfg.tokens.items():
         keys_YND = state.params["blocks"][name]["keys"]
@@ -122,9 +129,10 @@ def shrink_state(state: TrainState, cfg: ModelConfig, ramp_steps: int) -> TrainS
     return TrainState(state.step, pick(state.params, kept), pick(state.opt_state, kept), tau)
 
 
-def kept_tokens(params: Params, cfg: ModelConfig) -> dict[str, jax.Array]:
+def kept_tokens(params: Params, cfg: ModelConfig, useful: Useful | None = None) -> dict[str, jax.Array]:
     """The tokens of each projection that stay, [Y, count]."""
-    return {name: most_useful(params["blocks"][name], count) for name, count in cfg.tokens.items()}
+    useful = norms(params) if useful is None else useful
+    return {name: most_useful(useful[name], count) for name, count in cfg.tokens.items()}
 
 
 def pick(tree: Any, kept: dict[str, jax.Array]) -> Any:

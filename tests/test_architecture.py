@@ -9,12 +9,14 @@ FLOORS = """
     errors
     environment
     files
+    rules
+    image_config
     config
-    configs: base quickstart pile ladder released tpu transformer zero_shot
+    configs: base quickstart pile ladder released tpu transformer zero_shot digits imagenet
     devices: distributed hardware sharding
-    data: tokenizer units readers folders text published encode workers tokens mixture batches
-    nn: backends layers row_kernels pattention_vjp pattention watch attention transformer loss language
-    training: metrics language tasks state schedule non_finite step
+    data: tokenizer units readers folders text published encode workers tokens mixture batches images image_batches
+    nn: backends layers row_kernels pattention_vjp pattention watch attention transformer loss language vision
+    training: metrics language augment images tasks state schedule non_finite step
     storage: fingerprint workdir record arrays trackers metrics_file checkpoints trained
     storage: state_dicts official hub card hub_format
     evaluation: perplexity contributions inspection sampling report slope advice settings

@@ -126,7 +126,8 @@ def shrink_state(state: TrainState, cfg: ModelConfig, ramp_steps: int, useful: U
         start = state.tau[name].at(state.step) * jnp.sqrt(1 - dropped)
         start = jnp.where(jnp.abs(start - target) <= SAME_TAU * target, target, start)
         tau[name] = TauRamp(start, target if ramp_steps else start, state.step, state.step + ramp_steps)
-    return TrainState(state.step, pick(state.params, kept), pick(state.opt_state, kept), tau)
+    params, opt_state, average = (pick(tree, kept) for tree in (state.params, state.opt_state, state.average))
+    return TrainState(state.step, params, opt_state, tau, average)
 
 
 def kept_tokens(params: Params, cfg: ModelConfig, useful: Useful | None = None) -> dict[str, jax.Array]:

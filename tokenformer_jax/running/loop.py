@@ -49,7 +49,8 @@ def train(cfg: Config, workdir: pathlib.Path) -> bool:
 def say_nothing_to_do(run: Run, workdir: pathlib.Path) -> None:
     if jax.process_index() == 0:
         key = run.cfg.budget or "steps"
-        more = 2 * {"steps": run.start, "train_tokens": run.record.tokens, "train_flops": run.record.train_flops}[key]
+        spent = {"steps": run.start, "train_tokens": run.record.tokens, "train_flops": run.record.train_flops}
+        more = 2 * spent.get(key, getattr(run.cfg, key))
         print(
             f"nothing to do: {workdir} was trained to step {run.start} already, and {run.cfg.length} asks for "
             f"less; its config is kept; {key} = {more:.15g}, for instance, goes on",

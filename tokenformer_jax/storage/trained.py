@@ -13,6 +13,7 @@ import jax
 from tokenformer_jax.config import Config, MeshConfig, read_config, validate
 from tokenformer_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from tokenformer_jax.devices.sharding import MESH_AXES, make_mesh
+from tokenformer_jax.errors import UserError
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.storage.checkpoints import Checkpoints, Read
 from tokenformer_jax.storage.fingerprint import as_text, fingerprints
@@ -31,12 +32,16 @@ class Trained:
     record: Record
     assets: dict[str, str]  # what its data needs, by name
     step: Step
-    state: TrainState  # without optimizer state
+    state: TrainState  # without optimizer state; its parameters are the mean where the run has one
     num_params: int
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """Of a language model."""
+        """Of a language model; a UserError says so of another."""
+        if "tokenizer" not in self.assets:
+            raise UserError(
+                f"--workdir: holds a run of task = {self.cfg.task!r}, which has no text; use `evaluate` or `predict`"
+            )
         return tokenizer_from_json(self.assets["tokenizer"])
 
     @functools.cached_property
@@ -88,7 +93,8 @@ def _load_trained(workdir: pathlib.Path, step_number: int, mesh: tuple[int, ...]
         cfg = dataclasses.replace(cfg, mesh=MeshConfig(1, 1, 1))
     validate(cfg)
     step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start)
-    state = TrainState(**checkpoints.restore(step_number, step.abstract_state.without_moments()), opt_state=())
+    found = checkpoints.restore(step_number, step.abstract_state.to_use())
+    state = TrainState(found["step"], found.get("average") or found["params"], (), found["tau"])
     trained = Trained(
         cfg, step_number, record, checkpoints.assets(step_number), step, state, count_params(state.params)
     )

@@ -51,8 +51,9 @@ def _fallen(decay: str, part: jax.typing.ArrayLike) -> jax.Array:
 
 
 def decayed(params: Params) -> Any:
-    """True where weight decay applies: all but the final norm."""
-    return {name: jax.tree.map(lambda _, n=name: not n.startswith("norm"), tree) for name, tree in params.items()}
+    """True where weight decay applies: all but the final norm, biases, class token and positions."""
+    kept = [n for n in params if n.startswith("norm") or n.endswith("bias") or n in ("class_token", "positions")]
+    return {name: jax.tree.map(lambda _, n=name: n not in kept, tree) for name, tree in params.items()}
 
 
 def make_optimizer(cfg: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -50,7 +50,7 @@ class Step:
     abstract_state: TrainState  # ShapeDtypeStructs with shardings
     init: Callable[[jax.Array], TrainState]  # PRNG key -> state
     train: OnMesh  # (state, Batch) -> state, metrics; donates the state, and does not learn from what is not finite
-    evaluate: Callable[[TrainState, Batch], Metrics]  # sums of nll (nats) and weights; needs no opt_state
+    evaluate: Callable[[TrainState, Batch], Metrics]  # the network's `sums`; needs no opt_state
     batch: NamedSharding  # of every array of a Batch
     mesh: Mesh
 
@@ -79,20 +79,19 @@ def make_step(
 
     def init(key: jax.Array) -> TrainState:
         params = task.init_params(cfg.model, key)
-        return new_state(params, optimizer.init(params), initial_tau(cfg.model))
+        return new_state(params, optimizer.init(params), initial_tau(cfg.model), cfg.optimizer.average > 0)
 
     def loss(params: Params, tau: Tau, batch: Batch, key: Key = None) -> tuple[jax.Array, jax.Array]:
         return nnx.merge(graphdef, params).loss_sums(batch, tau, cfg, key)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = masks_key(cfg, state.step)
+        key, batch = masks_key(cfg, state.step), task.augmented(batch, cfg, state.step)
         mean, grads = mean_gradients(loss, state, batch, key, cfg.accumulation)
         update = functools.partial(clipped_update, optimizer, cfg.optimizer.clip_norm, new_tokens)
-        return update_state(state, mean, grads, schedule, update)
+        return update_state(state, mean, grads, schedule, update, cfg.optimizer.average)
 
     def evaluate(state: TrainState, batch: Batch) -> Metrics:
-        nll, weights = loss(state.params, state.tau_now(), batch)
-        return {"nll": nll, "weights": weights}
+        return nnx.merge(graphdef, state.evaluated).sums(batch, state.tau_now(), cfg)
 
     abstract = jax.eval_shape(init, jax.random.key(0))
     of_state, batch, whole = (
@@ -119,7 +118,8 @@ def state_shardings(
     of_moments = optax.tree.map_params(
         optimizer, lambda _, s: s, abstract.opt_state, of_params, transform_non_params=lambda _: whole
     )
-    return jax.tree.map(lambda _: whole, abstract)._replace(params=of_params, opt_state=of_moments)
+    of_average = of_params if abstract.average else ()
+    return jax.tree.map(lambda _: whole, abstract)._replace(params=of_params, opt_state=of_moments, average=of_average)
 
 
 def masks_key(cfg: Config, step: jax.Array | int) -> Key:
@@ -152,9 +152,17 @@ def split_rows(x_BL: jax.Array, parts: int) -> jax.Array:
 
 
 def update_state(
-    state: TrainState, mean: jax.Array, grads: Params, schedule: optax.Schedule, update: Callable[..., Any]
+    state: TrainState,
+    mean: jax.Array,
+    grads: Params,
+    schedule: optax.Schedule,
+    update: Callable[..., Any],
+    kept: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
-    """The state after a step with this mean loss and gradient, which learns where both are finite, and its metrics."""
+    """The state after a step with this mean loss and gradient, which learns where both are finite, and its metrics.
+
+    `kept` is the share that the exponential mean of the parameters keeps, if the state has one.
+    """
     squares = jnp.stack([jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)])
     norm = jnp.sqrt(jnp.sum(squares))
     with jax.named_scope("optimizer"):
@@ -167,7 +175,9 @@ def update_state(
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         "grad_norms": jnp.sqrt(squares),
     }
-    return TrainState(state.step + 1, params, opt_state, state.tau), metrics
+    move = jnp.where(finite, 1 - kept, 0.0)
+    average: Any = jax.tree.map(lambda mean, now: mean + move * (now - mean), state.average, params if kept else ())
+    return TrainState(state.step + 1, params, opt_state, state.tau, average), metrics
 
 
 def clipped_update(
@@ -188,7 +198,7 @@ def clipped_update(
     return optax.apply_updates(params, updates), opt_state
 
 
-def put_batch(step: Step, batch: Batch) -> Batch:
+def put_batch(step: Step, batch: Any) -> Any:
     """This process's rows of a global batch -> arrays sharded over the mesh."""
     with jax.transfer_guard_host_to_device("allow"):  # the one transfer of a step that is meant
         return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(step.batch, rows), batch)

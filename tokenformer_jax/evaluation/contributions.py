@@ -19,13 +19,13 @@ from tokenformer_jax.devices.sharding import replicated
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.nn.layers import Params
 from tokenformer_jax.nn.transformer import Tau
-from tokenformer_jax.nn.watch import watch
+from tokenformer_jax.nn.watch import Seen, seen, watch
 from tokenformer_jax.training.metrics import Progress
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import OnMesh, Step, put_batch
 from tokenformer_jax.training.tasks import Prepared, task_of
 
-Sums = dict[str, Any]  # `nll` and `weights` of `loss_sums`, and `tokens`: Σ |Θ| of each, [Y, N] by projection
+Sums = dict[str, Any]  # `nll` and `weights` of `loss_sums`, and by projection what is `watch.Seen`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Measured:
     """What the parameter tokens do on a text of so many tokens, on which the model has this loss (nats a token)."""
 
     contributions: dict[str, np.ndarray]  # float32 [Y, N] by projection
+    parts: dict[str, np.ndarray]  # the mean part in what scores are normalized by, likewise; a layer's sum is 1
     loss: float
     tokens: float
 
@@ -42,7 +43,8 @@ def contributions(
 ) -> Measured:
     """Measures all of a split once, or `max_batches` batches spread over it, on the step's mesh.
 
-    The sums are float32 and stay on the devices. Scores are those that the model computes, in its dtype.
+    The sums are float32, and stay on the devices. Scores are those of the model, in its dtype. Of a language model each
+    position counts that predicts a token; of an image all do, each as a part of it.
 
     Raises:
       UserError: the model has no parameter tokens.
@@ -71,8 +73,8 @@ def check_has_tokens(model: ModelConfig) -> None:
 
 
 def no_sums(model: ModelConfig) -> Sums:
-    tokens = {name: np.zeros((model.num_layers, count), np.float32) for name, count in model.tokens.items()}
-    return {"nll": np.float32(0), "weights": np.float32(0), "tokens": tokens}
+    zeros = {name: np.zeros((model.num_layers, count), np.float32) for name, count in model.tokens.items()}
+    return {"nll": np.float32(0), "weights": np.float32(0), "seen": {name: Seen(x, x) for name, x in zeros.items()}}
 
 
 def add_batch(cfg: Config, sums: Sums, state: TrainState, batch: Any) -> Sums:
@@ -82,9 +84,9 @@ def add_batch(cfg: Config, sums: Sums, state: TrainState, batch: Any) -> Sums:
 def batch_sums(cfg: Config, params: Params, tau: Tau, batch: Any) -> Sums:
     """What a batch adds; positions of weight 0, which are padding, do not count."""
     model = nnx.merge(task_of(cfg).abstract_model(cfg.model)[0], params)
-    names = watch(model.blocks, batch.weights_BL)
+    watch(model.blocks, batch.weights_BL)
     nll, weights = model.loss_sums(batch, tau, cfg)
-    return {"nll": nll, "weights": weights, "tokens": {name: getattr(model.blocks, name).sums_N[...] for name in names}}
+    return {"nll": nll, "weights": weights, "seen": seen(model.blocks)}
 
 
 def value_lengths(params: Params) -> dict[str, jax.Array]:
@@ -92,10 +94,12 @@ def value_lengths(params: Params) -> dict[str, jax.Array]:
     return {name: jnp.linalg.norm(tokens["values"], axis=-1) for name, tokens in params["blocks"].items()}
 
 
-def measured(sums: Sums, lengths: Mapping[str, np.ndarray]) -> Measured:
-    weights = float(sums["weights"])
-    means = {name: sums["tokens"][name] / weights * lengths[name] for name in lengths}
-    return Measured(means, float(sums["nll"]) / weights, weights)
+def measured(sums: Sums, lengths: Mapping[str, Any]) -> Measured:
+    """Means of sums; `lengths` are the `value_lengths`."""
+    count = sums["weights"]
+    means = {name: np.asarray(of.weights * lengths[name] / count) for name, of in sums["seen"].items()}
+    parts = {name: np.asarray(of.parts / count) for name, of in sums["seen"].items()}
+    return Measured(means, parts, float(sums["nll"] / count), float(count))
 
 
 def open_text(cfg: Config, assets: Mapping[str, str], path: str) -> Any:
@@ -104,6 +108,8 @@ def open_text(cfg: Config, assets: Mapping[str, str], path: str) -> Any:
     Raises:
       UserError: it cannot be read, or holds too little text.
     """
+    if "tokenizer" not in assets:
+        raise UserError(f"--text={path}: the model reads no text; leave it out")
     own: Any = {"dataset": "text_files", "path": path, "sources": (), "train_split": "train"}
     data = dataclasses.replace(cfg.data, **own, validation_split="train")
     try:

@@ -24,7 +24,7 @@ from tokenformer_jax.devices.sharding import check_mesh, parse_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import local_path
 
-COMMANDS = "train grow evaluate generate predict convert plan report checkpoint prepare lm_eval".split()
+COMMANDS = "train grow evaluate generate predict convert plan report inspect checkpoint prepare lm_eval".split()
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell says of other programs
 STOPPED = 85  # errno's ERESTART, as HTCondor has it: saved before its end, and the same command goes on
 _PRESETS = pathlib.Path(__file__).parent / "configs"

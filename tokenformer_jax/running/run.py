@@ -273,7 +273,7 @@ def next_rung(run: Run) -> Run:
     resize = Resize(Growing(cfg.grow.recipe), n, cfg, old_cfg, step, old_step)
     source = InMemory(run.state)
     run.state = None  # type: ignore[assignment]  # so that its arrays can go as the larger ones come
-    state, figures = resize.apply(source, run.corpus.validation)
+    state, figures = resize.apply(source, run.corpus)
     if jax.process_index() == 0:
         print(describe_growth(figures), file=sys.stderr)
     record = dataclasses.replace(resize.record(record, figures), rung=rung)

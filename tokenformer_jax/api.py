@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from tokenformer_jax.buckets import bucket_errors
 from tokenformer_jax.config import Config, ModelConfig, validate_model
 from tokenformer_jax.data.mixture import prepare
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -20,7 +21,7 @@ from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.perplexity import choose_split, evaluate_split
 from tokenformer_jax.evaluation.sampling import Sampling, checked, generate
-from tokenformer_jax.files import local_path
+from tokenformer_jax.files import local_path, run_path
 from tokenformer_jax.nn import language
 from tokenformer_jax.nn.language import abstract_model, init_params
 from tokenformer_jax.nn.layers import Params, count_params
@@ -47,7 +48,8 @@ from tokenformer_jax.training.step import make_step
 class TokenFormer(Resizable):
     """A model: what it is, its parameters, and its τ. Methods compute; none changes it.
 
-    `params` is a nested dict of float32 arrays; those of a block are stacked over layers. Paths may begin with `~`.
+    `params` is a nested dict of float32 arrays; those of a block are stacked over layers. Paths may begin with `~`,
+    and those of workdirs may be gs://BUCKET/FOLDER.
     A UserError names the argument that cannot be used.
     """
 
@@ -86,7 +88,9 @@ class TokenFormer(Resizable):
 
         >>> model = TokenFormer.load("runs/quickstart/grown")
         """
-        run = load_trained(local_path(workdir, "workdir"), step)
+        folder = run_path(workdir, "workdir")
+        with bucket_errors(folder):
+            run = load_trained(folder, step)
         tau = {name: float(value) for name, value in run.state.tau_now().items()}
         return cls(run.cfg.model, run.state.params, tau, run.tokenizer)
 
@@ -99,8 +103,9 @@ class TokenFormer(Resizable):
         >>> model = TokenFormer.train(read_config(quickstart.get_config("small").to_dict()), "runs/mine")
         """
         check_config(cfg)
-        folder = local_path(workdir, "workdir")
-        train(cfg, folder)
+        folder = run_path(workdir, "workdir")
+        with bucket_errors(folder):
+            train(cfg, folder)
         return cls.load(folder)
 
     def save(self, workdir: str | pathlib.Path, cfg: Config) -> None:
@@ -115,7 +120,9 @@ class TokenFormer(Resizable):
 
         >>> larger.save("runs/larger", cfg)
         """
-        make_workdir(self.params, self.tau, self.fitted(cfg), local_path(workdir, "workdir"), self.tokenizer)
+        folder = run_path(workdir, "workdir")
+        with bucket_errors(folder):
+            make_workdir(self.params, self.tau, self.fitted(cfg), folder, self.tokenizer)
 
     def evaluate(self, cfg: Config, split: str = "validation") -> dict[str, float]:
         """Loss in nats a token, perplexity and bits per byte on a split of a config's data, every token once.

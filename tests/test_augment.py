@@ -18,7 +18,6 @@ from tokenformer_jax.data.augment import (
     FILL,
     GEOMETRIC,
     OPS,
-    AugmentConfig,
     affine,
     augment,
     beta,
@@ -29,6 +28,7 @@ from tokenformer_jax.data.augment import (
     recolor,
     warp,
 )
+from tokenformer_jax.image_config import AugmentConfig
 
 RECIPE = AugmentConfig(
     smallest_crop=0.2, flip=True, rand_augment_layers=2, erasing=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1

@@ -7,29 +7,15 @@ its device. Operations of RandAugment are PIL's, which published recipes are mad
 to 255 until they are normalized.
 """
 
-import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.special
 
-
-@dataclasses.dataclass(frozen=True)
-class AugmentConfig:
-    """What training does to pictures; all of it is off by default."""
-
-    smallest_crop: float = 0.0
-    center: float = 1.0
-    flip: bool = False
-    rand_augment_layers: int = 0
-    rand_augment_magnitude: float = 9.0
-    rand_augment_deviation: float = 0.5
-    erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    label_smoothing: float = 0.0
-
+from tokenformer_jax.image_config import AugmentConfig
 
 FILL = 128.0  # gray, where a picture was turned or moved away from
 TRIES = 0.5  # probability that a layer of RandAugment does anything
@@ -304,12 +290,10 @@ def part_kept(rng: Any, sides: tuple[int, int], cfg: AugmentConfig) -> jax.Array
 
 
 def beta(rng: Any, alpha: float) -> jax.Array:
-    """A draw from Beta(alpha, alpha).
+    """A draw from Beta(alpha, alpha), from a table of its quantiles.
 
-    JAX's own draws and rejects until every row has one, of which the devices must tell each other. Above 1/2 there is a
-    formula (Ulrich 1984), and no need to.
+    JAX's own draws and rejects until every row has one: of how long that takes devices must tell each other.
     """
-    if alpha <= 0.5:
-        return jax.random.beta(rng, alpha, alpha)
-    u, v = jax.random.uniform(rng, (2,))
-    return (1 + jnp.sqrt(1 - u ** (1 / (alpha - 0.5))) * jnp.cos(2 * math.pi * v)) / 2
+    part_Q = np.linspace(0, 1, 4097)
+    value_Q = scipy.special.betaincinv(alpha, alpha, part_Q)
+    return jnp.interp(jax.random.uniform(rng), part_Q.astype(np.float32), value_Q.astype(np.float32))

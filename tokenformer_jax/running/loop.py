@@ -28,7 +28,7 @@ def train(cfg: Config, workdir: pathlib.Path) -> bool:
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_writer(workdir))
         run = open_run(cfg, workdir)
-        stack.enter_context(contextlib.closing(run.checkpoints))
+        stack.enter_context(run.checkpoints)
         if run.is_past_its_end:
             say_nothing_to_do(run, workdir)
             return True
@@ -49,7 +49,8 @@ def train(cfg: Config, workdir: pathlib.Path) -> bool:
 def say_nothing_to_do(run: Run, workdir: pathlib.Path) -> None:
     if jax.process_index() == 0:
         key = run.cfg.budget or "steps"
-        more = 2 * {"steps": run.start, "train_tokens": run.record.tokens, "train_flops": run.record.train_flops}[key]
+        spent = {"steps": run.start, "train_tokens": run.record.tokens, "train_flops": run.record.train_flops}
+        more = 2 * spent.get(key, getattr(run.cfg, key))
         print(
             f"nothing to do: {workdir} was trained to step {run.start} already, and {run.cfg.length} asks for "
             f"less; its config is kept; {key} = {more:.15g}, for instance, goes on",
@@ -83,16 +84,15 @@ def train_stage(run: Run, log: Log, profiler: Profiler, signals: StopSignals) ->
             read_step(run, log, *unread)
             unread = None
         if saving:
+            log.flush()  # what a resumed run does not write again
             run.save(n)
         if evaluating:
             evaluate(run, log, n)
         if stopping:
-            run.checkpoints.wait()
+            run.save_at_last(n)
             log.say(f"{signals.why} and saved at step {n}; the same command goes on from there")
             return False
-    run.checkpoints.wait()
-    run.save(n)
-    run.checkpoints.wait()
+    run.save_at_last(n)
     if run.is_last:
         log.say(f"done at step {n}: the checkpoint and metrics.jsonl are in {log.workdir}")
     return True
@@ -122,7 +122,7 @@ def read_step(run: Run, log: Log, n: int, metrics: Metrics) -> None:
     arrays = jax.device_get(metrics)
     norms = arrays.pop("grad_norms")
     figures = {name: float(value) for name, value in arrays.items()}
-    names = list(by_name(run.step.abstract_state.params))
+    names = list(by_name(run.step.learned))
     why = what_is_bad(figures["loss"], figures["grad_norm"], norms, names, run.losses, cfg.loss_spike)
     if why:
         bad = BadStep(n, run.examples(n), why)

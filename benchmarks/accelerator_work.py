@@ -157,7 +157,14 @@ def decode(talk: Talk, size: str, batches: list[int], prompt: int, new: int) -> 
     import jax
     import jax.numpy as jnp
 
-    from tokenformer_jax.evaluation.sampling import Sampling, decoding_params, empty_cache, generate, make_decoder
+    from tokenformer_jax.evaluation.sampling import (
+        Sampling,
+        decoding_params,
+        empty_cache,
+        generate,
+        make_decoder,
+        make_loop,
+    )
     from tokenformer_jax.nn.language import init_params
     from tokenformer_jax.nn.transformer import initial_tau
     from tokenformer_jax.training.language import train_flops_per_token
@@ -172,14 +179,7 @@ def decode(talk: Talk, size: str, batches: list[int], prompt: int, new: int) -> 
     vocabulary = 2 * cfg.vocab_size * cfg.embed_dim  # FLOPs of a position's logits; of a prompt only the last has some
     flops = prompt * (train_flops_per_token(cfg) / 3 - vocabulary) + vocabulary
 
-    @functools.partial(jax.jit, donate_argnums=3)
-    def loop(params: Any, tau: Any, tokens_B: Any, cache: Any, key: Any) -> Any:
-        def one(carry: Any, _: None) -> Any:
-            tokens_B, cache = carry
-            return step(params, tau, tokens_B, cache, key), None
-
-        return jax.lax.scan(one, (tokens_B, cache), length=new - 1)[0]
-
+    loop = make_loop(cfg, how, None, new - 1)
     found: Figures = {"parameter_bytes": held, "prompt": prompt, "new": new}
     for batch in batches:
         prompt_BL = jax.random.randint(jax.random.key(1), (batch, prompt), 0, cfg.vocab_size)
@@ -189,28 +189,21 @@ def decode(talk: Talk, size: str, batches: list[int], prompt: int, new: int) -> 
         def say(batch: int = batch, figures: Figures = figures) -> None:
             talk.partial(**found | {str(batch): figures})
 
-        def start(prompt_BL: Any = prompt_BL) -> Any:
-            return generate(cfg, params, tau, prompt_BL, new, how=how)
+        def several(count: int, prompt_BL: Any = prompt_BL) -> list[Any]:
+            return list(generate(cfg, params, tau, prompt_BL, count, how=how))
 
-        began = time.perf_counter()
-        stream = start()
-        jax.block_until_ready([next(stream) for _ in range(3)])
-        figures["compile_seconds"] = time.perf_counter() - began
-        first = [seconds(lambda: next(start())) for _ in range(4)][1:]
-        figures["prefill_tokens_per_second"] = batch * prompt / statistics.median(first)
+        figures["compile_seconds"] = seconds(lambda: several(new))
+        first = statistics.median([seconds(lambda: several(1)) for _ in range(4)][1:])
+        figures["prefill_tokens_per_second"] = batch * prompt / first
         say()
-        took = []
-        for _ in range(3):
-            stream = start()
-            jax.block_until_ready(next(stream))
-            took.append(seconds(lambda: list(stream)) / (new - 1))  # noqa: B023
+        took = [(seconds(lambda: several(new)) - first) / (new - 1) for _ in range(3)]
         figures["generate_tokens_per_second"] = batch / statistics.median(took)
         say()
         took = []
         for _ in range(4):
             cache = empty_cache(cfg, batch, prompt + new)
             tokens_B, cache = jax.block_until_ready(step(ready, tau, prompt_BL, cache, jax.random.key(0)))
-            took.append(seconds(lambda: loop(ready, tau, tokens_B, cache, jax.random.key(0))) / (new - 1))  # noqa: B023
+            took.append(seconds(lambda: loop(ready, tau, tokens_B, cache, jax.random.key(0), 1)) / (new - 1))  # noqa: B023
         figures["loop_tokens_per_second"] = batch / statistics.median(took[1:])
         say()
         found[str(batch)] = figures

@@ -197,7 +197,7 @@ def measure_decode(shape: str, prompt: int, new: int) -> Figures:
     prefill, decode, bounds, reads, products = [], [], [], [], []
     for number in range(ROUNDS + 1):
         (reading, rate), product = bandwidths(), step_time.product_seconds()
-        stream = generate(cfg, params, tau, prompt_BL, new, how=Sampling(temperature=0.0))
+        stream = generate(cfg, params, tau, prompt_BL, new, how=Sampling(temperature=0.0), block=1)
         following = functools.partial(next, stream)
         first = seconds(following)
         later = [seconds(following) for _ in range(new - 1)][1:]

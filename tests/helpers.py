@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from configs import base
 from tokenformer_jax.config import Config, read_config
 from tokenformer_jax.data.batches import Batch
+from tokenformer_jax.data.image_batches import ImageBatch
 from tokenformer_jax.data.tokenizer import train_tokenizer
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.growth import resize
@@ -65,6 +66,37 @@ def tiny_linear_config(**overrides: Any) -> Config:
     return tiny_config(**linear | overrides)
 
 
+TINY_IMAGES = {
+    "task": "image_classification",
+    "model.vocab_size": 0,
+    "model.context_length": 0,
+    "model.rotary_fraction": 0.0,
+    "model.image_size": 8,
+    "model.patch_size": 2,
+    "model.image_channels": 3,
+    "model.num_classes": 6,
+    "data.dataset": "digits",
+}
+
+
+def image_tree(**overrides: Any) -> ConfigDict:
+    """As `tiny_tree`, of 8 x 8 images in color."""
+    return tiny_tree(**{key.replace(".", "__"): value for key, value in TINY_IMAGES.items()} | overrides)
+
+
+def image_config(**overrides: Any) -> Config:
+    """The same, read and checked."""
+    return read_config(image_tree(**overrides).to_dict())
+
+
+def random_images(cfg: Config, seed: int = 0) -> ImageBatch:
+    """A global batch of random images and labels."""
+    rng, model = np.random.default_rng(seed), cfg.model
+    shape = cfg.batch_size, model.image_size, model.image_size, model.image_channels
+    labels = rng.integers(0, model.num_classes, (cfg.batch_size, 1)).astype(np.int32)
+    return ImageBatch(rng.integers(0, 256, shape, np.uint8), labels, np.ones((cfg.batch_size, 1), np.float32))
+
+
 @cache
 def step_of(cfg: Config) -> Step:
     """The training step of a config on its mesh, compiled once for all tests of a process."""
@@ -76,10 +108,10 @@ def shared_steps() -> Iterator[None]:
     """Within it, runs that are resumed, repeated or read do not compile a step that one before them compiled."""
     made: dict[tuple[Any, str], Step] = {}
 
-    def shared(cfg: Config, mesh: Mesh, *others: Any) -> Step:
-        key = mesh, repr((cfg, others))
+    def shared(cfg: Config, mesh: Mesh, *others: Any, **named: Any) -> Step:
+        key = mesh, repr((cfg, others, named))
         if key not in made:
-            made[key] = make_step(cfg, mesh, *others)
+            made[key] = make_step(cfg, mesh, *others, **named)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:

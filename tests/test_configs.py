@@ -6,13 +6,13 @@ import pathlib
 
 import pytest
 
-from configs import ladder, pile, released, tpu, transformer, zero_shot
+from configs import imagenet, ladder, pile, released, tpu, transformer, zero_shot
 from tokenformer_jax.config import read_config, validate
 from tokenformer_jax.evaluation.settings import read_eval_config
 from tokenformer_jax.growth.ladder import stages, with_budget
 from tokenformer_jax.growth.recipes import check_growth
-from tokenformer_jax.nn.language import abstract_model
 from tokenformer_jax.nn.layers import count_params
+from tokenformer_jax.training.tasks import task_of
 
 FILES = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 VARIANTS = {
@@ -23,6 +23,8 @@ VARIANTS = {
     "released": list(released.VARIANTS),
     "tpu": list(tpu.VARIANTS),
     "transformer": transformer.VARIANTS,
+    "digits": ["small", "grown", "large", "vit"],
+    "imagenet": list(imagenet.VARIANTS),
 }
 PRESETS = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 VOCABULARY = 50304
@@ -54,7 +56,8 @@ def load(name, variant):
 
 
 def count(name, variant):
-    return count_params(abstract_model(load(name, variant).model)[1])
+    cfg = load(name, variant)
+    return count_params(task_of(cfg).abstract_model(cfg.model)[1])
 
 
 def formula(name):
@@ -77,7 +80,7 @@ def test_every_evaluation_preset_is_valid(variant):
 @pytest.mark.parametrize("name, variant", PRESETS)
 def test_every_preset_is_valid_and_builds(name, variant):
     cfg = load(name, variant)
-    assert count_params(abstract_model(cfg.model)[1]) > 0
+    assert count_params(task_of(cfg).abstract_model(cfg.model)[1]) > 0
     validate(dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, fsdp=16 if cfg.batch_size > 32 else 1)))
 
 

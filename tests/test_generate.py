@@ -24,9 +24,9 @@ def model():
 
 def continuation(model, prompt, count, **how):
     cfg, params, tau = model
-    seed = how.pop("seed", 0)
-    tokens = generate(cfg, params, tau, jnp.asarray([prompt]), count, how=Sampling(**how), seed=seed)
-    return [int(t[0]) for t in tokens]
+    options = {name: how.pop(name) for name in ("seed", "block") if name in how}
+    blocks = generate(cfg, params, tau, jnp.asarray([prompt]), count, how=Sampling(**how), **options)
+    return np.concatenate(list(blocks))[:, 0].tolist()
 
 
 def test_greedy_decoding_equals_the_argmax_of_full_forwards(model):
@@ -67,6 +67,15 @@ LOGITS = np.log([0.5, 0.25, 0.15, 0.1])
 def test_sampled_frequencies(how, expected):
     np.testing.assert_allclose(draws(LOGITS, how), expected, atol=0.03)
     assert (draws(LOGITS, how)[np.asarray(expected) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_block_s_size_changes_no_token(model, temperature):
+    one = continuation(model, [3, 1, 4], 12, temperature=temperature, seed=4, block=1)
+    assert len(one) == 12 and len(set(one)) > 2
+    for block in (2, 5, 11, 40):
+        assert continuation(model, [3, 1, 4], 12, temperature=temperature, seed=4, block=block) == one
+    assert continuation(model, [3, 1, 4], 1, temperature=temperature, seed=4) == one[:1]
 
 
 def test_excluded_ids_are_never_drawn(model):

@@ -25,7 +25,7 @@ from tokenformer_jax.devices.sharding import check_mesh, parse_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import local_path, run_path
 
-COMMANDS = "train grow evaluate generate convert plan report checkpoint prepare lm_eval".split()
+COMMANDS = "train grow evaluate generate predict convert plan report inspect checkpoint prepare lm_eval".split()
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell says of other programs
 STOPPED = 85  # errno's ERESTART, as HTCondor has it: saved before its end, and the same command goes on
 _PRESETS = pathlib.Path(__file__).parent / "configs"
@@ -368,6 +368,12 @@ def mesh_flag() -> Any:
     holder = flags.DEFINE_string("mesh", None, "[slice,]data,fsdp,tensor; by default the run's own, or a single device")
 
     return lambda: None if holder.value is None else parse_mesh(holder.value, "--mesh")
+
+
+def adapter_flag() -> Callable[[], list[pathlib.Path]]:
+    """Defines `--adapter=F`, which may be given several times; returns its reader."""
+    holder = flags.DEFINE_multi_string("adapter", [], "a file of convert --to_adapter to put on; may be repeated")
+    return lambda: [local_path(name, "--adapter") for name in holder.value]
 
 
 def examples_flag() -> Callable[[], range | None]:

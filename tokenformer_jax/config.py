@@ -6,44 +6,37 @@
 import dataclasses
 import difflib
 import json
-import math
 import pathlib
 import typing
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import check_data_path, is_url, sealed
-
-
-class Rule(NamedTuple):
-    """What a value must be."""
-
-    holds: Callable[[Any], bool]
-    need: str
-
-
-def one_of(*choices: str) -> Rule:
-    return Rule(lambda value: value in choices, f"must be one of {', '.join(choices)}")
-
-
-ABOVE_0 = Rule(lambda value: 0 < value < math.inf, "must be above 0")
-NOT_NEGATIVE = Rule(lambda value: 0 <= value < math.inf, "must be 0 or above")
-PositiveInt = Annotated[int, ABOVE_0]
-PositiveFloat = Annotated[float, ABOVE_0]
-NotNegativeInt = Annotated[int, NOT_NEGATIVE]
-NotNegativeFloat = Annotated[float, NOT_NEGATIVE]
-Fraction = Annotated[float, Rule(lambda value: 0 <= value <= 1, "must lie between 0 and 1")]
-BelowOne = Annotated[float, Rule(lambda value: 0 <= value < 1, "must be 0 or above, and below 1")]
+from tokenformer_jax.image_config import UNCHANGED, AugmentConfig, check_image, check_pairs, check_text
+from tokenformer_jax.rules import (
+    NOT_NEGATIVE,
+    BelowOne,
+    Fraction,
+    NotNegativeFloat,
+    NotNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Rule,
+    divisors,
+    one_of,
+    require,
+    require_divisible,
+)
 
 RECIPE_NAMES = ("zero_keys", "isometric", "split", "random_keys", "released", "zero_padding")
 PATHS = ("path", "tokenizer", "cache_dir")  # keys of the data that name files
 SIZES = ("qkv_tokens", "out_tokens", "ffn_tokens")  # keys of the model that say counts of parameter tokens
-BUDGETS = ("train_tokens", "train_flops")  # keys that say a run's length in place of `steps`
+BUDGETS = ("train_tokens", "train_flops", "train_epochs")  # keys that say a run's length in place of `steps`
 
 
 # How to compute and to train, not what: they may change from run to run.
-FREE_MODEL_KEYS = ("dropout", "stochastic_depth", "dtype", "remat")
+FREE_MODEL_KEYS = ("dropout", "stochastic_depth", "stochastic_depth_rises", "dtype", "remat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +45,8 @@ class ModelConfig:
     normalizer: Annotated[str, one_of("l2_norm_gelu", "gelu_l2_norm", "softmax")]
     gelu: Annotated[str, one_of("erf", "tanh")]
     tau_tokens: NotNegativeInt
-    vocab_size: PositiveInt
-    context_length: PositiveInt
+    vocab_size: NotNegativeInt
+    context_length: NotNegativeInt
     num_layers: PositiveInt
     num_heads: PositiveInt
     embed_dim: PositiveInt
@@ -66,10 +59,31 @@ class ModelConfig:
     dtype: Annotated[str, one_of("float32", "bfloat16")]
     remat: Annotated[str, one_of("none", "dots", "projections", "full")]
     pad_tokens_to: NotNegativeInt = 0
+    stochastic_depth_rises: bool = False
+    image_size: NotNegativeInt = 0
+    patch_size: NotNegativeInt = 0
+    image_channels: NotNegativeInt = 0
+    num_classes: NotNegativeInt = 0
+    pooling: Annotated[str, one_of("class_token", "mean")] = "class_token"
 
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
+
+    @property
+    def num_patches(self) -> int:
+        """Of an image; 0 for text."""
+        return (self.image_size // self.patch_size) ** 2 if self.image_size else 0
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a position sees those before it alone."""
+        return not self.image_size
+
+    @property
+    def positions(self) -> int:
+        """Of an example, at most: tokens of a text, or patches and class token of an image."""
+        return self.num_patches + (self.pooling == "class_token") if self.image_size else self.context_length
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -102,6 +116,7 @@ class DataConfig:
     mask_documents: bool
     cache_dir: str
     sources: tuple[dict[str, Any], ...] = ()  # `mixture.sources` reads them
+    train_examples: NotNegativeInt = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +132,7 @@ class OptimizerConfig:
     schedule: Annotated[str, one_of("cosine", "wsd", "constant")] = "cosine"
     decay_fraction: Fraction = 0.2
     decay: Annotated[str, one_of("linear", "sqrt")] = "linear"
+    average: BelowOne = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +146,7 @@ class GrowConfig:
     slope: NotNegativeFloat = 0.0
     new_tokens_rate: PositiveFloat = 1.0
     new_tokens_warmup: NotNegativeInt = 0
+    train: Annotated[str, one_of("all", "new")] = "all"
 
     @property
     def may_begin_early(self) -> bool:
@@ -167,13 +184,15 @@ class Config:
     checkpoints_kept: PositiveInt
     profile_at: NotNegativeInt
     rungs: tuple[dict[str, Any], ...]  # `ladder.stages` reads them
-    task: Annotated[str, one_of("language")] = "language"
+    task: Annotated[str, one_of("language", "image_classification")] = "language"
+    augment: AugmentConfig = UNCHANGED
     non_finite: Annotated[str, one_of("raise", "skip", "rollback")] = "raise"
     non_finite_limit: PositiveInt = 10
     loss_spike: NotNegativeFloat = 0.0
     max_minutes: NotNegativeFloat = 0.0
     train_tokens: NotNegativeFloat = 0.0
     train_flops: NotNegativeFloat = 0.0
+    train_epochs: NotNegativeFloat = 0.0
     track: Annotated[str, one_of("none", "wandb")] = "none"
 
     @property
@@ -230,6 +249,7 @@ def read_dataclass(cls: Any, tree: Any, where: str) -> Any:
     types = typing.get_type_hints(cls)
     # Keys that came later have a default, so that runs from before can still be read.
     later = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    later = {key: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for key, v in later.items()}  # type: ignore
     tree = later | dict(tree)
     for key in tree:
         if key not in types:
@@ -263,17 +283,6 @@ def suggest(key: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _require(ok: bool, key: str, value: Any, need: str) -> None:
-    if not ok:
-        raise UserError(f"{key} = {value!r}: {need}")
-
-
-def _divisors(n: int, near: int) -> str:
-    """The divisors of n around `near`, in words."""
-    divisors = sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - near))
-    return " or ".join(map(str, sorted(divisors[:2])))
-
-
 def check_rules(group: Any, prefix: str = "") -> None:
     """Checks each value of a dataclass by the rules that stand beside its field."""
     for key, kind in typing.get_type_hints(type(group), include_extras=True).items():
@@ -281,7 +290,7 @@ def check_rules(group: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_rules(value, f"{prefix}{key}.")
         for rule in getattr(kind, "__metadata__", ()):
-            _require(rule.holds(value), prefix + key, value, rule.need)
+            require(rule.holds(value), prefix + key, value, rule.need)
 
 
 def validate(cfg: Config) -> None:
@@ -295,29 +304,39 @@ def validate(cfg: Config) -> None:
         )
     for key in PATHS:
         check_data_path(getattr(cfg.data, key), f"data.{key}")
+    is_image = cfg.task == "image_classification"
+    require(
+        is_image == bool(cfg.model.image_size),
+        "model.image_size",
+        cfg.model.image_size,
+        f"task = {cfg.task!r} {'needs the pixels of an image side' if is_image else 'has no images; set it to 0'}",
+    )
     validate_model(cfg.model)
     mesh = cfg.mesh
     model, padded = cfg.model, cfg.model.padding_counted()
     for size in SIZES:
         if model.pad_tokens_to > 1 and getattr(padded, size) % mesh.tensor:
-            _require_divisible("model.pad_tokens_to", model.pad_tokens_to, "mesh.tensor", mesh.tensor)
+            require_divisible("model.pad_tokens_to", model.pad_tokens_to, "mesh.tensor", mesh.tensor)
         way_out = f", or model.pad_tokens_to = {mesh.tensor}" if can_pad(model) else ""
-        _require_divisible(f"model.{size}", getattr(padded, size), "mesh.tensor", mesh.tensor, way_out=way_out)
-    _require_divisible("model.vocab_size", model.vocab_size, "mesh.tensor", mesh.tensor)
+        require_divisible(f"model.{size}", getattr(padded, size), "mesh.tensor", mesh.tensor, way_out=way_out)
+    require_divisible("model.vocab_size", model.vocab_size, "mesh.tensor", mesh.tensor)
     dim, heads = model.embed_dim, model.num_heads
-    _require_divisible("model.num_heads", heads, "mesh.tensor", mesh.tensor, lambda n: n <= dim and dim % n == 0)
-    _require_divisible("model.embed_dim", dim, "mesh.fsdp", mesh.fsdp, lambda n: n % heads == 0)
-    if cfg.train_tokens and cfg.train_flops:
+    require_divisible("model.num_heads", heads, "mesh.tensor", mesh.tensor, lambda n: n <= dim and dim % n == 0)
+    require_divisible("model.embed_dim", dim, "mesh.fsdp", mesh.fsdp, lambda n: n % heads == 0)
+    budgets = [f"{key} = {getattr(cfg, key):g}" for key in BUDGETS if getattr(cfg, key)]
+    if len(budgets) > 1:
+        raise UserError(f"{' and '.join(budgets)}: each says where the run ends; use one, and 0 for the other")
+    if cfg.train_epochs and not cfg.data.train_examples:
         raise UserError(
-            f"train_tokens = {cfg.train_tokens:g} and train_flops = {cfg.train_flops:g}: each says where the run ends; "
-            "use one, and 0 for the other"
+            f"train_epochs = {cfg.train_epochs:g}: counts in data.train_examples; use the number of training examples"
         )
-    _require(
+    require(
         cfg.optimizer.warmup_steps < cfg.steps or bool(cfg.budget),  # whose steps `ladder.with_budget` checks
         "optimizer.warmup_steps",
         cfg.optimizer.warmup_steps,
         f"must be below steps = {cfg.steps}",
     )
+    check_pairs(cfg)
     _check_batch(cfg)  # last: `plan` looks for a mesh for what has no other fault
 
 
@@ -330,7 +349,7 @@ def _check_batch(cfg: Config) -> None:
     use = f"config.batch_size = {f'{down} or ' if down else ''}{down + rows}"
     if cfg.batch_size % mesh.batch_shards == 0:
         of_a_shard = cfg.batch_size // mesh.batch_shards
-        use += f", or config.accumulation = {_divisors(of_a_shard, parts)}"
+        use += f", or config.accumulation = {divisors(of_a_shard, parts)}"
     raise IndivisibleBatch(
         f"config.batch_size = {cfg.batch_size}: must divide by config.accumulation * config.mesh.slice * "
         f"config.mesh.data * config.mesh.fsdp = {parts} * {mesh.slice} * {mesh.data} * {mesh.fsdp} = {rows}; "
@@ -341,22 +360,23 @@ def _check_batch(cfg: Config) -> None:
 
 def validate_model(model: ModelConfig) -> None:
     """Checks that the sizes of a model fit each other, as `validate` does."""
-    _require(model.num_heads > 0, "model.num_heads", model.num_heads, "must be above 0")
-    _require(
+    require(model.num_heads > 0, "model.num_heads", model.num_heads, "must be above 0")
+    check_image(model) if model.image_size else check_text(model)
+    require(
         model.embed_dim % model.num_heads == 0,
         "model.num_heads",
         model.num_heads,
-        f"must divide model.embed_dim = {model.embed_dim}; use {_divisors(model.embed_dim, model.num_heads)}",
+        f"must divide model.embed_dim = {model.embed_dim}; use {divisors(model.embed_dim, model.num_heads)}",
     )
     rotary_dims = int(model.rotary_fraction * model.head_dim)
-    _require(
+    require(
         rotary_dims % 2 == 0,
         "model.rotary_fraction",
         model.rotary_fraction,
         f"rotates {rotary_dims} of {model.head_dim} dims a head; it must be an even number",
     )
     if model.projection == "linear":
-        _require(
+        require(
             model.tau_tokens == 0, "model.tau_tokens", model.tau_tokens, "a linear projection has no τ; set it to 0"
         )
     if model.pad_tokens_to > 1 and not can_pad(model):
@@ -368,30 +388,11 @@ def validate_model(model: ModelConfig) -> None:
     for name in ("qkv_tokens", "out_tokens"):
         count = getattr(model, name)
         if model.projection == "linear":
-            _require(count == 0, f"model.{name}", count, "a linear projection has no parameter tokens; set it to 0")
+            require(count == 0, f"model.{name}", count, "a linear projection has no parameter tokens; set it to 0")
         else:
-            _require(count > 0, f"model.{name}", count, "must be above 0")
+            require(count > 0, f"model.{name}", count, "must be above 0")
 
 
 def can_pad(model: ModelConfig) -> bool:
     """Whether parameter tokens with zero keys add nothing: of softmax they get a share."""
     return model.projection == "pattention" and model.normalizer != "softmax"
-
-
-def _require_divisible(
-    key: str,
-    value: int,
-    divisor_key: str,
-    divisor: int,
-    fits: Callable[[int], bool] = lambda n: True,
-    way_out: str = "",
-) -> None:
-    """Raises a UserError with the nearest values above and below to use; of those only such that `fits`."""
-    if value % divisor == 0:
-        return
-    down = value // divisor * divisor
-    below = next((n for n in range(down, 0, -divisor) if fits(n)), 0)
-    above = next((n for n in range(down + divisor, divisor * (value + 2), divisor) if fits(n)), 0)
-    near = " or ".join(str(n) for n in (below, above) if n)
-    what = f"{near}{way_out}" if near else f"a {divisor_key} that divides it"
-    raise UserError(f"{key} = {value!r}: must divide by {divisor_key} = {divisor}; use {what}")

@@ -10,14 +10,18 @@ then be a folder that they share. Stopped or killed, the same command goes on. I
 from tokenformer_jax.cli import config_flag, run_command
 from tokenformer_jax.data.mixture import prepare
 from tokenformer_jax.devices.distributed import this_pod
+from tokenformer_jax.training.tasks import task_of
 
 
 def main() -> None:
     config = config_flag()
 
     def prepare_data() -> None:
-        pod = this_pod()
-        corpus = prepare(config(), pod=pod)
+        pod, cfg = this_pod(), config()
+        if cfg.task != "language":  # a set of tfds is downloaded; all else is read as it is
+            print(task_of(cfg).describe_data(task_of(cfg).prepare(cfg)))
+            return
+        corpus = prepare(cfg, pod=pod)
         for name, split in (("train", corpus.train), ("validation", corpus.validation)) if not pod.index else ():
             print(f"{name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens")
 

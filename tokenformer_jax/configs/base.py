@@ -9,11 +9,12 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.task = "language"  # what the model learns: to predict each next token of a text
+    config.task = "language"  # what the model learns: to predict each next token of a text; or "image_classification"
     config.seed = 0
     config.steps = 1000  # the run ends at this step, counted from the model's birth
     config.train_tokens = 0.0  # in place of steps: the run ends once it has seen so many, since its birth; 0: steps
     config.train_flops = 0.0  # in place of steps: model FLOPs, as `report` counts them, smaller rungs' too; 0: steps
+    config.train_epochs = 0.0  # in place of steps: as often each of data.train_examples; 0: steps
     config.max_minutes = 0.0  # after which training is saved and stops, as by a signal (exit code 85); 0: never
     config.batch_size = 32  # sequences a step, over all devices
     config.accumulation = 1  # the batch is worked through in this many parts
@@ -48,6 +49,12 @@ def get_config() -> ConfigDict:
     model.rotary_fraction = 0.25  # part of each head's dims that rotary turns
     model.dropout = 0.0  # in training: rate on embedding, attention's output, ffn weights, final norm
     model.stochastic_depth = 0.0  # in training: rate at which an example skips an attention or ffn, in every layer
+    model.stochastic_depth_rises = False  # True: that rate is the last layer's, and rises to it from 0 in the first
+    model.image_size = 0  # pixels of an image's side; 0: the model reads text. Images: vocab_size, context_length = 0
+    model.patch_size = 0  # pixels of a patch's side
+    model.image_channels = 0  # 3, or 1 for gray images
+    model.num_classes = 0
+    model.pooling = "class_token"  # whose last state is classified; or "mean": that of all patches
     model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are always float32
     model.remat = "none"  # or keep only "dots" (contractions' results), "projections" (theirs), "full" (layers' inputs)
 
@@ -57,6 +64,7 @@ def get_config() -> ConfigDict:
     data.text_key = "text"  # the feature, .jsonl key or .parquet column that holds the text
     data.sources = ()  # a mixture: (dict(name="web", weight=0.7, path="…"), dict(name="code", weight=0.3, path="…"))
     # whose other keys are as in data: dataset, path, text_key, train_split, validation_split
+    data.train_examples = 0  # in an epoch, for train_epochs; images: checked against the data
     data.train_split = "train"
     data.validation_split = "validation"
     data.tokenizer = ""  # a tokenizer.json; empty trains a byte-level BPE of model.vocab_size on the train split
@@ -75,12 +83,28 @@ def get_config() -> ConfigDict:
     optimizer.epsilon = 1e-8
     optimizer.weight_decay = 0.1  # on the embedding and all projections, not on the final norm
     optimizer.clip_norm = 1.0  # of the whole gradient
+    optimizer.average = (
+        0.0  # share that an exponential mean of the weights keeps at a step; evaluation uses it; 0: none
+    )
+
+    config.augment = augment = ConfigDict()  # of images, in training
+    augment.smallest_crop = 0.0  # crops of this part of an image's area or more, resized; 0: its center
+    augment.center = 1.0  # part of an image's shorter side that is seen of it otherwise, in evaluation too
+    augment.flip = False  # left and right, at random
+    augment.rand_augment_layers = 0  # operations of RandAugment; 0: none
+    augment.rand_augment_magnitude = 9.0  # of 10, and its standard deviation
+    augment.rand_augment_deviation = 0.5
+    augment.erasing = 0.0  # probability that a rectangle is replaced by noise
+    augment.mixup = 0.0  # alpha of Mixup, and of CutMix; each batch has one of them; 0: not
+    augment.cutmix = 0.0
+    augment.label_smoothing = 0.0
 
     config.grow = grow = ConfigDict()
     grow.recipe = "zero_keys"  # or "isometric", "split", both lossless too; "random_keys", "released", "zero_padding"
     grow.tau_ramp = 0.25  # zero_keys: part of the steps after growth in which tau goes to sqrt(tokens); 0 keeps it
     grow.restart_schedule = True  # the learning rate warms up and decays anew over the steps after growth; False: one
     # schedule goes on over all rungs up to the last step, each at its own peak (use optimizer.schedule = "wsd")
+    grow.train = "all"  # or "new": the new tokens learn, and nothing else ever does: an adapter; docs/adapters.md
     grow.new_tokens_rate = 1.0  # factor of the learning rate for new tokens
     grow.new_tokens_warmup = 0  # steps after growth in which that factor rises from 0
     grow.freeze_steps = 0  # steps after growth in which only the new tokens learn in projections that grew

@@ -42,7 +42,7 @@ def train_batches(
       UserError: batch_size does not divide by the processes, or the split is shorter than a window.
     """
     length, batch_size = cfg.model.context_length, cfg.batch_size
-    rows = _process_rows(batch_size, process_index, process_count)
+    rows = process_rows(batch_size, process_index, process_count)
     windows = _shuffled_windows(split, cfg)
 
     def read(step: int) -> Batch:
@@ -128,7 +128,7 @@ def eval_batches(
     Raises:
       UserError: batch_size does not divide by the processes.
     """
-    rows = _process_rows(batch_size, process_index, process_count)
+    rows = process_rows(batch_size, process_index, process_count)
     stride = stride or context_length
     count = 1 + max(0, -(-(split.num_tokens - 1 - context_length) // stride))
     chosen = min(count, max_batches * batch_size or count)
@@ -140,7 +140,7 @@ def training_examples(
 ) -> list[Batch]:
     """Examples by their number in the order of training, each in a batch whose other rows are padding."""
     order, batch_size = _shuffled_windows(split, cfg), cfg.batch_size
-    rows = _process_rows(batch_size, process_index, process_count)
+    rows = process_rows(batch_size, process_index, process_count)
     batches = []
     for example in examples:
         part, window = order[example] if split.parts else (0, order[example])
@@ -149,7 +149,7 @@ def training_examples(
     return batches
 
 
-def _process_rows(batch_size: int, process_index: int, process_count: int) -> range:
+def process_rows(batch_size: int, process_index: int, process_count: int) -> range:
     if batch_size % process_count:
         near = -(-batch_size // process_count) * process_count
         raise UserError(f"batch_size = {batch_size}: must divide by the {process_count} processes; use {near}")

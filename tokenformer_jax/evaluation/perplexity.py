@@ -53,8 +53,7 @@ def evaluate_split(
     if bar:
         bar.close()
     host = jax.device_get(sums)
-    nll, weights = (math.fsum(float(row[name]) for row in host) for name in ("nll", "weights"))
-    return task.figures(split, nll, weights)
+    return task.figures(split, {name: math.fsum(float(row[name]) for row in host) for name in host[0]})
 
 
 def choose_split(corpus: Prepared, name: str) -> TokenSplit:
@@ -64,13 +63,18 @@ def choose_split(corpus: Prepared, name: str) -> TokenSplit:
     return splits[name]
 
 
+def own_split(run: Trained, name: str) -> Any:
+    """A split of a run's own data. Raises a UserError where there is none of that name."""
+    return choose_split(_prepared(run), name)
+
+
 def _prepared(run: Trained) -> Prepared:
     """The data of a run's config; says where they are not those that it was trained on."""
     task = task_of(run.cfg)
     corpus = task.prepare(run.cfg, run.assets)
     if task.identity(corpus, run.cfg) != run.record.data and jax.process_index() == 0:
         print(
-            "warning: the data have changed since the run: its figures here are of other text; if they were moved, use "
+            "warning: the data have changed since the run: its figures here are of others; if they were moved, use "
             "--config.data.path=PLACE",
             file=sys.stderr,
         )
@@ -85,7 +89,7 @@ def summary(run: Trained) -> dict[str, Any]:
         "fingerprint": run.fingerprint,
         "trained_tokens": run.record.tokens,
         "train_flops": run.record.train_flops,
-    }
+    } | ({"adapters": list(run.adapters)} if run.adapters else {})
 
 
 def write_result(result: dict[str, Any], workdir: pathlib.Path, out: pathlib.Path | None) -> None:
@@ -108,12 +112,8 @@ def evaluate_run(
     """
     figures = evaluate_own(run, split_name, **how)
     if jax.process_index() == 0:
-        print(
-            f"step {run.step_number}, {run.num_params:,} parameters, {figures['tokens']:,.0f} tokens of the "
-            f"{split_name} split: loss {figures['loss']:.4f} nats, perplexity {figures['perplexity']:.5g}, "
-            f"{figures['bits_per_byte']:.4f} bits per byte",
-            flush=True,
-        )
+        told = task_of(run.cfg).report(figures, split_name)
+        print(f"step {run.step_number}, {run.num_params:,} parameters, {told}", flush=True)
         if not math.isfinite(figures["loss"]):
             print(
                 f"warning: the model of step {run.step_number} is broken: its loss is not finite; an earlier "
@@ -125,16 +125,15 @@ def evaluate_run(
 
 def evaluate_own(run: Trained, split_name: str, **how: int) -> dict[str, float]:
     """Figures of a split of the run's own data."""
-    split = choose_split(_prepared(run), split_name)
-    return evaluate_split(run.step, run.state, split, run.cfg, progress=True, **how)
+    return evaluate_split(run.step, run.state, own_split(run, split_name), run.cfg, progress=True, **how)
 
 
 def show_examples(run: Trained, examples: range) -> None:
     """Prints the loss and the text of training examples, such as those of a step whose loss was not finite."""
-    split = _prepared(run).train
+    tokenizer, split = run.tokenizer, _prepared(run).train
     batches = training_examples(split, run.cfg, examples, **this_process(run.step.mesh))
     for example, batch in zip(examples, batches, strict=True):
         sums = jax.device_get(run.step.evaluate(run.state, put_batch(run.step, batch)))
         if jax.process_index() == 0:  # the first row is its own
             print(f"--- example {example}, loss {sums['nll'] / sums['weights']:.4f} nats")
-            print(run.tokenizer.decode(batch.tokens_BL[0].tolist()), flush=True)
+            print(tokenizer.decode(batch.tokens_BL[0].tolist()), flush=True)

@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -54,6 +55,15 @@ def perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1e6 else f"{value:.4g}"
 
 
+# Of an evaluation, what some tasks have: title, width and how it is told.
+FIGURES: dict[str, tuple[str, int, Callable[[float], str]]] = {
+    "eval_perplexity": ("perplexity", 10, perplexity),
+    "eval_bits_per_byte": ("bits/byte", 9, "{:.4f}".format),
+    "eval_top1": ("top-1", 7, "{:.2%}".format),
+    "eval_top5": ("top-5", 7, "{:.2%}".format),
+}
+
+
 def read_run(workdir: pathlib.Path) -> tuple[list[Row], list[Row]]:
     """The evaluations of a run and its growths. Raises UserError where it has no evaluation."""
     try:
@@ -82,19 +92,21 @@ def summarise(name: str, workdir: pathlib.Path) -> list[dict[str, Any]]:
     chosen.append((name, evaluations[-1]))
     if len(evaluations) == 1:
         chosen = chosen[-1:]
-    keys = ("step", "params", "train_flops", "eval_loss", "eval_perplexity", "eval_bits_per_byte")
-    return [{"run": label} | {key: row[key] for key in keys} for label, row in chosen]
+    keys = ("step", "params", "train_flops", "eval_loss", *FIGURES)
+    return [{"run": label} | {key: row[key] for key in keys if key in row} for label, row in chosen]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows, aligned."""
     width = max(len(row["run"]) for row in rows)
     head = f"{'run':<{width}}  {'step':>7}  {'parameters':>13}  {'train FLOPs':>11}  {'val. loss':>9}"
-    lines = [f"{head}  {'perplexity':>10}  {'bits/byte':>9}"]
+    shown = {key: figure for key, figure in FIGURES.items() if any(key in row for row in rows)}
+    lines = [head + "".join(f"  {title:>{size}}" for title, size, _ in shown.values())]
     for row in rows:
+        cells = [f"  {tell(row[key]) if key in row else '':>{size}}" for key, (_, size, tell) in shown.items()]
         lines.append(
             f"{row['run']:<{width}}  {row['step']:>7,}  {row['params']:>13,}  {row['train_flops']:>11.3e}  "
-            f"{row['eval_loss']:>9.4f}  {perplexity(row['eval_perplexity']):>10}  {row['eval_bits_per_byte']:>9.4f}"
+            f"{row['eval_loss']:>9.4f}{''.join(cells)}".rstrip()
         )
     return "\n".join(lines)
 
@@ -135,6 +147,7 @@ def _metric(task: dict[str, Any]) -> str:
 def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
     """Validation loss against cumulative training FLOPs, a line a run, with a star at each growth."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    rows: list[Row] = [{}]
     for name, workdir in runs.items():
         rows, growths = read_run(workdir)
         (line,) = axes.plot(
@@ -152,7 +165,8 @@ def plot(runs: dict[str, pathlib.Path], path: pathlib.Path) -> None:
             place = growth["train_flops"], loss
             axes.plot(*place, marker="*", markersize=12, color=line.get_color())
             axes.annotate(f"{growth['params'] / 1e6:.2f}M", place, xytext=(4, 8), textcoords="offset points")
-    axes.set(xlabel="cumulative training FLOPs", ylabel="validation loss (nats a token)")
+    unit = "an image" if "eval_top1" in rows[-1] else "a token"
+    axes.set(xlabel="cumulative training FLOPs", ylabel=f"validation loss (nats {unit})")
     axes.grid(alpha=0.3)
     axes.legend()
     try:

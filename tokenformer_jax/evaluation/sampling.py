@@ -23,6 +23,7 @@ from tokenformer_jax.storage.trained import Trained
 
 SMALLEST = float(np.finfo(np.float32).tiny)  # what is smaller is 0 to a device
 HOTTEST = 1e30  # evens out all logits; a device lacks the inverse of far higher ones
+BLOCK = 8  # tokens that one program computes, since starting it can take as long as a token of a small model
 BROKEN = -1  # in the place of a token id whose logits are not finite
 BROKEN_MODEL = (
     "the model is broken: its logits are not finite; the checkpoint of an earlier step may be good "
@@ -91,6 +92,27 @@ def make_decoder(
     return jax.jit(decode, donate_argnums=3)
 
 
+@functools.cache
+def make_loop(
+    cfg: ModelConfig, how: Sampling, num_ids: int | None, count: int
+) -> Callable[[Params, Tau, jax.Array, KVCache, jax.Array, int], tuple[jax.Array, KVCache]]:
+    """A compiled function: (params, τ, tokens [B], cache, key, first) -> the next `count` ids [L, B], cache.
+
+    Position i is drawn with `fold_in(key, i)`; `first` is the first of them.
+    """
+    decode = make_decoder(cfg, how, num_ids)
+
+    def loop(params: Params, tau: Tau, tokens_B: jax.Array, cache: KVCache, key: jax.Array, first: int):
+        def one(carry: tuple[jax.Array, KVCache], i: jax.Array):
+            tokens_B, cache = decode(params, tau, *carry, jax.random.fold_in(key, i))
+            return (tokens_B, cache), tokens_B
+
+        (_, cache), ids_LB = jax.lax.scan(one, (tokens_B, cache), first + jnp.arange(count))
+        return ids_LB, cache
+
+    return jax.jit(loop, donate_argnums=3)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def decoding_params(cfg: ModelConfig, params: Params) -> Params:
     """Parameters as a next token reads them: cast once, and where the platform wants it each layer's own, in a list.
@@ -117,11 +139,12 @@ def generate(
     seed: int = 0,
     num_ids: int | None = None,
     padding_B: jax.Array | None = None,
+    block: int = BLOCK,
 ) -> Iterator[jax.Array]:
-    """Yields the next token ids [B] one position at a time, at most `max_tokens`; the same seed gives the same text.
+    """Yields `max_tokens` next token ids [L, B], the first one alone, then `block` at a time; the seed decides them.
 
-    An id is BROKEN where the logits are not finite; `checked` tells. Of prompts of several lengths the shorter ones
-    begin with padding, whose lengths are `padding_B`.
+    The devices compute a block while the one before is read. An id is BROKEN where the logits are not finite; `checked`
+    tells. Of prompts of several lengths the shorter ones begin with padding, whose lengths are `padding_B`.
 
     Raises:
       UserError: where prompt and continuation are longer than the context the model was trained on.
@@ -137,16 +160,20 @@ def generate(
             f"max_tokens = {max_tokens}: with a prompt of {length} tokens that is longer than the model's context of "
             f"{cfg.context_length}; use {longest}"
         )
-    decode = make_decoder(cfg, how, num_ids)
+    count = min(block, max_tokens - 1)
+    blocks = -(-(max_tokens - 1) // max(count, 1))
     key = jax.random.key(seed)
     params = decoding_params(cfg, params)
 
     def stream() -> Iterator[jax.Array]:
-        tokens, cache = prompt_BL, empty_cache(cfg, batch, length + max_tokens - 1)
-        cache = cache._replace(padding=padding_B)
-        for i in range(max_tokens):
-            tokens, cache = decode(params, tau, tokens, cache, jax.random.fold_in(key, i))
-            yield tokens
+        cache = empty_cache(cfg, batch, length + blocks * count)._replace(padding=padding_B)
+        tokens_B, cache = make_decoder(cfg, how, num_ids)(params, tau, prompt_BL, cache, jax.random.fold_in(key, 0))
+        ids_LB = tokens_B[None]
+        for first in range(1, max_tokens, max(count, 1)):
+            following, cache = make_loop(cfg, how, num_ids, count)(params, tau, ids_LB[-1], cache, key, first)
+            yield ids_LB
+            ids_LB = following[: max_tokens - first]
+        yield ids_LB
 
     return stream()
 
@@ -189,10 +216,11 @@ def print_samples(run: Trained, text: str, max_tokens: int, samples: int, how: S
         how=how,
         seed=seed,
         num_ids=tokenizer.vocab_size,
+        block=1 if samples == 1 else BLOCK,  # a reader sees each token at once
     )
     with jax.set_mesh(run.step.mesh):
         if samples == 1:
-            ids = itertools.takewhile(lambda token: token != end, (int(checked(tokens_B)[0]) for tokens_B in stream))
+            ids = itertools.takewhile(lambda token: token != end, (int(checked(ids_LB)[0, 0]) for ids_LB in stream))
             pieces = readable(functools.partial(tokenizer.continuation, prompt), ids)
             print(text + next(pieces), end="", flush=True)
             for piece in pieces:
@@ -200,11 +228,11 @@ def print_samples(run: Trained, text: str, max_tokens: int, samples: int, how: S
             print()
             return
         rows, ended = [], np.zeros(samples, bool)
-        for tokens_B in stream:
-            rows.append(checked(tokens_B))
-            ended |= rows[-1] == end
+        for ids_LB in map(checked, stream):
+            rows.append(ids_LB)
+            ended |= (ids_LB == end).any(axis=0)
             if ended.all():
                 break
-    for i, column in enumerate(np.stack(rows, axis=1).tolist()):
+    for i, column in enumerate(np.concatenate(rows).T.tolist()):
         continuation = list(itertools.takewhile(lambda token: token != end, column))
         print(f"--- sample {i + 1} ---\n{text}{tokenizer.continuation(prompt, continuation)}")

@@ -209,8 +209,8 @@ class Scorer:
             num_ids=self.run.tokenizer.vocab_size,
             padding_B=self._put(padding_B),
         )
-        for ids_B in stream:
-            yield checked(ids_B if ids_B.is_fully_addressable else _replicate(ids_B, replicated(self.mesh)))
+        for ids_LB in stream:
+            yield from checked(ids_LB if ids_LB.is_fully_addressable else _replicate(ids_LB, replicated(self.mesh)))
 
     def _put(self, rows: np.ndarray) -> jax.Array:
         """Rows that all processes have -> an array that is spread over the mesh."""

@@ -4,18 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from tokenformer_jax.config import (
-    Config,
-    NotNegativeFloat,
-    NotNegativeInt,
-    Rule,
-    check_rules,
-    one_of,
-    read_dataclass,
-    validate,
-)
+from tokenformer_jax.config import Config, check_rules, read_dataclass, validate
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import check_data_path
+from tokenformer_jax.rules import NotNegativeFloat, NotNegativeInt, Rule, one_of
 from tokenformer_jax.storage.trained import Trained
 from tokenformer_jax.training.step import make_step
 

@@ -32,7 +32,7 @@ class Growing:
     """The `resize.Change` that appends parameter tokens."""
 
     file = "grow.json"
-    verb = "append"
+    verb, appends = "append", True
 
     def __init__(self, recipe: str) -> None:
         self.recipe, self.ramps = recipe, RECIPES[recipe].ramps
@@ -40,7 +40,7 @@ class Growing:
     def check(self, old: ModelConfig, new: ModelConfig) -> None:
         check_growth(old, new, self.recipe)
 
-    def model(self, resize: Resize, old: TrainState) -> tuple[TrainState, None]:
+    def model(self, resize: Resize, old: TrainState, data: Any) -> tuple[TrainState, None]:
         abstract = resize.step.abstract_state._replace(opt_state=())
         cfg, key = resize.cfg, jax.random.fold_in(jax.random.key(resize.cfg.seed), resize.number)
         draw = task_of(cfg).init_params
@@ -87,7 +87,28 @@ def grow_state(
     Returns:
       The grown state. With a lossless recipe its model computes what the smaller one computes, up to rounding.
     """
-    params = jax.tree.map(pad, state.params, abstract.params)
+    params, tau = append_tokens(state, state.params, abstract, cfg, key, recipe, ramp_steps, draw)
+    average: Any = ()
+    if state.average:
+        average, _ = append_tokens(state, state.average, abstract, cfg, key, recipe, ramp_steps, draw)
+    opt_state = jax.tree.map(pad, state.opt_state, abstract.opt_state) if state.opt_state else ()
+    if RECIPES[recipe].resets_optimizer:
+        opt_state = forget_moments(opt_state)
+    return TrainState(state.step, params, opt_state, tau, average)
+
+
+def append_tokens(
+    state: TrainState,
+    params: Any,
+    abstract: TrainState,
+    cfg: ModelConfig,
+    key: jax.Array,
+    recipe: str,
+    ramp_steps: int,
+    draw: Callable[[ModelConfig, jax.Array], Params],
+) -> tuple[Params, dict[str, TauRamp]]:
+    """Parameters with appended tokens, and each projection's τ; arguments as of `grow_state`."""
+    params = jax.tree.map(pad, params, abstract.params)
     drawn = draw(cfg.padding_counted(), key)["blocks"]
     blocks, tau = dict(params["blocks"]), dict(state.tau)
     for number, (name, tokens) in enumerate(token_counts(state).items()):
@@ -110,10 +131,7 @@ def grow_state(
         blocks[name] = {"keys": grown.keys_YND, "values": grown.values_YNE}
         target = born if ramp_steps else grown.tau
         tau[name] = TauRamp(grown.tau, target, state.step, state.step + ramp_steps)
-    opt_state = jax.tree.map(pad, state.opt_state, abstract.opt_state) if state.opt_state else ()
-    if RECIPES[recipe].resets_optimizer:
-        opt_state = forget_moments(opt_state)
-    return TrainState(state.step, params | {"blocks": blocks}, opt_state, tau)
+    return params | {"blocks": blocks}, tau
 
 
 def forget_moments(opt_state: Any) -> Any:

@@ -55,6 +55,17 @@ def stages(cfg: Config) -> list[Config]:
             raise IndivisibleBatch(_named(number, error), error.cfg, number) from None
         except UserError as error:
             raise UserError(_named(number, error)) from None
+    alone = any(stage.grow.train == "new" for stage in result)
+    if alone and cfg.optimizer.average:
+        raise UserError(
+            f"optimizer.average = {cfg.optimizer.average}: a mean of weights that stay is of no use; with "
+            "grow.train = 'new' use 0"
+        )
+    if cfg.train_flops and alone:
+        raise UserError(
+            f"train_flops = {cfg.train_flops:g}: is planned for models that learn as a whole; with grow.train = 'new' "
+            "use steps or train_tokens"
+        )
     return result
 
 
@@ -80,6 +91,9 @@ def _check_rung(before: Config, stage: Config, length: float) -> None:
         validate(dataclasses.replace(stage, model=before.model))
     except UserError as error:
         raise UserError(f"the model that is to grow: {error}") from None
+    kept = before.optimizer.average
+    if stage.optimizer.average != kept:
+        raise UserError(f"optimizer.average = {stage.optimizer.average!r}: the stage before has {kept!r}; use that")
     warmup = stage.optimizer.warmup_steps
     if stage.grow.restart_schedule:
         if warmup >= length:
@@ -122,7 +136,7 @@ def with_budget(plan: list[Config], rung: int = 0, step: int = 0, tokens: int = 
     key = last.budget
     if not key:
         return plan
-    budget, spent = getattr(last, key), tokens if key == "train_tokens" else flops
+    budget, spent = getattr(last, key), flops if key == "train_flops" else tokens / _tokens_of(last, key)
     *costs, cost = (_cost_of_a_step(stage, key) for stage in plan)
     unit = key.removeprefix("train_")
     if budget < cost:
@@ -130,7 +144,7 @@ def with_budget(plan: list[Config], rung: int = 0, step: int = 0, tokens: int = 
     for stage, each in list(zip(plan, costs, strict=False))[rung:]:
         spent, step = spent + (stage.steps - step) * each, stage.steps
     left = (budget - spent) / cost
-    steps = step + math.ceil(round(left, 6) if key == "train_flops" else left)  # sums of FLOPs are rounded
+    steps = step + math.ceil(round(left, 6) if key != "train_tokens" else left)  # sums are rounded
     if rung + 1 < len(plan) and steps <= step:
         raise UserError(f"{key} = {budget:.15g}: the rungs before the last take {spent:.15g} {unit}; use more")
     length = steps - (plan[-2].steps if costs else 0)
@@ -145,7 +159,14 @@ def with_budget(plan: list[Config], rung: int = 0, step: int = 0, tokens: int = 
 def _cost_of_a_step(stage: Config, key: str) -> float:
     task = task_of(stage)
     tokens = task.tokens_per_step(stage)
-    return tokens if key == "train_tokens" else tokens * task.train_flops_per_token(stage.model)
+    if key == "train_flops":
+        return tokens * task.train_flops_per_token(stage.model)
+    return tokens / _tokens_of(stage, key)
+
+
+def _tokens_of(stage: Config, key: str) -> int:
+    """Tokens of an epoch, or 1."""
+    return stage.data.train_examples * stage.model.positions if key == "train_epochs" else 1
 
 
 def shifted(stage: Config, planned_start: int, start: int) -> Config:

@@ -83,14 +83,21 @@ def causal_attention(
     Returns:
       [B, L, H K] in the dtype of v.
     """
+    return _by_kernel(q_BLHK, k_BLHK, v_BLHK, segments_BL, causal=True)
+
+
+def full_attention(q_BLHK: jax.Array, k_BLHK: jax.Array, v_BLHK: jax.Array) -> jax.Array:
+    """`causal_attention` without the mask: every position sees all."""
+    return _by_kernel(q_BLHK, k_BLHK, v_BLHK, None, causal=False)
+
+
+def _by_kernel(q_BLHK, k_BLHK, v_BLHK, segments_BL, causal: bool) -> jax.Array:
     which = attention_kernel(platform(), q_BLHK.shape, q_BLHK.dtype)
     if which == "splash":
-        return splash_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL)
+        return splash_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, causal=causal)
     if which == "blockwise":
-        return blockwise_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL)
-    mask = None if segments_BL is None else (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
-    out_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, mask=mask, is_causal=True, implementation="cudnn")
-    return out_BLHK.reshape(*q_BLHK.shape[:2], -1)
+        return blockwise_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, causal)
+    return fused_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, causal)
 
 
 def cached_attention(
@@ -115,41 +122,47 @@ def cached_attention(
     return jnp.einsum("bhls,bhsk->blhk", weights_BHLS.astype(v_BHSK.dtype), v_BHSK)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def blockwise_attention(
-    q_BLHK: jax.Array, k_BLHK: jax.Array, v_BLHK: jax.Array, segments_BL: jax.Array | None = None
+    q_BLHK: jax.Array,
+    k_BLHK: jax.Array,
+    v_BLHK: jax.Array,
+    segments_BL: jax.Array | None = None,
+    causal: bool = True,
 ) -> jax.Array:
-    """`causal_attention`, a block of queries at a time with the keys up to its end; any L.
+    """`causal_attention`, or `full_attention`, a block of queries at a time with the keys up to its end; any L.
 
     It computes little of what the mask hides. A CPU works on several blocks at once, where it would take one core for
     a product of as many matrices.
     """
-    return _blockwise_forward(q_BLHK, k_BLHK, v_BLHK, segments_BL)[0]
+    return _blockwise_forward(q_BLHK, k_BLHK, v_BLHK, segments_BL, causal)[0]
 
 
-def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
+def _blocks(length: int, causal: bool) -> Iterator[tuple[slice, slice]]:
     """The queries of each block, and the keys that they may see: at most eight blocks, of 64 queries at least."""
     size = max(64, -(-length // 8))
     for start in range(0, length, size):
         end = min(start + size, length)
-        yield slice(start, end), slice(0, end)
+        yield slice(start, end), slice(0, end if causal else length)
 
 
-def _scores(q_BHLK, k_BHLK, segments_BL, queries: slice, keys: slice) -> jax.Array:
-    """float32 [B, H, C, S] of C queries and the S keys before their end; -inf where masked."""
+def _scores(q_BHLK, k_BHLK, segments_BL, queries: slice, keys: slice, causal: bool) -> jax.Array:
+    """float32 [B, H, C, S] of C queries and the S keys that they may see; -inf where masked."""
     q_BHCK = q_BHLK[:, :, queries]
     scores_BHCS = sums_in_float32("bhck,bhsk->bhcs", q_BHCK, k_BHLK[:, :, keys])
+    if not causal:
+        return scores_BHCS * q_BHLK.shape[-1] ** -0.5
     seen = jnp.arange(keys.stop) <= jnp.arange(queries.start, queries.stop)[:, None]
     if segments_BL is not None:
         seen &= (segments_BL[:, queries, None] == segments_BL[:, None, keys])[:, None]
     return jnp.where(seen, scores_BHCS * q_BHLK.shape[-1] ** -0.5, -jnp.inf)
 
 
-def _blockwise_forward(q_BLHK, k_BLHK, v_BLHK, segments_BL):
+def _blockwise_forward(q_BLHK, k_BLHK, v_BLHK, segments_BL, causal):
     q_BHLK, k_BHLK, v_BHLK = (x.swapaxes(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
     outs, log_sums = [], []
-    for queries, keys in _blocks(q_BHLK.shape[2]):
-        scores_BHCS = _scores(q_BHLK, k_BHLK, segments_BL, queries, keys)
+    for queries, keys in _blocks(q_BHLK.shape[2], causal):
+        scores_BHCS = _scores(q_BHLK, k_BHLK, segments_BL, queries, keys, causal)
         largest_BHC1 = jnp.max(scores_BHCS, axis=-1, keepdims=True)
         weights_BHCS = jnp.exp(scores_BHCS - largest_BHC1)
         sums_BHC1 = jnp.sum(weights_BHCS, axis=-1, keepdims=True)
@@ -160,16 +173,16 @@ def _blockwise_forward(q_BLHK, k_BLHK, v_BLHK, segments_BL):
     return out_BLD, (q_BLHK, k_BLHK, v_BLHK, segments_BL, out_BLD, jnp.concatenate(log_sums, axis=2))
 
 
-def _blockwise_backward(kept, dout_BLD):
+def _blockwise_backward(causal, kept, dout_BLD):
     q_BLHK, k_BLHK, v_BLHK, segments_BL, out_BLD, log_sums_BHL1 = kept
     q_BHLK, k_BHLK, v_BHLK = (x.swapaxes(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
     dout_BHLK, out_BHLK = (x.reshape(q_BLHK.shape).swapaxes(1, 2) for x in (dout_BLD, out_BLD))
     dtype, scale = q_BHLK.dtype, q_BHLK.shape[-1] ** -0.5
     along_BHL1 = jnp.sum(dout_BHLK.astype(jnp.float32) * out_BHLK.astype(jnp.float32), axis=-1, keepdims=True)
     dqs, dk_BHLK, dv_BHLK = [], jnp.zeros(k_BHLK.shape, jnp.float32), jnp.zeros(v_BHLK.shape, jnp.float32)
-    for queries, keys in _blocks(q_BHLK.shape[2]):
+    for queries, keys in _blocks(q_BHLK.shape[2], causal):
         dout_BHCK = dout_BHLK[:, :, queries]
-        probs_BHCS = jnp.exp(_scores(q_BHLK, k_BHLK, segments_BL, queries, keys) - log_sums_BHL1[:, :, queries])
+        probs_BHCS = jnp.exp(_scores(q_BHLK, k_BHLK, segments_BL, queries, keys, causal) - log_sums_BHL1[:, :, queries])
         dprobs_BHCS = sums_in_float32("bhck,bhsk->bhcs", dout_BHCK, v_BHLK[:, :, keys])
         dscores_BHCS = (scale * probs_BHCS * (dprobs_BHCS - along_BHL1[:, :, queries])).astype(dtype)
         dqs.append(jnp.einsum("bhcs,bhsk->bhck", dscores_BHCS, k_BHLK[:, :, keys]))
@@ -183,14 +196,47 @@ def _blockwise_backward(kept, dout_BLD):
 blockwise_attention.defvjp(_blockwise_forward, _blockwise_backward)
 
 
+def fused_attention(
+    q_BLHK: jax.Array,
+    k_BLHK: jax.Array,
+    v_BLHK: jax.Array,
+    segments_BL: jax.Array | None = None,
+    causal: bool = True,
+    implementation: Any = "cudnn",
+) -> jax.Array:
+    """`causal_attention`, or `full_attention`, by cuDNN, whose gradient takes even L alone: an odd one gets padding."""
+    batch, length = q_BLHK.shape[:2]
+    lengths_B = None
+    if length % 2:
+        q_BLHK, k_BLHK, v_BLHK = (jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in (q_BLHK, k_BLHK, v_BLHK))
+        segments_BL = None if segments_BL is None else jnp.pad(segments_BL, [(0, 0), (0, 1)])
+        lengths_B = jnp.full(batch, length, jnp.int32)
+    mask = None if segments_BL is None else (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
+    out_BLHK = jax.nn.dot_product_attention(
+        q_BLHK,
+        k_BLHK,
+        v_BLHK,
+        mask=mask,
+        is_causal=causal,
+        query_seq_lengths=lengths_B,
+        key_value_seq_lengths=lengths_B,
+        implementation=implementation,
+    )
+    return out_BLHK[:, :length].reshape(batch, length, -1)
+
+
 def splash_attention(
     q_BLHK: jax.Array,
     k_BLHK: jax.Array,
     v_BLHK: jax.Array,
     segments_BL: jax.Array | None = None,
     interpret: bool = False,
+    causal: bool = True,
 ) -> jax.Array:
-    """`causal_attention` by JAX's Pallas kernel; L a multiple of 128. `interpret` runs it anywhere, slowly."""
+    """`causal_attention`, or `full_attention`, by JAX's Pallas kernel; L a multiple of 128.
+
+    `interpret` runs it anywhere, slowly.
+    """
     length, head_dim = q_BLHK.shape[1], q_BLHK.shape[3]
     block = next(size for size in SPLASH_BLOCKS if length % size == 0)
     as_projected = splash.QKVLayout.SEQ_MINOR  # else each is copied, and takes twice its size
@@ -207,7 +253,8 @@ def splash_attention(
     )
 
     def attend(q_BLHK, k_BLHK, v_BLHK, segments_BL=None):  # of one device
-        mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * q_BLHK.shape[2])
+        kind = masks.CausalMask if causal else masks.FullMask
+        mask = masks.MultiHeadMask([kind((length, length))] * q_BLHK.shape[2])
         one = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
         ids = None if segments_BL is None else splash.SegmentIds(segments_BL, segments_BL)
         q_BHLK, k_BHLK, v_BHLK = (x.swapaxes(1, 2) for x in (q_BLHK * head_dim**-0.5, k_BLHK, v_BLHK))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokenformer_jax.config import Config, ModelConfig
-from tokenformer_jax.devices.sharding import Axes, constrain
+from tokenformer_jax.devices.sharding import constrain
 from tokenformer_jax.nn.attention import Cache
 from tokenformer_jax.nn.backends import sums_in_float32
 from tokenformer_jax.nn.layers import (
@@ -20,7 +20,7 @@ from tokenformer_jax.nn.layers import (
     subkey,
 )
 from tokenformer_jax.nn.loss import cross_entropy, log_likelihoods
-from tokenformer_jax.nn.transformer import Block, Tau, run_blocks, stack_layers
+from tokenformer_jax.nn.transformer import Block, Tau, abstract_of, run_blocks, stack_layers
 
 
 class LanguageModel(nnx.Module):
@@ -107,6 +107,10 @@ class LanguageModel(nnx.Module):
             nll = cross_entropy(self.final_norm(x_BLD, key), self.embed[...], batch.targets_BL, batch.weights_BL)
         return nll, jnp.sum(batch.weights_BL)
 
+    def sums(self, batch: Any, tau: Tau, cfg: Config) -> dict[str, jax.Array]:
+        """What an evaluation adds up: `nll` and `weights`, those of `loss_sums`."""
+        return dict(zip(("nll", "weights"), self.loss_sums(batch, tau, cfg), strict=True))
+
     def outputs(self, batch: Any, tau: Tau, cfg: Config) -> jax.Array:
         """Next-token logits of a batch."""
         segments_BL = batch.segments_BL if cfg.data.mask_documents else None
@@ -136,10 +140,4 @@ def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params, Params]:
     Returns:
       The graphdef, the tree of ShapeDtypeStructs and the tree of their logical axes.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: LanguageModel(cfg, rngs=nnx.Rngs(0))))
-
-    def stacked_axes(param: nnx.Param) -> Axes:  # layers are stacked in front
-        return (None,) * (len(param.shape) - len(param.axes)) + param.axes
-
-    axes = jax.tree.map(stacked_axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+    return abstract_of(lambda: LanguageModel(cfg, rngs=nnx.Rngs(0)))

@@ -31,7 +31,7 @@ def inverse_norm(squares_BL1: jax.Array) -> jax.Array:
     return jnp.where(nonzero, jax.lax.rsqrt(jnp.where(nonzero, squares_BL1, 1.0)), 0.0)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None, shared: tuple[int, ...] = ()) -> jax.Array:
+def dropout(x: jax.Array, rate: jax.Array | float, key: jax.Array | None, shared: tuple[int, ...] = ()) -> jax.Array:
     """x with its entries zeroed at `rate` and the others scaled by 1 / (1 - rate); x itself without key or rate.
 
     Args:
@@ -40,13 +40,13 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, shared: tuple[int,
       key: PRNG key. The mask is a function of it and of the shape alone, on every mesh.
       shared: axes along which one draw serves all entries.
     """
-    if key is None or rate == 0:
+    if key is None or (isinstance(rate, float) and rate == 0):
         return x
     shape = [1 if axis in shared else size for axis, size in enumerate(x.shape)]
     return (x.astype(jnp.float32) * dropout_scale(rate, key, shape)).astype(x.dtype)
 
 
-def dropout_scale(rate: float, key: jax.Array, shape: Sequence[int]) -> jax.Array:
+def dropout_scale(rate: jax.Array | float, key: jax.Array, shape: Sequence[int]) -> jax.Array:
     """float32 factors: 0 at `rate`, else 1 / (1 - rate)."""
     return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), 1 / (1 - rate), 0.0)
 

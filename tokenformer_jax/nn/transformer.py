@@ -13,8 +13,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from tokenformer_jax.config import ModelConfig
-from tokenformer_jax.devices.sharding import constrain
-from tokenformer_jax.nn.attention import Cache, cached_attention, causal_attention
+from tokenformer_jax.devices.sharding import Axes, constrain
+from tokenformer_jax.nn.attention import Cache, cached_attention, causal_attention, full_attention
 from tokenformer_jax.nn.backends import unrolls_layers
 from tokenformer_jax.nn.layers import (
     MLP,
@@ -37,11 +37,12 @@ class Block(nnx.Module):
     In training, where the authors' TPU code does it: dropout on the output of the attention's output projection (every
     entry for itself) and on the feed-forward's weights Θ or hidden layer (one draw for all positions of an example);
     not on attention probabilities. Stochastic depth zeroes either branch for a whole example, at the same rate in
-    every layer, and scales what stays by 1 / (1 - rate).
+    every layer or at one that rises to it from 0 in the first, and scales what stays by 1 / (1 - rate).
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.num_heads, self.dropout, self.stochastic_depth = cfg.num_heads, cfg.dropout, cfg.stochastic_depth
+        self.rises_over = cfg.num_layers - 1 if cfg.stochastic_depth_rises else 0
         self.rotary_dims = int(cfg.rotary_fraction * cfg.head_dim)
         dim, dtype = cfg.embed_dim, jnp.dtype(cfg.dtype)
         output_scale = 2 / cfg.num_layers / math.sqrt(dim)
@@ -84,8 +85,12 @@ class Block(nnx.Module):
         attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Cache]],
         positions_L: jax.Array,
         key: Key = None,
+        number: Any = None,
     ) -> tuple[jax.Array, Cache]:
-        """`attend(q, k, v)`, all [B, L, H, K], decides what each position sees; its cache is handed on."""
+        """`attend(q, k, v)`, all [B, L, H, K], decides what each position sees; its cache is handed on.
+
+        `number` is the layer's, and needed where stochastic depth rises.
+        """
         B, L, D = x_BLD.shape
         head_dim = D // self.num_heads
         h_BLD = layer_norm(x_BLD)
@@ -102,9 +107,12 @@ class Block(nnx.Module):
             mixed_BLD = mixed.reshape(B, L, D)
         y_BLD = checkpoint_name(self.out(constrain(mixed_BLD, "batch", None, None), tau.get("out")), "projection")
         y_BLD = dropout(y_BLD, self.dropout, subkey(key, 0))
-        x_BLD += dropout(y_BLD, self.stochastic_depth, subkey(key, 1), shared=(1, 2))
+        skipped: Any = self.stochastic_depth
+        if self.rises_over and key is not None and skipped:
+            skipped *= number / self.rises_over
+        x_BLD += dropout(y_BLD, skipped, subkey(key, 1), shared=(1, 2))
         y_BLD = self.ffn(layer_norm(x_BLD), tau.get("ffn"), subkey(key, 2))
-        x_BLD += dropout(y_BLD, self.stochastic_depth, subkey(key, 3), shared=(1, 2))
+        x_BLD += dropout(y_BLD, skipped, subkey(key, 3), shared=(1, 2))
         return constrain(x_BLD, "batch", None, None), cache
 
 
@@ -123,6 +131,17 @@ def stack_layers(make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, 
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_layer(nnx.Rngs(0))))
     keys = jax.random.split(rngs.params(), num_layers)
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make_layer(nnx.Rngs(key))))(keys))
+
+
+def abstract_of(make_model: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Params, Params]:
+    """A network's graphdef, the tree of ShapeDtypeStructs and the tree of their logical axes, without its memory."""
+    graphdef, state = nnx.split(nnx.eval_shape(make_model))
+
+    def stacked_axes(param: nnx.Param) -> Axes:  # layers are stacked in front
+        return (None,) * (len(param.shape) - len(param.axes)) + param.axes
+
+    axes = jax.tree.map(stacked_axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
 
 @jax.jit
@@ -149,8 +168,12 @@ def run_blocks(
     cache: Cache = None,
     key: Key = None,
     layers: Sequence[Params] | None = None,
+    causal: bool = True,
 ) -> tuple[jax.Array, Cache]:
     """Runs stacked blocks one after another in a scan or, with parameters of their own from `unstack`, in a row.
+
+    Where they are not causal every position sees all. What a scanned block's modules set as `nnx.Intermediate`, such as
+    `watch.Watched` does, stands in `blocks` then, stacked.
 
     Returns:
       The last block's output, and the cache with these positions.
@@ -159,17 +182,21 @@ def run_blocks(
     start, length = jnp.int32(0) if cache is None else cache.length, x_BLD.shape[1]
     positions_L = start + jnp.arange(length)
 
-    def run(carry: tuple[jax.Array, Cache], layer: tuple[Any, Any]) -> tuple[tuple[jax.Array, Cache], None]:
+    def run(carry: tuple[jax.Array, Cache], layer: tuple[Any, Any]) -> tuple[tuple[jax.Array, Cache], nnx.State]:
         x_BLD, cache = carry
         params, number = layer
 
         def attend(q_BLHK: jax.Array, k_BLHK: jax.Array, v_BLHK: jax.Array) -> tuple[jax.Array, Cache]:
+            if not causal:
+                return full_attention(q_BLHK, k_BLHK, v_BLHK), None
             if cache is None:
                 return causal_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL), None
             more, k_BHSK, v_BHSK = cache.put(number, k_BLHK, v_BLHK)
             return cached_attention(q_BLHK, k_BHSK, v_BHSK, start, cache.padding), more
 
-        return nnx.merge(graphdef, params)(x_BLD, tau, attend, positions_L, subkey(key, number)), None
+        block = nnx.merge(graphdef, params)
+        carry = block(x_BLD, tau, attend, positions_L, subkey(key, number), number)
+        return carry, nnx.pop(block, nnx.Intermediate)
 
     if remat != "none":
         run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
@@ -178,7 +205,8 @@ def run_blocks(
         num_layers = len(jax.tree.leaves(stacked)[0])
         numbers = None if key is None and cache is None else jnp.arange(num_layers)
         unroll = num_layers if cache is None and unrolls_layers(remat) else 1
-        carry, _ = jax.lax.scan(run, carry, (stacked, numbers), unroll=unroll)
+        carry, seen = jax.lax.scan(run, carry, (stacked, numbers), unroll=unroll)
+        nnx.update(blocks, seen)
     else:
         for number, params in enumerate(layers):
             carry, _ = run(carry, (params, number))

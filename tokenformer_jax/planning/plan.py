@@ -115,7 +115,8 @@ def lower_step(cfg: Config, devices: list[Any]) -> tuple[jax.stages.Lowered, dic
 
 def state_bytes(state: TrainState) -> dict[str, float]:
     """What a device holds of an abstract state."""
-    return {"parameters": _bytes_on_a_device(state.params), "moments": _bytes_on_a_device(state.opt_state)}
+    held = {"parameters": _bytes_on_a_device(state.params), "moments": _bytes_on_a_device(state.opt_state)}
+    return held | ({"mean of parameters": _bytes_on_a_device(state.average)} if state.average else {})
 
 
 def _bytes_on_a_device(tree: Any) -> float:
@@ -153,13 +154,14 @@ def make_plan(cfg: Config, topology: str, slices: int = 1) -> dict[str, Any]:
         "mesh": {axis: getattr(cfg.mesh, axis) for axis in MESH_AXES},
         "batch_size": cfg.batch_size,
         "accumulation": cfg.accumulation,
-        "context_length": cfg.model.context_length,
+        "context_length": cfg.model.positions,
         "remat": cfg.model.remat,
         "dtype": cfg.model.dtype,
         "packages": _versions("jax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
         "chip": chip._asdict(),
     }
-    lowered, held = lower_step(cfg, devices)
+    lowered, of_state = lower_step(cfg, devices)
+    held = dict(of_state)
     try:
         sizes, text = compile_step(lowered)
     except jax.errors.JaxRuntimeError as error:
@@ -171,7 +173,7 @@ def make_plan(cfg: Config, topology: str, slices: int = 1) -> dict[str, Any]:
         return plan | {"fits": False, "memory": memory}
     held["activations, gradients, buffers"] = float(sizes.temp_size_in_bytes)
     held["batch and program"] = float(
-        sizes.argument_size_in_bytes - held["parameters"] - held["moments"] + sizes.generated_code_size_in_bytes
+        sizes.argument_size_in_bytes - sum(of_state.values()) + sizes.generated_code_size_in_bytes
     )
     total = sum(held.values())
     program = read_program(text, plan["mesh"])
@@ -196,7 +198,9 @@ def costs(program: Program, cfg: Config, chip: Chip, model_flops: float) -> dict
     """What a compiled program does on a device, and the least time that it takes."""
     kernels, kernel_flops = program.kernels, 0.0
     rows = cfg.batch_size // cfg.accumulation // cfg.mesh.batch_shards
-    product = rows * cfg.model.context_length**2 * cfg.model.embed_dim / cfg.mesh.tensor  # the causal half
+    product = (
+        rows * cfg.model.positions**2 * cfg.model.embed_dim / cfg.mesh.tensor * (2 - cfg.model.is_causal)
+    )  # or half
     for name, count in kernels.items():
         products = next((n for prefix, n in KERNEL_PRODUCTS.items() if name.startswith(prefix)), 0)
         kernel_flops += count * products * product

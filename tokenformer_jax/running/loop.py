@@ -49,7 +49,8 @@ def train(cfg: Config, workdir: pathlib.Path) -> bool:
 def say_nothing_to_do(run: Run, workdir: pathlib.Path) -> None:
     if jax.process_index() == 0:
         key = run.cfg.budget or "steps"
-        more = 2 * {"steps": run.start, "train_tokens": run.record.tokens, "train_flops": run.record.train_flops}[key]
+        spent = {"steps": run.start, "train_tokens": run.record.tokens, "train_flops": run.record.train_flops}
+        more = 2 * spent.get(key, getattr(run.cfg, key))
         print(
             f"nothing to do: {workdir} was trained to step {run.start} already, and {run.cfg.length} asks for "
             f"less; its config is kept; {key} = {more:.15g}, for instance, goes on",
@@ -121,7 +122,7 @@ def read_step(run: Run, log: Log, n: int, metrics: Metrics) -> None:
     arrays = jax.device_get(metrics)
     norms = arrays.pop("grad_norms")
     figures = {name: float(value) for name, value in arrays.items()}
-    names = list(by_name(run.step.abstract_state.params))
+    names = list(by_name(run.step.learned))
     why = what_is_bad(figures["loss"], figures["grad_norm"], norms, names, run.losses, cfg.loss_spike)
     if why:
         bad = BadStep(n, run.examples(n), why)

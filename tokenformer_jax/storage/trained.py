@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -13,9 +11,10 @@ import jax
 from tokenformer_jax.config import Config, MeshConfig, read_config, validate
 from tokenformer_jax.data.tokenizer import Tokenizer, tokenizer_from_json
 from tokenformer_jax.devices.sharding import MESH_AXES, make_mesh
+from tokenformer_jax.errors import UserError
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.storage.checkpoints import Checkpoints, Read
-from tokenformer_jax.storage.fingerprint import as_text, fingerprints
+from tokenformer_jax.storage.fingerprint import model_fingerprint
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.workdir import load_config
 from tokenformer_jax.training.state import TrainState
@@ -31,21 +30,23 @@ class Trained:
     record: Record
     assets: dict[str, str]  # what its data needs, by name
     step: Step
-    state: TrainState  # without optimizer state
+    state: TrainState  # without optimizer state; its parameters are the mean where the run has one
     num_params: int
+    adapters: tuple[str, ...] = ()  # names of their files
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """Of a language model."""
+        """Of a language model; a UserError says so of another."""
+        if "tokenizer" not in self.assets:
+            raise UserError(
+                f"--workdir: holds a run of task = {self.cfg.task!r}, which has no text; use `evaluate` or `predict`"
+            )
         return tokenizer_from_json(self.assets["tokenizer"])
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Names parameters and τ: the same on any mesh. All processes ask for it together."""
-        arrays = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(self.state.params)}
-        found = {name: as_text(parts) for name, parts in fingerprints(arrays).items()}
-        found |= {name: float(tau).hex() for name, tau in self.state.tau_now().items()}
-        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+        return model_fingerprint(self.state.params, self.state.tau_now())
 
 
 def newest_good(workdir: pathlib.Path, step_number: int | None, read: Callable[[int], Read]) -> Read:
@@ -88,7 +89,8 @@ def _load_trained(workdir: pathlib.Path, step_number: int, mesh: tuple[int, ...]
         cfg = dataclasses.replace(cfg, mesh=MeshConfig(1, 1, 1))
     validate(cfg)
     step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start)
-    state = TrainState(**checkpoints.restore(step_number, step.abstract_state.without_moments()), opt_state=())
+    found = checkpoints.restore(step_number, step.abstract_state.to_use())
+    state = TrainState(found["step"], found.get("average") or found["params"], (), found["tau"])
     trained = Trained(
         cfg, step_number, record, checkpoints.assets(step_number), step, state, count_params(state.params)
     )

@@ -35,6 +35,9 @@ class Language:
         arrays: Any = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
         return Batch(**arrays)
 
+    def augmented(self, batch: Batch, cfg: Config, step: jax.Array) -> Batch:
+        return batch
+
     def prepare(self, cfg: Config, assets: Mapping[str, str] | None = None) -> Corpus:
         return prepare(cfg, tokenizer_from_json(assets["tokenizer"]) if assets else None)
 
@@ -86,16 +89,22 @@ class Language:
             **{f"loss_{name}": figures["loss"] for name, figures in each.items()},
         }
 
-    def figures(self, split: TokenSplit, nll: float, weights: float) -> dict[str, float]:
+    def figures(self, split: TokenSplit, sums: Mapping[str, float]) -> dict[str, float]:
         """`loss` in nats a token, `perplexity` = exp(loss), `bits_per_byte` of the UTF-8 text, `tokens` predicted."""
-        loss = nll / weights
+        loss = sums["nll"] / sums["weights"]
         tokens_per_byte = (split.num_tokens - 1) / split.num_bytes  # the first token has nothing that predicts it
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "bits_per_byte": loss / math.log(2) * tokens_per_byte,
-            "tokens": weights,
+            "tokens": sums["weights"],
         }
+
+    def report(self, figures: dict[str, float], split_name: str) -> str:
+        return (
+            f"{figures['tokens']:,.0f} tokens of the {split_name} split: loss {figures['loss']:.4f} nats, "
+            f"perplexity {figures['perplexity']:.5g}, {figures['bits_per_byte']:.4f} bits per byte"
+        )
 
     def describe(self, figures: dict[str, float]) -> str:
         each = [f"{name.removeprefix('loss_')} {loss:.4f}" for name, loss in figures.items() if name[:5] == "loss_"]

@@ -35,15 +35,29 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: optax.OptState
     tau: dict[str, TauRamp]  # per projection; the same in every layer
+    average: Params | tuple[()] = ()  # exponential mean of the parameters; empty where the config has none
+
+    @property
+    def evaluated(self) -> Params:
+        """The parameters that an evaluation uses: their mean where there is one."""
+        return self.average or self.params  # type: ignore[return-value]
 
     def without_moments(self) -> dict[str, Any]:
-        """The parts that a model needs: all but opt_state."""
-        return {name: part for name, part in self._asdict().items() if name != "opt_state"}
+        """The parts that a model needs to go on: all but opt_state."""
+        return {name: part for name, part in self._asdict().items() if name != "opt_state" and part != ()}
+
+    def to_use(self) -> dict[str, Any]:
+        """The parts that a model needs to be used; its mean stands in the place of its parameters."""
+        parts = self.without_moments()
+        return {name: part for name, part in parts.items() if name != "params" or "average" not in parts}
 
     def tau_now(self) -> Tau:
         return {name: ramp.at(self.step) for name, ramp in self.tau.items()}
 
 
-def new_state(params: Params, opt_state: optax.OptState, tau: dict[str, float]) -> TrainState:
+def new_state(
+    params: Params, opt_state: optax.OptState, tau: dict[str, float], with_average: bool = False
+) -> TrainState:
     """The state before the first step, in which τ stays as it is."""
-    return TrainState(jnp.int32(0), params, opt_state, {name: TauRamp.constant(value) for name, value in tau.items()})
+    ramps = {name: TauRamp.constant(value) for name, value in tau.items()}
+    return TrainState(jnp.int32(0), params, opt_state, ramps, params if with_average else ())

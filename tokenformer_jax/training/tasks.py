@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.nn.layers import Params
+from tokenformer_jax.training.images import ImageClassification
 from tokenformer_jax.training.language import Language
 
 
@@ -32,8 +33,9 @@ class Prepared(Protocol):
 
 
 class Task(Protocol):
-    # The network: an nnx.Module whose Pattentions stand in `blocks`, stacked over layers. Its methods `loss_sums` and
-    # `outputs` take a batch, τ and the config, and give sums of losses (nats) and weights, and logits.
+    # The network: an nnx.Module whose Pattentions stand in `blocks`, stacked over layers. Its methods `loss_sums`,
+    # `sums` and `outputs` take a batch, τ and the config. They give the sums of losses (nats) and of weights; these and
+    # what else an evaluation adds up, by name, its `nll` and `weights` among it; and logits.
 
     def abstract_model(self, cfg: ModelConfig) -> tuple[Any, Params, Params]:
         """The network's graphdef, the tree of ShapeDtypeStructs and the tree of their logical axes."""
@@ -48,6 +50,9 @@ class Task(Protocol):
 
     def abstract_batch(self, cfg: Config, sharding: NamedSharding) -> Any:
         """A training batch as ShapeDtypeStructs. It has an array `weights_BL`: what counts, and 0 for padding."""
+
+    def augmented(self, batch: Any, cfg: Config, step: jax.Array) -> Any:
+        """What a training step learns from in place of a batch, on the device: a function of seed and step."""
 
     # The data.
 
@@ -79,8 +84,8 @@ class Task(Protocol):
     def describe_data(self, data: Any) -> str:
         """The size of the training data, in words."""
 
-    def figures(self, split: Any, nll: float, weights: float) -> dict[str, float]:
-        """What an evaluation reports of these sums over a split, its `loss` among it."""
+    def figures(self, split: Any, sums: Mapping[str, float]) -> dict[str, float]:
+        """What an evaluation reports of the network's `sums` over a split, its `loss` among it."""
 
     def parts(self, split: Any) -> dict[str, Any]:
         """What of a split is evaluated apart, by name; empty where it is evaluated as one."""
@@ -89,10 +94,13 @@ class Task(Protocol):
         """What an evaluation reports of the figures of these parts."""
 
     def describe(self, figures: dict[str, float]) -> str:
-        """An evaluation in words."""
+        """An evaluation in words, within a run."""
+
+    def report(self, figures: dict[str, float], split_name: str) -> str:
+        """An evaluation of all of a split in words."""
 
 
-TASKS: dict[str, Task] = {"language": Language()}
+TASKS: dict[str, Task] = {"language": Language(), "image_classification": ImageClassification()}
 
 
 def task_of(cfg: Config) -> Task:

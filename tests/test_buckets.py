@@ -157,7 +157,7 @@ def test_a_branch_leaves_a_run_in_a_bucket(cfg, remote, tmp_path, kind):
     assert branch(source, 4, target, 0.5) == load_config(target / "config.json")
 
 
-def test_a_second_writer_is_refused_and_the_first_goes_on(short_lease):
+def test_a_second_writer_is_refused_and_the_first_goes_on(bucket, short_lease):
     folder = run_path("gs://runs/held", "--workdir")
     with only_writer(folder):
         time.sleep(buckets.LEASE * 1.5)  # it is renewed
@@ -347,7 +347,7 @@ def test_other_schemes_are_refused_and_make_no_folder(url, tmp_path, monkeypatch
     assert not os.listdir()
 
 
-def test_a_bucket_that_is_not_there_is_one_line():
+def test_a_bucket_that_is_not_there_is_one_line(bucket):
     with pytest.raises(UserError, match=r"^gs://nosuch/run: ") as error:
         TokenFormer.train(tiny_config(), "gs://nosuch/run")
     assert "\n" not in str(error.value)

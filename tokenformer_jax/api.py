@@ -19,15 +19,17 @@ from tokenformer_jax.data.mixture import prepare
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
+from tokenformer_jax.evaluation.contributions import Measured, check_has_tokens, measured, value_lengths
 from tokenformer_jax.evaluation.perplexity import choose_split, evaluate_split
 from tokenformer_jax.evaluation.sampling import Sampling, checked, generate
 from tokenformer_jax.files import local_path
 from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.growth.recipes import RECIPES, check_growth
-from tokenformer_jax.growth.shrink import check_shrinking, shrink_state
+from tokenformer_jax.growth.shrink import Use, check_shrinking, shrink_state
 from tokenformer_jax.nn.language import abstract_model, init_params
 from tokenformer_jax.nn.layers import Params, count_params
 from tokenformer_jax.nn.transformer import initial_tau
+from tokenformer_jax.nn.watch import Seen, seen, watch
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.hub import read_published
 from tokenformer_jax.storage.official import (
@@ -209,6 +211,21 @@ class TokenFormer:
         """
         return _gradients(self.cfg, self.params, self.tau, *self._pair(tokens_BL, targets_BL))
 
+    def contributions(self, tokens_BL: jax.Array) -> dict[str, np.ndarray]:
+        """How much each parameter token contributes on a text: the mean of |Θ|·‖value‖, float32 [layers, N].
+
+        Raises UserError where the model has none. `python -m tokenformer_jax.inspect` measures whole data sets.
+
+        >>> model.contributions(ids)["ffn"].argsort(axis=-1)  # in each layer, the least first
+        """
+        return self._measured(tokens_BL).contributions
+
+    def _measured(self, tokens_BL: Any) -> Measured:
+        check_has_tokens(self.cfg)
+        ids_BL = self._ids("tokens_BL", tokens_BL)
+        sums = {"nll": 0.0, "weights": ids_BL.size, "seen": _seen(self.cfg, self.params, self.tau, ids_BL)}
+        return measured(sums, value_lengths(self.params))
+
     def _pair(self, tokens_BL: Any, targets_BL: Any) -> tuple[jax.Array, jax.Array]:
         tokens, targets = self._ids("tokens_BL", tokens_BL), self._ids("targets_BL", targets_BL)
         if tokens.shape != targets.shape:
@@ -265,17 +282,27 @@ class TokenFormer:
         return dataclasses.replace(self, cfg=cfg, params=grown.params, tau=tau)
 
     def shrink(
-        self, qkv_tokens: int | None = None, out_tokens: int | None = None, ffn_tokens: int | None = None
+        self,
+        qkv_tokens: int | None = None,
+        out_tokens: int | None = None,
+        ffn_tokens: int | None = None,
+        tokens_BL: jax.Array | None = None,
     ) -> "TokenFormer":
         """A model without the least useful parameter tokens; right after `grow` it is the former model.
 
-        Raises UserError where a count would grow, or none would shrink. `shrink.py` says what useful means.
+        With `tokens_BL` it is what matters on this text that stays. Raises UserError where a count would grow, or none
+        would shrink. `shrink.py` says what useful means.
 
         >>> smaller = model.shrink(ffn_tokens=model.cfg.ffn_tokens // 2)
+        >>> smaller = model.shrink(ffn_tokens=model.cfg.ffn_tokens // 2, tokens_BL=ids)
         """
         cfg = self._resized(qkv_tokens, out_tokens, ffn_tokens)
         check_shrinking(self.cfg, cfg)
-        state = shrink_state(self._state(), cfg, ramp_steps=0)
+        use = None
+        if tokens_BL is not None:
+            found = self._measured(tokens_BL)
+            use = Use(found.contributions, found.parts)
+        state = shrink_state(self._state(), cfg, ramp_steps=0, use=use)
         tau = {name: float(value) for name, value in state.tau_now().items()}
         return dataclasses.replace(self, cfg=cfg, params=state.params, tau=tau)
 
@@ -328,6 +355,14 @@ def _logits(cfg: ModelConfig, params: Params, tau: dict[str, float], tokens_BL: 
 def _loss(cfg, params, tau, tokens_BL, targets_BL) -> jax.Array:
     logits_BLV = _logits(cfg, params, tau, tokens_BL)
     return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, targets_BL).mean()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _seen(cfg: ModelConfig, params: Params, tau: dict[str, float], tokens_BL: jax.Array) -> dict[str, Seen]:
+    model = nnx.merge(abstract_model(cfg)[0], params)
+    watch(model.blocks, jnp.ones(tokens_BL.shape))
+    model.features(tokens_BL, tau)
+    return seen(model.blocks)
 
 
 _gradients = jax.jit(jax.grad(_loss, argnums=1), static_argnums=0)

@@ -108,10 +108,10 @@ def shared_steps() -> Iterator[None]:
     """Within it, runs that are resumed, repeated or read do not compile a step that one before them compiled."""
     made: dict[tuple[Any, str], Step] = {}
 
-    def shared(cfg: Config, mesh: Mesh, *others: Any) -> Step:
-        key = mesh, repr((cfg, others))
+    def shared(cfg: Config, mesh: Mesh, *others: Any, **named: Any) -> Step:
+        key = mesh, repr((cfg, others, named))
         if key not in made:
-            made[key] = make_step(cfg, mesh, *others)
+            made[key] = make_step(cfg, mesh, *others, **named)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -154,7 +154,7 @@ def test_right_after_a_lossless_growth_new_tokens_contribute_nothing_and_the_old
         count = means_YN.shape[1]
         assert after[name].shape[1] > count and not after[name][:, count:].any()
         np.testing.assert_allclose(after[name][:, :count], means_YN, rtol=1e-3, atol=1e-5 * means_YN.max())
-    again = grown.shrink(qkv_tokens=24, out_tokens=40, ffn_tokens=96, tokens_BL=IDS)
+    again = grown.shrink(qkv_tokens=24, out_tokens=40, ffn_tokens=96, inputs=IDS)
     assert_trees_equal(again.params, model().params)
     assert again.tau == pytest.approx(model().tau, rel=1e-5)
 
@@ -169,7 +169,7 @@ def test_by_activation_tokens_known_to_be_dead_go_without_loss_and_by_norm_they_
     whole = with_blocks(dataclasses.replace(base, params=base.params | {"embed": embed_VD}), "ffn", keys=keys_YND)
     found = whole.contributions(IDS)["ffn"]
     assert not found[:, dead].any() and found[:, alive].all()
-    smaller = whole.shrink(ffn_tokens=60, tokens_BL=IDS)
+    smaller = whole.shrink(ffn_tokens=60, inputs=IDS)
     assert_trees_equal(smaller.params["blocks"]["ffn"]["keys"], keys_YND[:, alive])
     assert smaller.tau == pytest.approx(whole.tau, rel=1e-6)
     logits = np.asarray(whole.logits(IDS))
@@ -182,7 +182,7 @@ def test_tau_falls_as_the_norm_was_measured_to():
     found = model()._measured(IDS)
     kept = np.sort(np.argsort(-found.contributions["ffn"], axis=-1)[:, :30], axis=-1)
     part = np.take_along_axis(found.parts["ffn"], kept, 1).sum(1).mean()
-    smaller = model().shrink(ffn_tokens=30, tokens_BL=IDS)
+    smaller = model().shrink(ffn_tokens=30, inputs=IDS)
     assert smaller.tau["ffn"] == pytest.approx(model().tau["ffn"] * part**0.5, rel=1e-4)
 
 

@@ -1,11 +1,13 @@
 """Grows a trained model: more parameter tokens, the same function, verified before anything is written.
 
 python -m tokenformer_jax.grow --source=W --config=quickstart:grown --workdir=W2 [--step=N] [--recipe=split]
+python -m tokenformer_jax.grow --source=W --config=C --workdir=W2 --train=new   # the new tokens alone will learn
 python -m tokenformer_jax.grow --source=W2 --config=quickstart:small --workdir=W3 --shrink [--step=N]
 python -m tokenformer_jax.grow --source=W2 --config=C --workdir=W3 --shrink --criterion=activation [--text=books]
 """
 
 import dataclasses
+from typing import Any
 
 from absl import flags
 
@@ -24,6 +26,7 @@ def main() -> None:
     workdir = workdir_flag(help_text="the new directory, which train then resumes")
     step = flags.DEFINE_integer("step", None, "which checkpoint of the source; by default the newest")
     recipe = flags.DEFINE_string("recipe", None, f"{', '.join(RECIPES)}; overrides config.grow.recipe")
+    train = flags.DEFINE_enum("train", None, ["all", "new"], "what learns afterwards; overrides config.grow.train")
     shrinking = flags.DEFINE_boolean("shrink", False, "drop parameter tokens instead, the least useful first")
 
     criterion = flags.DEFINE_enum("criterion", None, ["norm", "activation"], "by which --shrink chooses; norm if none")
@@ -42,9 +45,9 @@ def main() -> None:
                 shrink(source(), cfg, workdir(), step.value, criterion.value or "norm", text.value or "")
             )
         else:
-            if recipe.value:
-                cfg = dataclasses.replace(cfg, grow=dataclasses.replace(cfg.grow, recipe=recipe.value))
-                validate(cfg)
+            given: Any = {flag.name: flag.value for flag in (recipe, train) if flag.value}
+            cfg = dataclasses.replace(cfg, grow=dataclasses.replace(cfg.grow, **given))
+            validate(cfg)
             figures = grow(source(), cfg, workdir(), step.value)
             said = "\n".join([describe_growth(figures), *warnings(figures)])
         print_once(said)

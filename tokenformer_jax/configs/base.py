@@ -104,6 +104,7 @@ def get_config() -> ConfigDict:
     grow.tau_ramp = 0.25  # zero_keys: part of the steps after growth in which tau goes to sqrt(tokens); 0 keeps it
     grow.restart_schedule = True  # the learning rate warms up and decays anew over the steps after growth; False: one
     # schedule goes on over all rungs up to the last step, each at its own peak (use optimizer.schedule = "wsd")
+    grow.train = "all"  # or "new": the new tokens learn, and nothing else ever does: an adapter; docs/adapters.md
     grow.new_tokens_rate = 1.0  # factor of the learning rate for new tokens
     grow.new_tokens_warmup = 0  # steps after growth in which that factor rises from 0
     grow.freeze_steps = 0  # steps after growth in which only the new tokens learn in projections that grew

@@ -32,7 +32,7 @@ class Growing:
     """The `resize.Change` that appends parameter tokens."""
 
     file = "grow.json"
-    verb = "append"
+    verb, appends = "append", True
 
     def __init__(self, recipe: str) -> None:
         self.recipe, self.ramps = recipe, RECIPES[recipe].ramps

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from tokenformer_jax.config import Config, ModelConfig, validate
 from tokenformer_jax.data.batches import keep_position
@@ -24,15 +25,19 @@ from tokenformer_jax.files import json_text, parse_json, replace_file
 from tokenformer_jax.growth.figures import size_figures
 from tokenformer_jax.growth.ladder import stages, with_budget
 from tokenformer_jax.storage.checkpoints import Checkpoints, save_one
+from tokenformer_jax.storage.fingerprint import model_fingerprint
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.trained import newest_good, open_checkpoint
 from tokenformer_jax.storage.workdir import new_workdir, require_empty
+from tokenformer_jax.training.learned import alone
+from tokenformer_jax.training.schedule import new_tokens
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, make_step
 from tokenformer_jax.training.tasks import Prepared, task_of
 
 # Figures that checkpoints keep.
 RECORDED = "recipe", "criterion", "tau_ramp_steps", "max_logit_difference", "max_logit", "loss_before", "loss_after"
+RECORDED_OF_NEW = "train", "base", "base_tau"  # where new tokens learn alone
 
 
 class Source(Protocol):
@@ -107,6 +112,7 @@ class Change(Protocol):
 
     file: str  # of a successor's workdir, which holds the figures
     verb: str
+    appends: bool  # tokens, which then may learn alone
     recipe: str
     ramps: bool  # τ goes to that of a newborn model
 
@@ -150,6 +156,11 @@ class Resize:
         seconds: dict[str, float] = {}
         with timed(seconds, "restore"):
             old = source.model(self.old_step)
+        if alone(self.step.new_tokens):
+            tau = {name: float(value) for name, value in old.tau_now().items()}
+            base = {"train": "new", "base": model_fingerprint(old.params, tau), "base_tau": tau}
+        else:
+            base = {}
         with timed(seconds, self.change.verb), jax.set_mesh(self.step.mesh):
             new, known = jax.block_until_ready(self.change.model(self, old, data))
         with timed(seconds, "verify"):
@@ -162,16 +173,34 @@ class Resize:
             "tokens_after": self.cfg.model.tokens,
             **size_figures(old, new),
             **compared,
+            **base,
         }
         del old  # the moments need its memory
         with timed(seconds, "restore"), jax.set_mesh(self.step.mesh):
-            opt_state = self.change.moments(self, source, known)
+            if alone(self.step.new_tokens) or alone(self.old_step.new_tokens):
+                opt_state = self.no_moments()
+            else:
+                opt_state = self.change.moments(self, source, known)
         return new._replace(opt_state=opt_state), figures | {"seconds": seconds}
+
+    def no_moments(self) -> Any:
+        """The optimizer state of what has not learnt yet, at this step of its schedule."""
+        wanted = self.step.abstract_state.opt_state
+
+        def begin(part: Any) -> Any:
+            value = self.number if isinstance(part, optax.ScaleByScheduleState) else 0
+            return jax.tree.map(lambda a: jnp.full(a.shape, value, a.dtype), part)
+
+        make = jax.jit(
+            lambda: jax.tree.map(begin, wanted, is_leaf=lambda part: isinstance(part, optax.ScaleByScheduleState)),
+            out_shardings=jax.tree.map(lambda a: a.sharding, wanted),
+        )
+        return make()
 
     def record(self, record: Record, figures: dict[str, Any]) -> Record:
         """The old model's record, with what the new one changes in it."""
         growth = {"step": self.number, "from": figures["tokens_before"], "to": figures["tokens_after"]}
-        growth |= {name: figures[name] for name in RECORDED if name in figures}
+        growth |= {name: figures[name] for name in (*RECORDED, *RECORDED_OF_NEW) if name in figures}
         return dataclasses.replace(
             record,
             model=dataclasses.asdict(self.cfg.model),
@@ -210,8 +239,11 @@ def resize_checkpoint(
     check_successor(change, old_cfg, first, workdir, number)
     if first.grow.restart_schedule:
         record = dataclasses.replace(record, schedule_start=number)
-    step = make_step(first, make_mesh(first.mesh), record.schedule_start)
-    resize = Resize(change, number, first, old_cfg, step, make_step(old_cfg, step.mesh))
+    growth = {"step": number, "from": old_cfg.model.tokens, "to": first.model.tokens, "train": first.grow.train}
+    new = new_tokens(first, growth) if change.appends else None
+    former = new_tokens(old_cfg, record.growth[-1]) if record.growth else None
+    step = make_step(first, make_mesh(first.mesh), record.schedule_start, new_tokens=new)
+    resize = Resize(change, number, first, old_cfg, step, make_step(old_cfg, step.mesh, new_tokens=former))
     task, assets = task_of(first), checkpoints.assets(number)
     prepared = task.prepare(first, assets)
     state, figures = resize.apply(InCheckpoint(checkpoints, number), prepared)
@@ -240,6 +272,11 @@ def check_successor(change: Change, old_cfg: Config, cfg: Config, workdir: pathl
         if (workdir / name).exists():
             raise UserError(f"--workdir={workdir}: {_what_is_there(workdir / name)}; train goes on with it")
     require_empty(workdir, "holds something already")
+    if change.appends and cfg.grow.train == "new" and cfg.model.tokens == old_cfg.model.tokens:
+        raise UserError(
+            f"grow.train = 'new': the source has as many tokens, so nothing would learn; use more than "
+            f"model.ffn_tokens = {cfg.model.ffn_tokens}, or of another projection"
+        )
     if cfg.steps <= number:
         raise UserError(f"{cfg.length}: the source was trained for {number} already; use a larger number")
     validate(old_cfg)  # the source, too, must divide by the mesh

@@ -65,7 +65,7 @@ class Shrinking:
     """The `resize.Change` that drops parameter tokens."""
 
     file = "shrink.json"
-    verb = "drop"
+    verb, appends = "drop", False
     recipe = "shrink"
     ramps = True
 

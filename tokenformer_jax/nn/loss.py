@@ -24,10 +24,16 @@ def cross_entropy(h_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array, 
       targets_BL: int32.
       weights_BL: float32; they are data, and get no gradient.
     """
-    return _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=False)[0]
+    return _losses(h_BLD, table_VD, targets_BL, weights_BL, gradients=False, learns=False)[0]
 
 
-def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
+def _forward(*primals):
+    """For the gradient; where the table is not differentiated, its gradient is not computed."""
+    h_BLD, table_VD, targets_BL, weights_BL = (primal.value for primal in primals)
+    return _losses(h_BLD, table_VD, targets_BL, weights_BL, gradients=True, learns=primals[1].perturbed)
+
+
+def _losses(h_BLD, table_VD, targets_BL, weights_BL, gradients, learns):
     def local(h_BLD, targets_BL, weights_BL, table_VD):  # of the devices that share an example
         table_VD = constrain(table_VD, "vocab", None)
 
@@ -42,13 +48,15 @@ def _forward(h_BLD, table_VD, targets_BL, weights_BL, gradients=True):
             loss = sums[0] + jnp.sum(nll_BC * weights_BC)
             if not gradients:
                 return (loss,), ()
-            dtable_DV = constrain(sum_outer(h_BCD, dlogits_BCV), None, "vocab")
             dh_BCD = jnp.einsum("...v,vd->...d", dlogits_BCV, table_VD)
+            if not learns:
+                return (loss,), dh_BCD.reshape(shape)
+            dtable_DV = constrain(sum_outer(h_BCD, dlogits_BCV), None, "vocab")
             return (loss, sums[1] + dtable_DV), dh_BCD.reshape(shape)
 
         parts = _parts(targets_BL.shape, len(table_VD))
         split = [x.reshape(x.shape[0], parts, -1, *x.shape[2:]).swapaxes(0, 1) for x in (h_BLD, targets_BL, weights_BL)]
-        sums = (jnp.float32(0), jnp.zeros(table_VD.shape[::-1], jnp.float32))[: 1 + gradients]
+        sums = (jnp.float32(0), jnp.zeros(table_VD.shape[::-1], jnp.float32))[: 1 + learns]
         sums, dh_PBCD = jax.lax.scan(add, sums, split)
         return dh_PBCD.swapaxes(0, 1).reshape(h_BLD.shape) if gradients else (), sums
 
@@ -106,8 +114,9 @@ def _parts(shape: tuple[int, ...], vocab_size: int) -> int:
 
 
 def _backward(kept, dloss):
-    dh_BLD, (dtable_VD,) = kept
-    return (dh_BLD * dloss).astype(dh_BLD.dtype), dtable_VD * dloss, None, None
+    dh_BLD, dtable_VD = kept
+    dtable_VD = dtable_VD[0] * dloss if dtable_VD else None
+    return (dh_BLD * dloss).astype(dh_BLD.dtype), dtable_VD, None, None
 
 
-cross_entropy.defvjp(_forward, _backward)
+cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)

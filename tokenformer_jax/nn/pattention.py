@@ -44,6 +44,7 @@ def pattention(
     *,
     scale_B1N: jax.Array | None = None,
     recompute: bool = False,
+    new_MD: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Attends from inputs to N parameter tokens: Θ(x Kᵀ; τ) V, equations 4 and 5.
 
@@ -57,17 +58,21 @@ def pattention(
       gelu: a key of GELUS.
       scale_B1N: factors of the weights Θ, such as `dropout_scale`; they get no gradient.
       recompute: keeps no scores for the gradient, but computes them again, some examples at a time.
+      new_MD: the last M keys and values once more: these alone get a gradient, and no other tokens' is computed.
 
     Returns:
       Outputs [..., E] in the inputs' dtype.
     """
     chex.assert_shape(keys_ND, (None, x_BLD.shape[-1]))
     chex.assert_shape(values_NE, (len(keys_ND), None))
-    return attend(x_BLD, keys_ND, values_NE, jnp.float32(tau), scale_B1N, How(normalizer, gelu, recompute))
+    return attend(x_BLD, keys_ND, values_NE, jnp.float32(tau), scale_B1N, new_MD, How(normalizer, gelu, recompute))
 
 
 class Pattention(nnx.Module):
     """A projection D -> E whose weights are N key and N value parameter tokens (float32)."""
+
+    new_keys: nnx.Param | None = None  # [M, D], set by `learn_alone`
+    new_values: nnx.Param | None = None
 
     def __init__(
         self,
@@ -94,7 +99,9 @@ class Pattention(nnx.Module):
 
     @jax.named_scope("pattention")
     def __call__(self, x_BLD: jax.Array, tau: jax.Array | float, key: jax.Array | None = None) -> jax.Array:
-        scale_B1N = None
+        scale_B1N, new_MD = None, None
+        if self.new_keys is not None and self.new_values is not None:
+            new_MD = self.new_keys[...], self.new_values[...]
         if key is not None and self.dropout:  # one draw for a token and an example, shared by all positions
             scale_B1N = dropout_scale(self.dropout, key, (len(x_BLD), 1, len(self.keys[...])))
         return pattention(
@@ -106,4 +113,9 @@ class Pattention(nnx.Module):
             self.gelu,
             scale_B1N=scale_B1N,
             recompute=self.recompute,
+            new_MD=new_MD,
         )
+
+    def learn_alone(self, keys: jax.Array, values: jax.Array) -> None:
+        """Has these get all of the gradient: the last M tokens, of value as they are. M may be 0."""
+        self.new_keys, self.new_values = nnx.Param(keys), nnx.Param(values)

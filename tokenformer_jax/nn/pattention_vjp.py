@@ -77,9 +77,10 @@ def _gathered(tokens_ND: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return constrain(tokens_ND.astype(dtype), "tokens", None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attend(x_BLD, keys_ND, values_NE, tau, scale_B1N, how: How) -> jax.Array:
-    return _attend_forward(x_BLD, keys_ND, values_NE, tau, scale_B1N, how)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def attend(x_BLD, keys_ND, values_NE, tau, scale_B1N, new_MD, how: How) -> jax.Array:
+    """`new_MD`: None, or the last M keys and values once more, which alone get a gradient then."""
+    return _attend_forward(x_BLD, keys_ND, values_NE, tau, scale_B1N, new_MD, how)[0]
 
 
 def _weights(normed_BLN, total_BL1, tau, scale_B1N, how: How) -> jax.Array:
@@ -87,7 +88,7 @@ def _weights(normed_BLN, total_BL1, tau, scale_B1N, how: How) -> jax.Array:
     return weights_BLN if scale_B1N is None else weights_BLN * scale_B1N
 
 
-def _attend_forward(x_BLD, keys_ND, values_NE, tau, scale_B1N, how):
+def _attend_forward(x_BLD, keys_ND, values_NE, tau, scale_B1N, new_MD, how):
     norm, gelu = STAGES[how.normalizer], GELUS[how.gelu]
     scores_BLN = product_with_keys(x_BLD, _gathered(keys_ND, x_BLD.dtype))
     if how.by_rows(scale_B1N):
@@ -100,7 +101,7 @@ def _attend_forward(x_BLD, keys_ND, values_NE, tau, scale_B1N, how):
         weights_BLN = _weights(norm.first(s_BLN, total_BL1, gelu), total_BL1, tau, scale_B1N, how).astype(x_BLD.dtype)
     y_BLE = product_with_values(weights_BLN, _gathered(values_NE, x_BLD.dtype))
     kept = None if how.recompute else scores_BLN
-    return y_BLE, (x_BLD, keys_ND, values_NE, tau, scale_B1N, total_BL1, kept)
+    return y_BLE, (x_BLD, keys_ND, values_NE, tau, scale_B1N, new_MD, total_BL1, kept)
 
 
 def _weights_by_rows(scores_BLN, tau, *, how):
@@ -129,8 +130,15 @@ def _gradient_in_stages(scores_BLN, dweights_BLN, total_BL1, tau, scale_B1N, how
 
 
 def _attend_backward(how, kept, dy_BLE):
-    x_BLD, keys_ND, values_NE, tau, scale_B1N, total_BL1, scores_BLN = kept
+    x_BLD, keys_ND, values_NE, tau, scale_B1N, new_MD, total_BL1, scores_BLN = kept
     dtype = x_BLD.dtype
+    learned = (keys_ND, values_NE) if new_MD is None else new_MD
+    frozen = len(keys_ND) - len(learned[0])
+
+    def onto_tokens(a_BLD, b_BLN):  # of those that learn
+        if frozen == b_BLN.shape[-1]:
+            return jnp.zeros((a_BLD.shape[-1], 0), jnp.float32)
+        return constrain(sum_outer(a_BLD, b_BLN[..., frozen:]), None, "tokens")
 
     def gradients(x_BLD, dy_BLE, total_BL1, scores_BLN, scale_B1N, keys_ND, values_NE, tau):
         keys_ND, values_NE = (constrain(tokens, "tokens", None) for tokens in (keys_ND, values_NE))
@@ -139,10 +147,7 @@ def _attend_backward(how, kept, dy_BLE):
         dweights_BLN = jnp.einsum("...e,ne->...n", dy_BLE, values_NE)
         gradient = _gradient_by_rows if how.by_rows(scale_B1N) else _gradient_in_stages
         weights_BLN, dscores_BLN = gradient(scores_BLN, dweights_BLN, total_BL1, tau, scale_B1N, how)
-        sums = (
-            constrain(sum_outer(x_BLD, dscores_BLN), None, "tokens"),
-            constrain(sum_outer(dy_BLE, weights_BLN), None, "tokens"),
-        )
+        sums = onto_tokens(x_BLD, dscores_BLN), onto_tokens(dy_BLE, weights_BLN)
         return jnp.einsum("...n,nd->...d", dscores_BLN, keys_ND), sums
 
     def local(x_BLD, dy_BLE, total_BL1, scores_BLN, scale_B1N, *others):  # of the devices that share an example
@@ -155,7 +160,7 @@ def _attend_backward(how, kept, dy_BLE):
             dx_CLD, more = gradients(x_CLD, dy_CLE, total_CL1, None, scale_C1N, *others)
             return jax.tree.map(jnp.add, sums, more), dx_CLD
 
-        zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in (keys_ND.shape[::-1], values_NE.shape[::-1]))
+        zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in (learned[0].shape[::-1], learned[1].shape[::-1]))
         split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (x_BLD, dy_BLE, total_BL1, scale_B1N))
         sums, dx_PCLD = jax.lax.scan(add, zeros, split)
         return dx_PCLD.reshape(x_BLD.shape), sums
@@ -165,7 +170,9 @@ def _attend_backward(how, kept, dy_BLE):
     dx_BLD, (dkeys_DN, dvalues_EN) = sum_over_batch(local, rows, shared)
     dkeys_ND = constrain(dkeys_DN.T.astype(keys_ND.dtype), "tokens", "embed")
     dvalues_NE = constrain(dvalues_EN.T.astype(values_NE.dtype), "tokens", "embed")
-    return dx_BLD, dkeys_ND, dvalues_NE, None, None
+    if new_MD is not None:
+        return dx_BLD, None, None, None, None, (dkeys_ND, dvalues_NE)
+    return dx_BLD, dkeys_ND, dvalues_NE, None, None, None
 
 
 def _parts(shape: tuple[int, ...], num_tokens: int) -> int:

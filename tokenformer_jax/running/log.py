@@ -54,7 +54,7 @@ class Log:
         speed = tokens / (time.monotonic() - self.last_time)
         self.restart_clock(n)
         peak = peak_flops(self.run.step.mesh.size)
-        utilisation = {"mfu": speed * self.task.train_flops_per_token(cfg.model) / peak} if peak else {}
+        utilisation = {"mfu": speed * self.run.step.flops_per_token / peak} if peak else {}
         self.writer.write(self.run.figures(n) | figures | {"tokens_per_second": speed} | utilisation)
         shown = {name: figures[name] for name in ("loss", "learning_rate")}
         self.progress.update(n, **shown, tokens_per_second=speed, **utilisation)
@@ -82,6 +82,9 @@ class Log:
 
     def say(self, line: str) -> None:
         self.progress.say(line)
+
+    def flush(self) -> None:
+        self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()

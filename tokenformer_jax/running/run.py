@@ -26,9 +26,9 @@ from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.metrics_file import Row
 from tokenformer_jax.storage.record import Record
-from tokenformer_jax.storage.workdir import load_config, require_empty
+from tokenformer_jax.storage.workdir import load_config, require_empty, require_whole
 from tokenformer_jax.training.non_finite import SPIKE_WINDOW, BadStep
-from tokenformer_jax.training.schedule import NewTokens
+from tokenformer_jax.training.schedule import new_tokens
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, make_step
 from tokenformer_jax.training.tasks import Prepared, task_of
@@ -37,6 +37,7 @@ from tokenformer_jax.training.tasks import Prepared, task_of
 def check_workdir(cfg: Config, workdir: pathlib.Path) -> None:
     """Raises a UserError where the workdir holds a run of another model, or something else."""
     path = workdir / "config.json"
+    require_whole(workdir)
     if path.exists():
         try:
             theirs = load_config(path)
@@ -124,13 +125,12 @@ class Run:
 
     def figures(self, n: int) -> Row:
         """Where the run stands after step n."""
-        task = task_of(self.cfg)
-        tokens = (n - self.start) * task.tokens_per_step(self.cfg)
+        tokens = (n - self.start) * task_of(self.cfg).tokens_per_step(self.cfg)
         return {
             "step": n,
             "tokens": self.record.tokens + tokens,
             "params": count_params(self.step.abstract_state.params),
-            "train_flops": self.record.train_flops + tokens * task.train_flops_per_token(self.cfg.model),
+            "train_flops": self.record.train_flops + tokens * self.step.flops_per_token,
         }
 
     def record_at(self, n: int) -> Record:
@@ -145,6 +145,10 @@ class Run:
 
     def save(self, n: int) -> None:
         self.checkpoints.save(n, self.state, self.data, self.corpus.assets, self.record_at(n))
+
+    def save_at_last(self, n: int) -> None:
+        """Saves, unless step n was saved, and returns once that is safe."""
+        self.checkpoints.save_at_last(lambda: self.save(n))
 
 
 def open_run(cfg: Config, workdir: pathlib.Path) -> Run:
@@ -190,7 +194,7 @@ def resume_at(start: int, plan: list[Config], workdir: pathlib.Path, checkpoints
     record = checkpoints.record(start)
     plan, cfg = stage_of(plan, record, start, workdir)
     last = record.growth[-1] if record.growth else None
-    new = new_tokens(cfg, last["step"], last["from"], last["to"]) if last else None
+    new = new_tokens(cfg, last) if last else None
     step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, end_of_schedule(plan, record.rung, cfg), new)
     task = task_of(cfg)
     corpus = task.prepare(cfg, checkpoints.assets(start))
@@ -235,15 +239,6 @@ def end_of_schedule(plan: list[Config], rung: int, cfg: Config) -> int:
     return schedule_end(plan, rung) + cfg.steps - plan[rung].steps
 
 
-def new_tokens(cfg: Config, step: int, before: dict[str, int], after: dict[str, int]) -> NewTokens | None:
-    """How the tokens of a growth at `step` learn, if the config has them learn in a way of their own."""
-    grow = cfg.grow
-    own = (grow.freeze_steps, grow.new_tokens_rate, grow.new_tokens_warmup)
-    if own == (0, 1.0, 0):
-        return None
-    return NewTokens({name: n for name, n in before.items() if after[name] > n}, step, *own)
-
-
 def roll_back(run: Run, workdir: pathlib.Path, bad: BadStep) -> Run:
     """Goes on from the newest checkpoint, with the examples after the bad step's.
 
@@ -276,9 +271,11 @@ def next_rung(run: Run) -> Run:
     record = run.record_at(n)
     if cfg.grow.restart_schedule:
         record = dataclasses.replace(record, schedule_start=n)
-    new = new_tokens(cfg, n, old_cfg.model.tokens, cfg.model.tokens)
+    growth = {"step": n, "from": old_cfg.model.tokens, "to": cfg.model.tokens, "train": cfg.grow.train}
+    new = new_tokens(cfg, growth)
     step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, end_of_schedule(plan, rung, cfg), new)
-    resize = Resize(Growing(cfg.grow.recipe), n, cfg, old_cfg, step, make_step(old_cfg, step.mesh))
+    old_step = make_step(old_cfg, step.mesh, new_tokens=run.step.new_tokens)
+    resize = Resize(Growing(cfg.grow.recipe), n, cfg, old_cfg, step, old_step)
     source = InMemory(run.state)
     run.state = None  # type: ignore[assignment]  # so that its arrays can go as the larger ones come
     state, figures = resize.apply(source, run.corpus)

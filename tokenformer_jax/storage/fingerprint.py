@@ -10,6 +10,8 @@ processes. It is meant for accidents, not against those who want to deceive.
 """
 
 import functools
+import hashlib
+import json
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +57,14 @@ def fingerprints(
 def as_text(parts: jax.Array) -> str:
     """16 hexadecimal digits of a fingerprint, once it is computed."""
     return "".join(f"{lane:08x}" for lane in np.asarray(parts).sum(axis=0, dtype=np.uint32).tolist())
+
+
+def model_fingerprint(params: Any, tau: Mapping[str, Any]) -> str:
+    """Names a model by its parameters and τ: the same on any mesh. All processes ask for it together."""
+    arrays = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(params)}
+    found = {name: as_text(parts) for name, parts in fingerprints(arrays).items()}
+    found |= {name: float(value).hex() for name, value in tau.items()}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @functools.cache

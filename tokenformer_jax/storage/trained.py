@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from tokenformer_jax.devices.sharding import MESH_AXES, make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.storage.checkpoints import Checkpoints, Read
-from tokenformer_jax.storage.fingerprint import as_text, fingerprints
+from tokenformer_jax.storage.fingerprint import model_fingerprint
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.workdir import load_config
 from tokenformer_jax.training.state import TrainState
@@ -34,6 +32,7 @@ class Trained:
     step: Step
     state: TrainState  # without optimizer state; its parameters are the mean where the run has one
     num_params: int
+    adapters: tuple[str, ...] = ()  # names of their files
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -47,10 +46,7 @@ class Trained:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Names parameters and τ: the same on any mesh. All processes ask for it together."""
-        arrays = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(self.state.params)}
-        found = {name: as_text(parts) for name, parts in fingerprints(arrays).items()}
-        found |= {name: float(tau).hex() for name, tau in self.state.tau_now().items()}
-        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+        return model_fingerprint(self.state.params, self.state.tau_now())
 
 
 def newest_good(workdir: pathlib.Path, step_number: int | None, read: Callable[[int], Read]) -> Read:

@@ -1,12 +1,13 @@
 """Learning rate, optimizer, and what does not learn for a while."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from tokenformer_jax.config import OptimizerConfig
+from tokenformer_jax.config import Config, OptimizerConfig
 from tokenformer_jax.nn.layers import Params
 
 
@@ -18,6 +19,17 @@ class NewTokens(NamedTuple):
     freeze_steps: int = 0  # in which the older ones do not learn
     rate: float = 1.0  # factor of the new ones' learning rate
     warmup: int = 0  # steps in which that factor rises from 0
+    alone: bool = False  # nothing else ever learns
+
+
+def new_tokens(cfg: Config, growth: Mapping[str, Any]) -> NewTokens | None:
+    """How the tokens of a growth, as a record has it, learn; None if as all else does."""
+    grow, alone = cfg.grow, growth.get("train") == "new"
+    own = (grow.freeze_steps, grow.new_tokens_rate, grow.new_tokens_warmup)
+    if own == (0, 1.0, 0) and not alone:
+        return None
+    older = {name: n for name, n in growth["from"].items() if growth["to"][name] > n}
+    return NewTokens(older, growth["step"], *own, alone)
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int, start: int = 0) -> optax.Schedule:
@@ -69,6 +81,8 @@ def scale_updates(updates: Params, step: jax.Array, new: NewTokens) -> Params:
         is_new_N1 = jnp.arange(update_YND.shape[1])[:, None] >= new.tokens[name]
         return update_YND * jnp.where(is_new_N1, of_new, of_old)
 
+    if new.alone:
+        return jax.tree.map(lambda u: u * of_new, updates)
     blocks = updates["blocks"]
     grown = {name: jax.tree.map(lambda u, n=name: scaled(n, u), blocks[name]) for name in new.tokens}
     return updates | {"blocks": blocks | grown}

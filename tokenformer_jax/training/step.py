@@ -15,8 +15,9 @@ from tokenformer_jax.config import Config
 from tokenformer_jax.data.batches import Batch
 from tokenformer_jax.devices.hardware import give_back_memory
 from tokenformer_jax.devices.sharding import batch_sharding, constrain, replicated, shardings, with_shardings
-from tokenformer_jax.nn.layers import Key, Params, subkey
+from tokenformer_jax.nn.layers import Key, Params, count_params, subkey
 from tokenformer_jax.nn.transformer import Tau, initial_tau
+from tokenformer_jax.training.learned import alone, check_mesh, learn_alone, learned, part_of, put_back
 from tokenformer_jax.training.non_finite import if_finite
 from tokenformer_jax.training.schedule import NewTokens, learning_rate, make_optimizer, scale_updates
 from tokenformer_jax.training.state import TrainState, new_state
@@ -53,6 +54,9 @@ class Step:
     evaluate: Callable[[TrainState, Batch], Metrics]  # the network's `sums`; needs no opt_state
     batch: NamedSharding  # of every array of a Batch
     mesh: Mesh
+    new_tokens: NewTokens | None
+    learned: Params  # ShapeDtypeStructs of what gets a gradient: the parameters, or new tokens alone
+    flops_per_token: float  # of forward and backward
 
     def compile(self, state: TrainState, batch: Batch) -> None:
         """Compiles `train` before it is called, and gives the memory back that this took."""
@@ -72,6 +76,7 @@ def make_step(
       schedule_end: the step at which it ends; `cfg.steps` where it is 0.
       new_tokens: those of a growth, which learn in a way of their own.
     """
+    check_mesh(new_tokens, cfg.model.tokens, cfg.mesh.tensor)
     task = task_of(cfg)
     graphdef, _, param_axes = task.abstract_model(cfg.model)
     schedule = learning_rate(cfg.optimizer, schedule_end or cfg.steps, schedule_start)
@@ -79,26 +84,35 @@ def make_step(
 
     def init(key: jax.Array) -> TrainState:
         params = task.init_params(cfg.model, key)
-        return new_state(params, optimizer.init(params), initial_tau(cfg.model), cfg.optimizer.average > 0)
-
-    def loss(params: Params, tau: Tau, batch: Batch, key: Key = None) -> tuple[jax.Array, jax.Array]:
-        return nnx.merge(graphdef, params).loss_sums(batch, tau, cfg, key)
+        opt_state = optimizer.init(learned(params, new_tokens))
+        return new_state(params, opt_state, initial_tau(cfg.model), cfg.optimizer.average > 0)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def loss(learns: Params, tau: Tau, batch: Batch, key: Key) -> tuple[jax.Array, jax.Array]:
+            model = nnx.merge(graphdef, state.params if alone(new_tokens) else learns)
+            learn_alone(model, learns, new_tokens, list(cfg.model.tokens))
+            return model.loss_sums(batch, tau, cfg, key)
+
         key, batch = masks_key(cfg, state.step), task.augmented(batch, cfg, state.step)
-        mean, grads = mean_gradients(loss, state, batch, key, cfg.accumulation)
+        learns = learned(state.params, new_tokens)
+        mean, grads = mean_gradients(loss, learns, state.tau_now(), batch, key, cfg.accumulation)
         update = functools.partial(clipped_update, optimizer, cfg.optimizer.clip_norm, new_tokens)
-        return update_state(state, mean, grads, schedule, update, cfg.optimizer.average)
+        learns, opt_state, metrics = update_state(state, learns, mean, grads, schedule, update)
+        params = put_back(state.params, learns, new_tokens)
+        average = moved_average(state.average, params, cfg.optimizer.average, metrics)
+        return TrainState(state.step + 1, params, opt_state, state.tau, average), metrics
 
     def evaluate(state: TrainState, batch: Batch) -> Metrics:
         return nnx.merge(graphdef, state.evaluated).sums(batch, state.tau_now(), cfg)
 
     abstract = jax.eval_shape(init, jax.random.key(0))
     of_state, batch, whole = (
-        state_shardings(abstract, mesh, param_axes, optimizer),
+        state_shardings(abstract, mesh, param_axes, optimizer, new_tokens),
         batch_sharding(mesh),
         replicated(mesh),
     )
+    learns = jax.eval_shape(lambda params: learned(params, new_tokens), abstract.params)
+    frozen = count_params(abstract.params) - count_params(learns)
     jitted_train = jax.jit(train, in_shardings=(of_state, batch), out_shardings=(of_state, whole), donate_argnums=0)
     return Step(
         abstract_state=with_shardings(abstract, of_state),
@@ -107,16 +121,27 @@ def make_step(
         evaluate=OnMesh(jax.jit(evaluate, out_shardings=whole), mesh),
         batch=batch,
         mesh=mesh,
+        new_tokens=new_tokens,
+        learned=learns,
+        flops_per_token=task.train_flops_per_token(cfg.model) - 2.0 * frozen,  # their gradient's
     )
 
 
 def state_shardings(
-    abstract: TrainState, mesh: Mesh, param_axes: Any, optimizer: optax.GradientTransformation
+    abstract: TrainState,
+    mesh: Mesh,
+    param_axes: Any,
+    optimizer: optax.GradientTransformation,
+    new_tokens: NewTokens | None,
 ) -> TrainState:
     """Where a state's arrays live: moments as their parameters, all else on every device."""
     of_params, whole = shardings(abstract.params, mesh, param_axes), replicated(mesh)
     of_moments = optax.tree.map_params(
-        optimizer, lambda _, s: s, abstract.opt_state, of_params, transform_non_params=lambda _: whole
+        optimizer,
+        lambda _, s: s,
+        abstract.opt_state,
+        part_of(of_params, new_tokens),
+        transform_non_params=lambda _: whole,
     )
     of_average = of_params if abstract.average else ()
     return jax.tree.map(lambda _: whole, abstract)._replace(params=of_params, opt_state=of_moments, average=of_average)
@@ -129,18 +154,20 @@ def masks_key(cfg: Config, step: jax.Array | int) -> Key:
     return subkey(subkey(jax.random.key(cfg.seed), MASKS), step)
 
 
-def mean_gradients(loss: Loss, state: TrainState, batch: Batch, key: Key, parts: int) -> tuple[jax.Array, Params]:
+def mean_gradients(
+    loss: Loss, params: Params, tau: Tau, batch: Batch, key: Key, parts: int
+) -> tuple[jax.Array, Params]:
     """The mean loss over the batch's real tokens and its gradient, worked through in so many parts."""
-    total, tau = jnp.maximum(jnp.sum(batch.weights_BL), 1.0), state.tau_now()
+    total = jnp.maximum(jnp.sum(batch.weights_BL), 1.0)
     of_part = jax.value_and_grad(lambda params, part, key: loss(params, tau, part, key)[0] / total)
     if parts == 1:
-        return of_part(state.params, batch, subkey(key, 0))
+        return of_part(params, batch, subkey(key, 0))
 
     def add(sums: Any, inputs: tuple[Batch, Any]) -> tuple[Any, None]:
         part, number = inputs
-        return jax.tree.map(jnp.add, sums, of_part(state.params, part, subkey(key, number))), None
+        return jax.tree.map(jnp.add, sums, of_part(params, part, subkey(key, number))), None
 
-    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
     numbers = None if key is None else jnp.arange(parts)
     return jax.lax.scan(add, zeros, (jax.tree.map(lambda x: split_rows(x, parts), batch), numbers))[0]
 
@@ -153,31 +180,33 @@ def split_rows(x_BL: jax.Array, parts: int) -> jax.Array:
 
 def update_state(
     state: TrainState,
+    params: Params,
     mean: jax.Array,
     grads: Params,
     schedule: optax.Schedule,
     update: Callable[..., Any],
-    kept: float = 0.0,
-) -> tuple[TrainState, Metrics]:
-    """The state after a step with this mean loss and gradient, which learns where both are finite, and its metrics.
-
-    `kept` is the share that the exponential mean of the parameters keeps, if the state has one.
-    """
+) -> tuple[Params, optax.OptState, Metrics]:
+    """What learns after a step with this mean loss and gradient, where both are finite, its moments, and metrics."""
     squares = jnp.stack([jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)])
     norm = jnp.sqrt(jnp.sum(squares))
     with jax.named_scope("optimizer"):
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
         learn = functools.partial(update, norm, state.step)
-        params, opt_state = if_finite(finite, learn, state.params, state.opt_state, grads)
+        params, opt_state = if_finite(finite, learn, params, state.opt_state, grads)
     metrics = {
         "loss": mean,
         "grad_norm": norm,
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         "grad_norms": jnp.sqrt(squares),
     }
+    return params, opt_state, metrics
+
+
+def moved_average(average: Any, params: Params, kept: float, metrics: Metrics) -> Any:
+    """The exponential mean of the parameters after a step, which keeps this share of itself; empty if there is none."""
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     move = jnp.where(finite, 1 - kept, 0.0)
-    average: Any = jax.tree.map(lambda mean, now: mean + move * (now - mean), state.average, params if kept else ())
-    return TrainState(state.step + 1, params, opt_state, state.tau, average), metrics
+    return jax.tree.map(lambda mean, now: mean + move * (now - mean), average, params if kept else ())
 
 
 def clipped_update(

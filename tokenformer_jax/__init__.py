@@ -10,7 +10,8 @@ Names of arrays end in their axes:
     L length     E a projection's output                  V vocabulary          C positions of a chunk
     H heads      K head dim                               S cache length        P parts, or positions in a row
     Y layers     W width of what rotary turns at once     G groups              M of a group
-    1 an axis of size 1
+    X texts      1 an axis of size 1
+    H, W, C of images: height, width and channels; V: classes; P of patches: their numbers
 """
 
 import importlib
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenformer_jax.api import TokenFormer
+    from tokenformer_jax.classifier import TokenFormerClassifier
     from tokenformer_jax.config import Config, ModelConfig, read_config
     from tokenformer_jax.errors import UserError
     from tokenformer_jax.evaluation.sampling import Sampling
@@ -32,12 +34,14 @@ __all__ = [
     "Pattention",
     "Sampling",
     "TokenFormer",
+    "TokenFormerClassifier",
     "UserError",
     "pattention",
     "read_config",
 ]
 _HOMES = {
     "TokenFormer": "api",
+    "TokenFormerClassifier": "classifier",
     "Config": "config",
     "ModelConfig": "config",
     "read_config": "config",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import numbers
 import os
 import pathlib
 from collections.abc import Mapping
@@ -14,20 +13,20 @@ import numpy as np
 import optax
 from flax import nnx
 
-from tokenformer_jax.config import Config, ModelConfig, validate, validate_model
+from tokenformer_jax.buckets import bucket_errors
+from tokenformer_jax.config import Config, ModelConfig, validate_model
 from tokenformer_jax.data.mixture import prepare
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.perplexity import choose_split, evaluate_split
 from tokenformer_jax.evaluation.sampling import Sampling, checked, generate
-from tokenformer_jax.files import local_path
-from tokenformer_jax.growth.grow import grow_state
-from tokenformer_jax.growth.recipes import RECIPES, check_growth
-from tokenformer_jax.growth.shrink import check_shrinking, shrink_state
+from tokenformer_jax.files import local_path, run_path
+from tokenformer_jax.nn import language
 from tokenformer_jax.nn.language import abstract_model, init_params
 from tokenformer_jax.nn.layers import Params, count_params
 from tokenformer_jax.nn.transformer import initial_tau
+from tokenformer_jax.resizable import Resizable, check_config, check_seed
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.adapters import adapted_config, adapted_tau, append, check_base, read_adapter
 from tokenformer_jax.storage.fingerprint import model_fingerprint
@@ -42,22 +41,23 @@ from tokenformer_jax.storage.official import (
 )
 from tokenformer_jax.storage.state_dicts import read_state_dict
 from tokenformer_jax.storage.trained import load_trained
-from tokenformer_jax.training.state import TauRamp, TrainState
 from tokenformer_jax.training.step import make_step
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class TokenFormer:
+class TokenFormer(Resizable):
     """A model: what it is, its parameters, and its τ. Methods compute; none changes it.
 
-    `params` is a nested dict of float32 arrays; those of a block are stacked over layers. Paths may begin with `~`.
+    `params` is a nested dict of float32 arrays; those of a block are stacked over layers. Paths may begin with `~`,
+    and those of workdirs may be gs://BUCKET/FOLDER.
     A UserError names the argument that cannot be used.
     """
 
-    cfg: ModelConfig
-    params: Params
-    tau: dict[str, float]
     tokenizer: Tokenizer | None = None
+
+    @staticmethod
+    def network() -> Any:
+        return language
 
     def __repr__(self) -> str:
         cfg, tokens = self.cfg, ", ".join(f"{name} {count}" for name, count in self.cfg.unpadded_tokens.items())
@@ -76,7 +76,7 @@ class TokenFormer:
         if not isinstance(cfg, ModelConfig):
             raise UserError(f"cfg: must be a ModelConfig, not {type(cfg).__name__}; a Config has one as its .model")
         validate_model(cfg)
-        _check_seed(seed)
+        check_seed(seed)
         params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(seed))
         return cls(cfg, params, initial_tau(cfg))
 
@@ -88,7 +88,9 @@ class TokenFormer:
 
         >>> model = TokenFormer.load("runs/quickstart/grown")
         """
-        run = load_trained(local_path(workdir, "workdir"), step)
+        folder = run_path(workdir, "workdir")
+        with bucket_errors(folder):
+            run = load_trained(folder, step)
         tau = {name: float(value) for name, value in run.state.tau_now().items()}
         return cls(run.cfg.model, run.state.params, tau, run.tokenizer)
 
@@ -100,9 +102,10 @@ class TokenFormer:
 
         >>> model = TokenFormer.train(read_config(quickstart.get_config("small").to_dict()), "runs/mine")
         """
-        _check_config(cfg)
-        folder = local_path(workdir, "workdir")
-        train(cfg, folder)
+        check_config(cfg)
+        folder = run_path(workdir, "workdir")
+        with bucket_errors(folder):
+            train(cfg, folder)
         return cls.load(folder)
 
     def save(self, workdir: str | pathlib.Path, cfg: Config) -> None:
@@ -117,7 +120,9 @@ class TokenFormer:
 
         >>> larger.save("runs/larger", cfg)
         """
-        make_workdir(self.params, self.tau, self._fitted(cfg), local_path(workdir, "workdir"), self.tokenizer)
+        folder = run_path(workdir, "workdir")
+        with bucket_errors(folder):
+            make_workdir(self.params, self.tau, self.fitted(cfg), folder, self.tokenizer)
 
     def evaluate(self, cfg: Config, split: str = "validation") -> dict[str, float]:
         """Loss in nats a token, perplexity and bits per byte on a split of a config's data, every token once.
@@ -126,18 +131,11 @@ class TokenFormer:
 
         >>> model.evaluate(cfg)["bits_per_byte"]
         """
-        cfg = self._fitted(cfg)
+        cfg = self.fitted(cfg)
         step = make_step(cfg, make_mesh(cfg.mesh))
         abstract = step.abstract_state._replace(opt_state=())
-        state = jax.device_put(self._state(), jax.tree.map(lambda a: a.sharding, abstract))
+        state = jax.device_put(self.state(), jax.tree.map(lambda a: a.sharding, abstract))
         return evaluate_split(step, state, choose_split(prepare(cfg, self.tokenizer), split), cfg)
-
-    def _fitted(self, cfg: Config) -> Config:
-        """The config with this model in place of its own."""
-        _check_config(cfg)
-        cfg = dataclasses.replace(cfg, model=self.cfg)
-        validate(cfg)
-        return cfg
 
     @classmethod
     def from_official(
@@ -239,48 +237,6 @@ class TokenFormer:
             )
         return ids
 
-    def grow(
-        self,
-        qkv_tokens: int | None = None,
-        out_tokens: int | None = None,
-        ffn_tokens: int | None = None,
-        seed: int = 0,
-        recipe: str = "zero_keys",
-    ) -> "TokenFormer":
-        """A model with more parameter tokens that computes the same, up to rounding: zero keys, drawn values, τ kept.
-
-        `recipe` names another way, as the command's flag does; some are not lossless. Raises UserError where a count
-        would shrink, or the recipe cannot. (The command `grow` carries the optimizer too, and checks.)
-
-        >>> larger = model.grow(ffn_tokens=4 * model.cfg.ffn_tokens)
-        >>> larger = model.grow(ffn_tokens=2 * model.cfg.ffn_tokens, recipe="split")
-        """
-        if recipe not in RECIPES:
-            raise UserError(f"recipe = {recipe!r}: must be one of {', '.join(RECIPES)}")
-        _check_seed(seed)
-        cfg = self._resized(qkv_tokens, out_tokens, ffn_tokens)
-        check_growth(self.cfg, cfg, recipe)
-        state = self._state()
-        abstract = state._replace(params=abstract_model(cfg)[1])
-        grown = grow_state(state, abstract, cfg, jax.random.key(seed), recipe, ramp_steps=0)
-        tau = {name: float(value) for name, value in grown.tau_now().items()}
-        return dataclasses.replace(self, cfg=cfg, params=grown.params, tau=tau)
-
-    def shrink(
-        self, qkv_tokens: int | None = None, out_tokens: int | None = None, ffn_tokens: int | None = None
-    ) -> "TokenFormer":
-        """A model without the least useful parameter tokens; right after `grow` it is the former model.
-
-        Raises UserError where a count would grow, or none would shrink. `shrink.py` says what useful means.
-
-        >>> smaller = model.shrink(ffn_tokens=model.cfg.ffn_tokens // 2)
-        """
-        cfg = self._resized(qkv_tokens, out_tokens, ffn_tokens)
-        check_shrinking(self.cfg, cfg)
-        state = shrink_state(self._state(), cfg, ramp_steps=0)
-        tau = {name: float(value) for name, value in state.tau_now().items()}
-        return dataclasses.replace(self, cfg=cfg, params=state.params, tau=tau)
-
     def adapted(self, *paths: str | os.PathLike[str]) -> "TokenFormer":
         """This model with the tokens of adapters (files of convert --to_adapter), which were trained on it.
 
@@ -294,18 +250,6 @@ class TokenFormer:
         params = jax.jit(functools.partial(append, counts=cfg.tokens))(self.params, [a.tokens for a in adapters])
         return dataclasses.replace(self, cfg=cfg, params=params, tau=adapted_tau(self.tau, adapters))
 
-    def _resized(self, qkv_tokens: int | None, out_tokens: int | None, ffn_tokens: int | None) -> ModelConfig:
-        sizes = {"qkv_tokens": qkv_tokens, "out_tokens": out_tokens, "ffn_tokens": ffn_tokens}
-        given: Any = {name: count for name, count in sizes.items() if count is not None}
-        for name, count in given.items():
-            if not isinstance(count, numbers.Integral):
-                raise UserError(f"{name} = {count!r}: must be a whole number")
-        return dataclasses.replace(self.cfg, **given)
-
-    def _state(self) -> TrainState:
-        tau = {name: TauRamp.constant(value) for name, value in self.tau.items()}
-        return TrainState(jnp.int32(0), self.params, (), tau)
-
     def generate(
         self, prompt_BL: jax.Array, max_tokens: int, sampling: Sampling | None = None, seed: int = 0
     ) -> jax.Array:
@@ -317,21 +261,11 @@ class TokenFormer:
         """
         how = sampling or Sampling()
         how.check()
-        _check_seed(seed)
+        check_seed(seed)
         num_ids = self.tokenizer.vocab_size if self.tokenizer else None
         prompt_BL = self._ids("prompt_BL", prompt_BL)
         stream = generate(self.cfg, self.params, self.tau, prompt_BL, max_tokens, how=how, seed=seed, num_ids=num_ids)
         return jnp.asarray(checked(jnp.concatenate(list(stream)).T))
-
-
-def _check_seed(seed: Any) -> None:
-    if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**63:
-        raise UserError(f"seed = {seed!r}: must be a whole number from 0 to 2**63 - 1")
-
-
-def _check_config(cfg: Any) -> None:
-    if not isinstance(cfg, Config):
-        raise UserError(f"cfg: must be a Config, not {type(cfg).__name__}; use read_config(...)")
 
 
 @functools.partial(jax.jit, static_argnums=0)

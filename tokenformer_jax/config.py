@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import is_url, local_path, sealed
-from tokenformer_jax.image_config import UNCHANGED, AugmentConfig, check_image, check_text
+from tokenformer_jax.image_config import UNCHANGED, AugmentConfig, check_image, check_pairs, check_text
 from tokenformer_jax.rules import (
     NOT_NEGATIVE,
     BelowOne,
@@ -305,7 +305,6 @@ def validate(cfg: Config) -> None:
     for key in PATHS:
         if not (key == "path" and is_url(cfg.data.path)):
             local_path(getattr(cfg.data, key), f"data.{key}", any_bytes=key == "path")
-    validate_model(cfg.model)
     is_image = cfg.task == "image_classification"
     require(
         is_image == bool(cfg.model.image_size),
@@ -313,6 +312,7 @@ def validate(cfg: Config) -> None:
         cfg.model.image_size,
         f"task = {cfg.task!r} {'needs the pixels of an image side' if is_image else 'has no images; set it to 0'}",
     )
+    validate_model(cfg.model)
     mesh = cfg.mesh
     model, padded = cfg.model, cfg.model.padding_counted()
     for size in SIZES:
@@ -337,6 +337,7 @@ def validate(cfg: Config) -> None:
         cfg.optimizer.warmup_steps,
         f"must be below steps = {cfg.steps}",
     )
+    check_pairs(cfg)
     _check_batch(cfg)  # last: `plan` looks for a mesh for what has no other fault
 
 

@@ -3,6 +3,7 @@
 python -m tokenformer_jax.grow --source=W --config=quickstart:grown --workdir=W2 [--step=N] [--recipe=split]
 python -m tokenformer_jax.grow --source=W --config=C --workdir=W2 --train=new   # the new tokens alone will learn
 python -m tokenformer_jax.grow --source=W2 --config=quickstart:small --workdir=W3 --shrink [--step=N]
+python -m tokenformer_jax.grow --source=W2 --config=C --workdir=W3 --shrink --criterion=activation [--text=books]
 """
 
 import dataclasses
@@ -28,19 +29,28 @@ def main() -> None:
     train = flags.DEFINE_enum("train", None, ["all", "new"], "what learns afterwards; overrides config.grow.train")
     shrinking = flags.DEFINE_boolean("shrink", False, "drop parameter tokens instead, the least useful first")
 
+    criterion = flags.DEFINE_enum("criterion", None, ["norm", "activation"], "by which --shrink chooses; norm if none")
+    text = flags.DEFINE_string("text", None, "file, folder, glob or URL on which activation is measured; or training's")
+
     def resize() -> None:
         cfg = config()
+        measured = criterion.value == "activation"
+        for flag, takes, use in ((criterion, shrinking.value, "--shrink"), (text, measured, "--criterion=activation")):
+            if flag.value and not takes:
+                raise UserError(f"--{flag.name}={flag.value}: says how to choose what to drop; use {use} with it")
         if shrinking.value:
             if recipe.value:
                 raise UserError(f"--recipe={recipe.value}: says what new tokens hold, and --shrink makes none")
-            text = describe_shrinking(shrink(source(), cfg, workdir(), step.value))
+            said = describe_shrinking(
+                shrink(source(), cfg, workdir(), step.value, criterion.value or "norm", text.value or "")
+            )
         else:
             given: Any = {flag.name: flag.value for flag in (recipe, train) if flag.value}
             cfg = dataclasses.replace(cfg, grow=dataclasses.replace(cfg.grow, **given))
             validate(cfg)
             figures = grow(source(), cfg, workdir(), step.value)
-            text = "\n".join([describe_growth(figures), *warnings(figures)])
-        print_once(text)
+            said = "\n".join([describe_growth(figures), *warnings(figures)])
+        print_once(said)
 
     run_command(resize, config, source, workdir)
 

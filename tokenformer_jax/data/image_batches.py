@@ -39,7 +39,8 @@ class Reader:
         """Images by number, -1 for none; random crops of `examples`, numbers in the order of training."""
         model = self.cfg.model
         shape = model.image_size, model.image_size, model.image_channels
-        images_BHWC, weights_B = np.zeros((len(numbers), *shape), np.uint8), np.zeros(len(numbers), np.float32)
+        images_BHWC = np.zeros((len(numbers), *shape), np.uint8)
+        labels_B, weights_B = np.zeros(len(numbers), np.int32), np.zeros(len(numbers), np.float32)
 
         def read(row: int) -> None:
             number, augment = numbers[row], self.cfg.augment
@@ -49,14 +50,14 @@ class Reader:
                 crop, rng = 0.0, None
                 if examples is not None and augment.smallest_crop:
                     crop, rng = augment.smallest_crop, np.random.default_rng((self.cfg.seed, examples[row]))
-                images_BHWC[row] = as_array(self.split.read(number), *shape[1:], crop, rng, augment.center)
+                item, labels_B[row] = self.split.read(number)
+                images_BHWC[row] = as_array(item, *shape[1:], crop, rng, augment.center)
                 weights_B[row] = 1
             except (OSError, ValueError, SyntaxError) as error:  # PIL's PNG reader raises the last
                 self.name_damaged(number, error)
 
         list(self.pool.map(read, range(len(numbers))))
-        labels_B1 = self.split.labels[np.maximum(numbers, 0), None]
-        return ImageBatch(images_BHWC, labels_B1, weights_B[:, None])
+        return ImageBatch(images_BHWC, labels_B[:, None], weights_B[:, None])
 
     def name_damaged(self, number: int, error: Exception) -> None:
         if number not in self.damaged:

@@ -1,5 +1,6 @@
 """Images with labels: where they come from, and how one becomes an array."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -7,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,16 +26,18 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSplit:
-    """The images of a split by number: each a uint8 array [H, W] or [H, W, C], a file, or a file's bytes."""
+    """The images of a split by number, with their labels."""
 
-    read: Callable[[int], Any]
-    labels: np.ndarray  # int32
+    read: Callable[
+        [int], tuple[Any, int]
+    ]  # a uint8 array [H, W] or [H, W, C], a file, or a file's bytes; and the label
+    count: int
     classes: list[str]
     fingerprint: str
-    name: Callable[[int], str] = str
+    name: Callable[[int], str] = "image {}".format
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self.count
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,7 +111,11 @@ def _embedded(name: str) -> ImageData:
 def split_of_arrays(images: np.ndarray, labels: np.ndarray, classes: list[str]) -> ImageSplit:
     """A split of uint8 images [N, H, W] or [N, H, W, C] in memory."""
     content = hashlib.sha256(np.ascontiguousarray(images).tobytes() + labels.astype(np.int32).tobytes())
-    return ImageSplit(images.__getitem__, labels.astype(np.int32), classes, content.hexdigest()[:16])
+
+    def read(number: int) -> tuple[Any, int]:
+        return images[number], int(labels[number])
+
+    return ImageSplit(read, len(labels), classes, content.hexdigest()[:16])
 
 
 def _folder(data: DataConfig) -> ImageData:
@@ -147,13 +155,15 @@ def _files(root: pathlib.Path) -> list[str]:
 
 def _split_of_files(root: pathlib.Path, names: list[str], classes: list[str]) -> ImageSplit:
     numbers = {name: number for number, name in enumerate(classes)}
-    labels = np.array([numbers[pathlib.Path(name).parts[0]] for name in names], np.int32)
     content = hashlib.sha256("\0".join(names).encode())
 
     def path(number: int) -> str:
         return str(root / names[number])
 
-    return ImageSplit(path, labels, classes, content.hexdigest()[:16], path)
+    def read(number: int) -> tuple[Any, int]:
+        return path(number), numbers[pathlib.Path(names[number]).parts[0]]
+
+    return ImageSplit(read, len(names), classes, content.hexdigest()[:16], path)
 
 
 def _published(data: DataConfig) -> ImageData:
@@ -166,7 +176,8 @@ def _published(data: DataConfig) -> ImageData:
     folder = str(local_path(data.path, "data.path").resolve()) if data.path else None
     try:
         builder = tfds.builder(data.dataset, data_dir=folder)
-        builder.download_and_prepare(file_format="array_record")
+        with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the command
+            builder.download_and_prepare(file_format="array_record")
     except Exception as error:  # whatever the set's own code, its download or a missing package of it raises
         raise UserError(
             f"{label}: cannot be loaded ({cause(error)}); use {', '.join(EMBEDDED)}, image_folder, or a tfds set that "
@@ -177,29 +188,25 @@ def _published(data: DataConfig) -> ImageData:
     name = next((name for name, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)), None)
     if image is None or name is None:
         raise UserError(f"{label}: has no images with labels, but {', '.join(features)}; use another")
-    encoded = isinstance(features[image], tfds.features.Image)
-    skip = {image: tfds.decode.SkipDecoding()} if encoded else None
+    skip = {image: tfds.decode.SkipDecoding()} if isinstance(features[image], tfds.features.Image) else None
 
     def split(key: str) -> ImageSplit:
         wanted = getattr(data, f"{key}_split")
         try:
             source = builder.as_data_source(wanted, decoders=skip)
-            labels = np.array(
-                [
-                    row[name]
-                    for row in builder.as_data_source(wanted, decoders=tfds.decode.PartialDecoding({name: True}))
-                ],
-                np.int32,
-            )
+            count = len(source)
         except Exception as error:  # tfds raises ValueError and AssertionError, array_record its own
             raise UserError(
                 f"data.{key}_split = {wanted!r}: cannot be read ({cause(error)}); "
                 f"use {' or '.join(builder.info.splits)}"
             ) from None
-        content = hashlib.sha256(f"{builder.info.full_name} {wanted} {len(labels)}".encode() + labels.tobytes())
-        return ImageSplit(
-            lambda number: source[number][image], labels, list(features[name].names), content.hexdigest()[:16]
-        )
+
+        def read(number: int) -> tuple[Any, int]:
+            row = source[number]
+            return row[image], int(row[name])
+
+        content = hashlib.sha256(f"{builder.info.full_name} {wanted} {count}".encode())
+        return ImageSplit(read, count, list(features[name].names), content.hexdigest()[:16])
 
     return ImageData(split("train"), split("validation"))
 

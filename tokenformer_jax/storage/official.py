@@ -204,6 +204,8 @@ def import_official(
       UserError: where the state dict, the config and the tokenizer do not fit, or the workdir is taken.
     """
     model = cfg.model
+    if model.image_size:
+        raise UserError(f"--config: task = {cfg.task!r}: {source} is a language model; use a preset such as pile:150m")
     found = model_config(
         state_dict, model.num_heads, model.rotary_fraction, context_length=model.context_length, source=source
     )
@@ -286,6 +288,8 @@ def export_official(workdir: pathlib.Path, path: pathlib.Path, step_number: int 
 
 def official_arrays(run: Trained, workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """`to_official` of a run's model, on every process. Raises a UserError where it is not finite."""
+    if run.cfg.model.image_size:
+        raise UserError(f"{workdir}: holds an image classifier; the official format is of language models")
     params = run.state.params
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)

@@ -1,0 +1,103 @@
+"""What the Python faces of all kinds of models share: parameters that grow and shrink by tokens."""
+
+import dataclasses
+import numbers
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from tokenformer_jax.config import Config, ModelConfig, validate
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.growth.recipes import RECIPES, check_growth
+from tokenformer_jax.growth.shrink import check_shrinking, shrink_state
+from tokenformer_jax.nn.layers import Params
+from tokenformer_jax.training.state import TauRamp, TrainState
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Resizable:
+    """A model: what it is, its parameters, and its τ. Methods compute; none changes it."""
+
+    cfg: ModelConfig
+    params: Params
+    tau: dict[str, float]
+
+    @staticmethod
+    def network() -> Any:
+        """The module of the network, which has `abstract_model` and `init_params`."""
+        raise NotImplementedError
+
+    def fitted(self, cfg: Config) -> Config:
+        """The config with this model in place of its own."""
+        check_config(cfg)
+        cfg = dataclasses.replace(cfg, model=self.cfg)
+        validate(cfg)
+        return cfg
+
+    def grow(
+        self,
+        qkv_tokens: int | None = None,
+        out_tokens: int | None = None,
+        ffn_tokens: int | None = None,
+        seed: int = 0,
+        recipe: str = "zero_keys",
+    ) -> Self:
+        """A model with more parameter tokens that computes the same, up to rounding: zero keys, drawn values, τ kept.
+
+        `recipe` names another way, as the command's flag does; some are not lossless. Raises UserError where a count
+        would shrink, or the recipe cannot. (The command `grow` carries the optimizer too, and checks.)
+
+        >>> larger = model.grow(ffn_tokens=4 * model.cfg.ffn_tokens)
+        >>> larger = model.grow(ffn_tokens=2 * model.cfg.ffn_tokens, recipe="split")
+        """
+        if recipe not in RECIPES:
+            raise UserError(f"recipe = {recipe!r}: must be one of {', '.join(RECIPES)}")
+        check_seed(seed)
+        cfg = self._resized(qkv_tokens, out_tokens, ffn_tokens)
+        check_growth(self.cfg, cfg, recipe)
+        state = self.state()
+        network = self.network()
+        abstract = state._replace(params=network.abstract_model(cfg)[1])
+        key = jax.random.key(seed)
+        grown = grow_state(state, abstract, cfg, key, recipe, 0, network.init_params)
+        tau = {name: float(value) for name, value in grown.tau_now().items()}
+        return dataclasses.replace(self, cfg=cfg, params=grown.params, tau=tau)
+
+    def shrink(
+        self, qkv_tokens: int | None = None, out_tokens: int | None = None, ffn_tokens: int | None = None
+    ) -> Self:
+        """A model without the least useful parameter tokens; right after `grow` it is the former model.
+
+        Raises UserError where a count would grow, or none would shrink. `shrink.py` says what useful means.
+
+        >>> smaller = model.shrink(ffn_tokens=model.cfg.ffn_tokens // 2)
+        """
+        cfg = self._resized(qkv_tokens, out_tokens, ffn_tokens)
+        check_shrinking(self.cfg, cfg)
+        state = shrink_state(self.state(), cfg, ramp_steps=0)
+        tau = {name: float(value) for name, value in state.tau_now().items()}
+        return dataclasses.replace(self, cfg=cfg, params=state.params, tau=tau)
+
+    def _resized(self, qkv_tokens: int | None, out_tokens: int | None, ffn_tokens: int | None) -> ModelConfig:
+        sizes = {"qkv_tokens": qkv_tokens, "out_tokens": out_tokens, "ffn_tokens": ffn_tokens}
+        given: Any = {name: count for name, count in sizes.items() if count is not None}
+        for name, count in given.items():
+            if not isinstance(count, numbers.Integral):
+                raise UserError(f"{name} = {count!r}: must be a whole number")
+        return dataclasses.replace(self.cfg, **given)
+
+    def state(self) -> TrainState:
+        tau = {name: TauRamp.constant(value) for name, value in self.tau.items()}
+        return TrainState(jnp.int32(0), self.params, (), tau)
+
+
+def check_seed(seed: Any) -> None:
+    if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**63:
+        raise UserError(f"seed = {seed!r}: must be a whole number from 0 to 2**63 - 1")
+
+
+def check_config(cfg: Any) -> None:
+    if not isinstance(cfg, Config):
+        raise UserError(f"cfg: must be a Config, not {type(cfg).__name__}; use read_config(...)")

@@ -118,7 +118,7 @@ def lora_step(args: argparse.Namespace) -> Any:
         def loss(lora: Any, tau: Any, batch: Any, key: Any) -> Any:
             return adapt(nnx.merge(graphdef, params), lora).loss_sums(batch, tau, cfg, key)
 
-        mean, grads = mean_gradients(loss, lora, {}, batch, None, 1)
+        mean, grads = mean_gradients([loss], 0, lora, {}, batch, None, 1)
         norm, clip = optax.global_norm(grads), cfg.optimizer.clip_norm
         learnt = clipped_update(optimizer, clip, None, norm, jnp.int32(0), lora, opt_state, grads)
         return (params, *learnt), {"loss": mean}

@@ -205,15 +205,21 @@ class Lab:
 
     def train(self, method: str, domain: str, start: tuple[Params, Params], rate: float, seed: int) -> Any:
         """What has learnt, with what is frozen, and the seconds of a step."""
-        (frozen, learns), (train, adam) = start, self.step(method)
-        steps, ids, rng = self.steps_of(method), self.data[domain][0], np.random.default_rng(seed)
-        moments = adam.init(learns)
-        first, last = self.methods[method].tau
+        return self.train_in_turn([method], domain, start, rate, seed, self.steps_of(method))
+
+    def train_in_turn(
+        self, methods: list[str], domain: str, start: tuple[Params, Params], rate: float, seed: int, steps: int
+    ) -> Any:
+        """The same with methods that take turns."""
+        (frozen, learns), compiled = start, [self.step(method) for method in methods]
+        ids, rng = self.data[domain][0], np.random.default_rng(seed)
+        moments = compiled[0][1].init(learns)
         times = []
         for t in range(steps):
             done = max(0.0, (t - WARMUP) / (steps - WARMUP))
             now = rate * min(t / WARMUP, 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
             part = min(1.0, 4 * t / steps)
+            (train, _), (first, last) = compiled[t % len(methods)], self.methods[methods[t % len(methods)]].tau
             tau = {name: np.float32(tau + part * (last[name] - tau)) for name, tau in first.items()}
             batch = batch_of(ids, rng.integers(0, len(ids) - LENGTH - 1, BATCH))
             began = time.perf_counter()
@@ -225,6 +231,12 @@ class Lab:
     def losses(self, method: str, frozen: Params, learns: Params) -> dict[str, float]:
         how = self.methods[method]
         return self.losses_of(f"{method} loss", how.cfg, how.tau[1], how.build, frozen, learns)
+
+    def losses_with(self, method: str, tau: dict[str, float], params: Params) -> dict[str, float]:
+        """Of a whole model with another τ."""
+        how = self.methods[method]
+        build = lambda params, tau: merged(how.cfg, params)  # noqa: E731
+        return self.losses_of(f"{method} with {tau}", how.cfg, tau, build, params, {})
 
     def losses_of(self, name: str, cfg: Config, tau: Any, build: Any, *arrays: Params) -> dict[str, float]:
         """Of each domain."""

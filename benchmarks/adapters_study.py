@@ -42,7 +42,7 @@ from tokenformer_jax.training.schedule import NewTokens, decayed
 from tokenformer_jax.training.state import TauRamp, TrainState
 
 BASE_RATE, WARMUP = 4e-3, 50
-RATES = (4e-3, 1.2e-2)
+RATES = (1.2e-2, 3.6e-2)
 BATCH, LENGTH, WINDOWS = 8, 128, 128
 WIDTH, N, M = 64, 64, 16  # parameter tokens of an attention's projection, and how many an adapter adds; ffn 4 times
 METHODS = ("ramped", "kept", "own", "lora", "full", "scratch")

@@ -60,11 +60,11 @@ def main() -> None:
         key = jax.random.key(seed)
         if kind == "nested":
             methods, steps = [f"at {n}" for n in COUNTS], args.steps
-            start = {}, init_params(config(COUNTS[-1]).model, key)
+            start: Any = ({}, init_params(config(COUNTS[-1]).model, key))
         else:
             n = int(count or COUNTS[-1])
             methods, steps = [f"own {n}"], round((third if count else 3 * third) / flops[n])
-            start = {}, init_params(config(n).model, key)
+            start = ({}, init_params(config(n).model, key))
         _, params, _ = lab.train_in_turn(methods, "python", start, rate, seed, steps)
         losses = {method: lab.losses(method, {}, params)["python"] for method in methods}
         return sum(losses.values()) / len(losses), params, losses

@@ -59,7 +59,7 @@ def check_tau(cfg: ModelConfig, tau: Mapping[str, Any]) -> None:
     for name, final in initial_tau(cfg).items() if cfg.nested else ():
         if not math.isclose(tau[name], final, rel_tol=1e-5):
             raise UserError(
-                f"model.nested: τ of {name} is {float(tau[name]):.6g} in the source, and a size's is {final:.6g}; use a "
+                f"model.nested: τ of {name} is {float(tau[name]):.6g} in the source, and a size has {final:.6g}; use a "
                 "checkpoint after the end of its ramp (grow.tau_ramp)"
             )
 

@@ -109,6 +109,7 @@ def test_mistakes_are_named(folder, tmp_path):
         export_adapter(folder / "a", tmp_path / "x.npz")
 
 
+@pytest.mark.slow
 def test_the_commands_take_them(folder, tmp_path):
     out = call_well("convert", f"--workdir={folder}/a", f"--to_adapter={tmp_path}/a.safetensors")
     assert "2,048 parameters that learnt alone" in out and "--adapter=" in out

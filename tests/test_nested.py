@@ -72,6 +72,7 @@ def test_growth_appends_to_the_largest_and_keeps_all_sizes(run, tmp_path):
     train(new, tmp_path / "W2")
 
 
+@pytest.mark.slow
 def test_a_size_is_used_by_its_part_of_the_tokens(run):
     folder, cfg = run
     model = TokenFormer.load(folder / "W")

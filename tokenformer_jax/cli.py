@@ -370,10 +370,11 @@ def mesh_flag() -> Any:
     return lambda: None if holder.value is None else parse_mesh(holder.value, "--mesh")
 
 
-def adapter_flag() -> Callable[[], list[pathlib.Path]]:
-    """Defines `--adapter=F`, which may be given several times; returns its reader."""
-    holder = flags.DEFINE_multi_string("adapter", [], "a file of convert --to_adapter to put on; may be repeated")
-    return lambda: [local_path(name, "--adapter") for name in holder.value]
+def part_flags() -> Callable[[], dict[str, Any]]:
+    """Defines `--adapter=F`, which may be given several times, and `--tokens=0.5`; returns a reader of both."""
+    files = flags.DEFINE_multi_string("adapter", [], "a file of convert --to_adapter to put on; may be repeated")
+    part = flags.DEFINE_float("tokens", None, "the size of a nested model, as the part of its parameter tokens")
+    return lambda: {"paths": [local_path(name, "--adapter") for name in files.value], "part": part.value}
 
 
 def examples_flag() -> Callable[[], range | None]:

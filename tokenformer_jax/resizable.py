@@ -17,7 +17,9 @@ from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.growth.recipes import RECIPES, check_growth
 from tokenformer_jax.growth.shrink import Use, check_shrinking, shrink_state
 from tokenformer_jax.nn.layers import Params
+from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.nn.watch import Seen, seen, watch
+from tokenformer_jax.training import nested
 from tokenformer_jax.training.state import TauRamp, TrainState
 
 
@@ -114,6 +116,17 @@ class Resizable:
         array = self.checked(inputs)
         found = _seen(self.network(), self.cfg, self.params, self.tau, array)
         return measured({"nll": 0.0, "weights": len(array), "seen": found}, value_lengths(self.params))
+
+    def at(self, part: float) -> Self:
+        """A size of a nested model: the first part of its parameter tokens, with a τ of their own.
+
+        Raises UserError where the model has no such size.
+
+        >>> model.at(0.5)
+        """
+        size = nested.at(self.cfg, part)
+        tau = self.tau if part == 1 else initial_tau(size)
+        return dataclasses.replace(self, cfg=size, params=nested.cut(self.params, size), tau=tau)
 
     def _resized(self, qkv_tokens: int | None, out_tokens: int | None, ffn_tokens: int | None) -> ModelConfig:
         sizes = {"qkv_tokens": qkv_tokens, "out_tokens": out_tokens, "ffn_tokens": ffn_tokens}

@@ -20,7 +20,7 @@ FLOORS = """
     storage: fingerprint workdir record arrays trackers metrics_file checkpoints trained
     storage: state_dicts official hub card hub_format
     evaluation: perplexity sampling report slope advice settings scoring harness zero_shot suite predictions
-    growth: recipes ladder figures verify resize grow shrink
+    growth: recipes ladder figures verify resize grow shrink positions
     planning: hlo plan fit whole_run
     running: signals run log loop branch
     resizable

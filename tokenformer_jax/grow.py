@@ -3,6 +3,7 @@
 python -m tokenformer_jax.grow --source=W --config=quickstart:grown --workdir=W2 [--step=N] [--recipe=split]
 python -m tokenformer_jax.grow --source=W --config=C --workdir=W2 --train=new   # the new tokens alone will learn
 python -m tokenformer_jax.grow --source=W2 --config=quickstart:small --workdir=W3 --shrink [--step=N]
+python -m tokenformer_jax.grow --source=W --config=C --workdir=W4 --config.model.image_size=384 --interpolate
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from tokenformer_jax.config import validate
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.figures import describe_growth, describe_shrinking, warnings
 from tokenformer_jax.growth.grow import grow
+from tokenformer_jax.growth.positions import interpolate
 from tokenformer_jax.growth.recipes import RECIPES
 from tokenformer_jax.growth.shrink import shrink
 
@@ -28,12 +30,15 @@ def main() -> None:
     train = flags.DEFINE_enum("train", None, ["all", "new"], "what learns afterwards; overrides config.grow.train")
     shrinking = flags.DEFINE_boolean("shrink", False, "drop parameter tokens instead, the least useful first")
 
+    other_size = flags.DEFINE_boolean("interpolate", False, "only fit the positions to another config.model.image_size")
+
     def resize() -> None:
         cfg = config()
-        if shrinking.value:
+        if shrinking.value or other_size.value:
             if recipe.value:
-                raise UserError(f"--recipe={recipe.value}: says what new tokens hold, and --shrink makes none")
-            text = describe_shrinking(shrink(source(), cfg, workdir(), step.value))
+                raise UserError(f"--recipe={recipe.value}: says what new tokens hold, and nothing is appended here")
+            change = shrink if shrinking.value else interpolate
+            text = describe_shrinking(change(source(), cfg, workdir(), step.value))
         else:
             given: Any = {flag.name: flag.value for flag in (recipe, train) if flag.value}
             cfg = dataclasses.replace(cfg, grow=dataclasses.replace(cfg.grow, **given))

@@ -253,6 +253,14 @@ def test_mixing_keeps_probabilities_and_the_share_of_pixels(cfg):
     assert len(shares) > 3
 
 
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 3.0])
+def test_draws_of_mixing_have_the_moments_of_beta(alpha):
+    drawn = np.asarray(jax.vmap(lambda key: augment.beta(alpha, key))(jax.random.split(jax.random.key(0), 20_000)))
+    assert drawn.min() >= 0 and drawn.max() <= 1
+    np.testing.assert_allclose(drawn.mean(), 0.5, atol=0.01)
+    np.testing.assert_allclose(drawn.var(), 1 / (4 * (2 * alpha + 1)), rtol=0.03)
+
+
 def test_labels_are_smoothed_and_erasing_and_flips_are_as_often_as_asked():
     batch = random_images(image_config(batch_size=400))
     found = augmented(AugmentConfig(label_smoothing=0.3), batch)

@@ -11,12 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.special
 
 from tokenformer_jax.image_config import UNCHANGED, AugmentConfig
 from tokenformer_jax.nn.vision import as_targets, scaled
 
 FILL = 128.0  # gray, where an image is turned or moved away from
 TRIES = 0.5  # probability that one of RandAugment's operations is applied
+QUANTILES = 4097
 NOISE = 0.45  # of erased pixels, in [-1, 1]: about the deviation of photos'
 
 
@@ -194,8 +197,7 @@ def mixed(
     """
     keys = jax.random.split(key, 4)
     cuts = jax.random.bernoulli(keys[0], 0.5) if cfg.mixup and cfg.cutmix else jnp.bool_(cfg.cutmix > 0)
-    kept_mixing = jax.random.beta(keys[1], cfg.mixup, cfg.mixup) if cfg.mixup else jnp.float32(1)
-    kept_cutting = jax.random.beta(keys[2], cfg.cutmix, cfg.cutmix) if cfg.cutmix else jnp.float32(1)
+    kept_mixing, kept_cutting = beta(cfg.mixup, keys[1]), beta(cfg.cutmix, keys[2])
     side = jnp.sqrt(1 - kept_cutting)
     is_cut_HW = rectangle(images_BHWC.shape[1], side, side, keys[3], whole=False)
     own_HW = jnp.where(cuts, 1 - is_cut_HW.astype(jnp.float32), kept_mixing)  # part of its own that a pixel keeps
@@ -206,6 +208,18 @@ def mixed(
         return x * (1 - others) + neighbors(x) * others
 
     return mix(images_BHWC, own_HW[:, :, None]), mix(targets_BV, jnp.mean(own_HW))
+
+
+def beta(alpha: float, key: jax.Array) -> jax.Array:
+    """A draw from Beta(α, α), through a table of its quantiles; 1 where α is 0.
+
+    `jax.random.beta` tries until it succeeds, and so has a loop whose length no plan can tell.
+    """
+    if not alpha:
+        return jnp.float32(1)
+    at = np.linspace(0, 1, QUANTILES)
+    table = scipy.special.betaincinv(alpha, alpha, at).astype(np.float32)
+    return jnp.interp(jax.random.uniform(key), at.astype(np.float32), table)
 
 
 def neighbors(x_B: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Training steps on images on a device, plain ViTs and TokenFormers in turn, and what feeds them.
 
-python -m benchmarks.images [--minutes=6] [--batch=128] [--sizes=b16,l16] [--out=images.json]
+python -m benchmarks.images [--minutes=6] [--batch=128] [--sizes=inputs,b16,l16:64] [--out=images.json]
 
 For each size of configs/imagenet.py: the step of the ViT, of the TokenFormer with as many parameters, and of the
 paper's, in bfloat16, forward, backward, augmentations and AdamW, with batches that are on the device already. They are
@@ -104,7 +104,8 @@ class Entrant:
 
 def measure_size(size: str, arguments: Any, deadline: float, write: Any) -> Figures:
     """All of a size in turn; halves the batch where memory does not suffice."""
-    batch = arguments.batch
+    size, _, own = size.partition(":")
+    batch = int(own or arguments.batch)
     while True:
         try:
             return measure_at(size, batch, arguments, deadline, write)
@@ -197,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=6.0, help="nothing new begins after these")
     parser.add_argument("--batch", type=int, default=128, help="images a step")
-    parser.add_argument("--sizes", default="b16,l16", help="of configs/imagenet.py")
+    parser.add_argument("--sizes", default="inputs,b16,l16:64", help="of configs/imagenet.py, with images a step")
     parser.add_argument("--remat", default="none", help="config.model.remat of all")
     parser.add_argument("--plain", action="store_true", help="without augmentations on the device")
     parser.add_argument("--tiny", action="store_true", help="small models, to see whether it runs")
@@ -217,9 +218,10 @@ def main() -> None:
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
     print(f"{found['device']}, jax {found['jax']}", flush=True)
-    write("inputs", measure_inputs(arguments))
     for size in arguments.sizes.split(","):
-        if time.monotonic() < deadline:
+        if size == "inputs":
+            write(size, measure_inputs(arguments))
+        elif time.monotonic() < deadline:
             try:
                 measure_size(size, arguments, deadline, write)
             except Exception as error:  # the other size may do

@@ -11,7 +11,7 @@ import tempfile
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
-NAMES = "train grow evaluate generate convert report checkpoint plan".split()
+NAMES = "train grow evaluate generate convert report inspect checkpoint plan".split()
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([f"tokenformer_jax.{name}" for name in NAMES])

@@ -1,20 +1,31 @@
 """Laws of adapting: new tokens learn for good, and nothing else moves by a bit."""
 
+import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_trees_equal, random_batch, step_of, tiny_config
+from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, rows_of, step_of, tiny_config
+from tokenformer_jax.config import MeshConfig
 from tokenformer_jax.devices.sharding import make_mesh
-from tokenformer_jax.growth.grow import grow_state
+from tokenformer_jax.errors import UserError
+from tokenformer_jax.growth.grow import grow, grow_state
+from tokenformer_jax.growth.shrink import shrink
+from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.storage.trained import load_trained
+from tokenformer_jax.training.language import train_flops_per_token
 from tokenformer_jax.training.learned import learned
 from tokenformer_jax.training.schedule import NewTokens
 from tokenformer_jax.training.step import make_step, put_batch
 
 GROWN = {"model__qkv_tokens": 32, "model__ffn_tokens": 112, "steps": 16}  # "out" does not grow
+MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+pytestmark = pytest.mark.usefixtures("steps_are_shared")
 NEW = NewTokens({"query": 24, "key": 24, "value": 24, "ffn": 96}, step=0, alone=True)
 
 
@@ -55,12 +66,17 @@ def fresh(step, state):
 @pytest.mark.parametrize(
     "how",
     [
-        {},
         {"model__remat": "full"},
-        {"model__dropout": 0.3, "accumulation": 2},
-        {"model__normalizer": "gelu_l2_norm"},
-        {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
-        {"mesh__fsdp": 2, "mesh__tensor": 4},
+        MESH,
+        *(
+            pytest.param(how, marks=pytest.mark.slow)
+            for how in (
+                {},
+                {"model__dropout": 0.3, "accumulation": 2},
+                {"model__normalizer": "gelu_l2_norm"},
+                {"mesh__fsdp": 2, "mesh__tensor": 4},
+            )
+        ),
     ],
     ids=str,
 )
@@ -87,6 +103,89 @@ def test_new_tokens_get_the_gradient_of_the_whole_model_and_nothing_else_moves(h
         )
     for name in ("embed", "norm_scale", "norm_bias"):
         assert_trees_equal(after.params[name], state.params[name])
+
+
+# ---- From a workdir to its successor.
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A trained run, and its successor whose new tokens alone have learnt, on 8 devices."""
+    folder = tmp_path_factory.mktemp("adapt")
+    text = corpus_overrides(folder)
+    small = tiny_config(**text)
+    train(small, folder / "base")
+    cfg = tiny_config(**GROWN, **MESH, **text, grow__train="new", checkpoint_every=2, checkpoints_kept=9)
+    grow(folder / "base", cfg, folder / "new")
+    train(cfg, folder / "new")
+    return folder, cfg
+
+
+def test_an_adapted_run_leaves_its_base_as_it_was(runs):
+    folder, cfg = runs
+    base, new = (load_trained(folder / name, mesh=(1, 1, 1, 1)) for name in ("base", "new"))
+    for name, n in base.cfg.model.tokens.items():
+        assert_trees_equal(
+            jax.tree.map(lambda x, n=n: x[:, :n], new.state.params["blocks"][name]), base.state.params["blocks"][name]
+        )
+    for name in ("embed", "norm_scale", "norm_bias"):
+        assert_trees_equal(new.state.params[name], base.state.params[name])
+    (growth,) = new.record.growth
+    assert growth["train"] == "new" and growth["base"] == base.fingerprint != new.fingerprint
+    assert growth["base_tau"] == {name: float(tau) for name, tau in base.state.tau_now().items()}
+    losses = [row["eval_loss"] for row in rows_of(folder / "new") if "eval_loss" in row]
+    assert losses[-1] < losses[0]
+    spent = [record.train_flops for record in (base.record, new.record)]
+    assert spent[1] - spent[0] < 0.9 * 8 * 8 * 16 * train_flops_per_token(cfg.model)
+
+
+def test_a_checkpoint_holds_moments_of_new_tokens_alone_and_training_goes_on_exactly(runs, tmp_path):
+    folder, cfg = runs
+    checkpoints = Checkpoints(folder / "new" / "checkpoints")
+    moments = [saved.shape for name, saved in checkpoints._saved(12).items() if ".mu." in name]
+    assert sorted(moments) == [(2, 8, 32)] * 6 + [(2, 16, 32)] * 2
+    shutil.copytree(folder / "new", tmp_path / "resumed")
+    for step in checkpoints.steps:
+        if step > 12:
+            shutil.rmtree(tmp_path / "resumed" / "checkpoints" / str(step))
+    train(cfg, tmp_path / "resumed")
+    assert Checkpoints(tmp_path / "resumed" / "checkpoints")._saved(16) == checkpoints._saved(16)
+    other = dataclasses.replace(cfg, mesh=MeshConfig(data=1, fsdp=1, tensor=16), steps=18)
+    with pytest.raises(UserError, match=r"mesh\.tensor = 16"):
+        train(other, folder / "new")
+
+
+@pytest.mark.slow
+def test_it_may_grow_again_with_all_learning_or_drop_tokens(runs, tmp_path):
+    folder, cfg = runs
+    for name, change, sizes in (
+        ("all", grow, {}),
+        ("more", grow, {"model__ffn_tokens": 128}),
+        ("fewer", shrink, {"model__ffn_tokens": 96}),
+    ):
+        train_key = "new" if name == "more" else "all"
+        larger = tiny_config(**GROWN | sizes | {"steps": 18}, grow__train=train_key, optimizer__warmup_steps=1)
+        larger = dataclasses.replace(larger, data=cfg.data)
+        change(folder / "new", larger, tmp_path / name)
+        train(larger, tmp_path / name)
+        sizes_of_moments = {
+            path: saved.shape[1]
+            for path, saved in Checkpoints(tmp_path / name / "checkpoints")._saved(18).items()
+            if ".mu." in path and path.endswith("ffn.keys")
+        }
+        assert list(sizes_of_moments.values()) == [{"all": 112, "more": 16, "fewer": 96}[name]]
+
+
+def test_mistakes_are_named(runs, tmp_path):
+    folder, cfg = runs
+    same = tiny_config(steps=16, grow__train="new")
+    with pytest.raises(UserError, match=r"grow\.train = 'new': the source has as many tokens"):
+        grow(folder / "base", dataclasses.replace(same, data=cfg.data), tmp_path / "same")
+    with pytest.raises(UserError, match="must be one of all, new"):
+        tiny_config(grow__train="old")
+    with pytest.raises(UserError, match=r"train_flops = 1e\+15: .*use steps or train_tokens"):
+        grow(folder / "base", dataclasses.replace(cfg, train_flops=1e15), tmp_path / "budget")
+    assert not list(tmp_path.iterdir())
 
 
 def count(tree):

@@ -8,6 +8,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "tokenformer_jax"
 FLOORS = """
     errors
     environment
+    buckets
     files
     rules
     image_config
@@ -15,11 +16,12 @@ FLOORS = """
     configs: base quickstart pile ladder released tpu transformer zero_shot digits imagenet
     devices: distributed hardware sharding
     data: tokenizer units readers folders text published encode workers tokens mixture batches images image_batches
-    nn: backends layers row_kernels pattention_vjp pattention attention transformer loss language vision
+    nn: backends layers row_kernels pattention_vjp pattention watch attention transformer loss language vision
     training: metrics language augment images tasks state schedule learned non_finite step
-    storage: fingerprint workdir record arrays trackers metrics_file checkpoints trained
+    storage: fingerprint workdir in_bucket record arrays trackers metrics_file checkpoints trained adapters
     storage: state_dicts official hub card hub_format
-    evaluation: perplexity sampling report slope advice settings scoring harness zero_shot suite predictions
+    evaluation: perplexity contributions inspection sampling report slope advice settings
+    evaluation: scoring harness zero_shot suite predictions
     growth: recipes ladder figures verify resize grow shrink positions
     planning: hlo plan fit whole_run
     running: signals run log loop branch
@@ -30,7 +32,7 @@ FLOORS = """
     modeling_tokenformer
     cli
 """
-COMMANDS = "train grow evaluate generate predict convert plan report checkpoint prepare lm_eval".split()
+COMMANDS = "train grow evaluate generate predict convert plan report inspect checkpoint prepare lm_eval".split()
 
 
 def order() -> list[str]:

@@ -25,7 +25,10 @@ def folder(tmp_path_factory):
         checkpoint_every=3,
         steps=STEPS,
         grow__patience=9,  # never reached, but what counts towards it must come out the same
-        rungs=({"step": RUNG, "model": {"ffn_tokens": 128, "out_tokens": 48}},),
+        rungs=(
+            {"step": RUNG, "model": {"ffn_tokens": 128, "out_tokens": 48}},
+            {"step": RUNG + 9, "model": {"ffn_tokens": 144}, "grow": {"train": "new"}},
+        ),
     )
     write_config(folder / "config.py", cfg)
     began = time.monotonic()

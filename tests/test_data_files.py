@@ -437,8 +437,8 @@ def test_a_url_in_a_flag_is_refused_and_nothing_made(tmp_path, command, args):
         + "\n"
     )
     before = set(os.listdir())
-    line = complaint(call(command, *args.format(url="gs://bucket/x", f=tmp_path).split()))
-    assert "gs://bucket/x" in line and ": is a URL; use a path" in line
+    line = complaint(call(command, *args.format(url="s3://bucket/x", f=tmp_path).split()))
+    assert "s3://bucket/x" in line and ": is a URL; use a path" in line
     assert set(os.listdir()) == before and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

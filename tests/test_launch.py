@@ -127,7 +127,8 @@ class Cloud:
     def start(self, script, *args):
         pipe = subprocess.PIPE
         line = ["bash", f"{ROOT}/launch/{script}", *args]
-        return subprocess.Popen(line, env=self.environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+        how = {"start_new_session": True, "preexec_fn": hear_sigint}
+        return subprocess.Popen(line, env=self.environment, stdout=pipe, stderr=pipe, text=True, **how)
 
     def run(self, script, *args):
         process = self.start(script, *args)
@@ -159,6 +160,11 @@ class Cloud:
 
     def wait_for(self, name):
         wait_until((self.folder / name).exists)
+
+
+def hear_sigint():
+    """A script's background ignores SIGINT, tests that it runs inherit that, and bash can't trap what it ignores."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(true):

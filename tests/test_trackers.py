@@ -47,7 +47,7 @@ def test_tensorboard_shows_figures_and_growths(tmp_path):
 def test_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"config\.track = 'wandb': needs the package wandb; use pip install wandb"):
-        trackers.trackers(tiny_config(track="wandb"), tmp_path, 0)
+        trackers.trackers(tiny_config(track="wandb"), tmp_path, tmp_path, 0)
 
 
 def test_an_unknown_tracker_is_named():

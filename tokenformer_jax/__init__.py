@@ -10,8 +10,8 @@ Names of arrays end in their axes:
     L length     E a projection's output                  V vocabulary          C positions of a chunk
     H heads      K head dim                               S cache length        P parts, or positions in a row
     Y layers     W width of what rotary turns at once     G groups              M of a group
+    X texts      1 an axis of size 1
     H, W, C of images: height, width and channels; V: classes; P of patches: their numbers
-    1 an axis of size 1
 """
 
 import importlib

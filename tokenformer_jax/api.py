@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from tokenformer_jax.buckets import bucket_errors
 from tokenformer_jax.config import Config, ModelConfig, validate_model
 from tokenformer_jax.data.mixture import prepare
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -20,13 +21,15 @@ from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.perplexity import choose_split, evaluate_split
 from tokenformer_jax.evaluation.sampling import Sampling, checked, generate
-from tokenformer_jax.files import local_path
+from tokenformer_jax.files import local_path, run_path
 from tokenformer_jax.nn import language
 from tokenformer_jax.nn.language import abstract_model, init_params
 from tokenformer_jax.nn.layers import Params, count_params
 from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.resizable import Resizable, check_config, check_seed
 from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage.adapters import adapted_config, adapted_tau, append, check_base, read_adapter
+from tokenformer_jax.storage.fingerprint import model_fingerprint
 from tokenformer_jax.storage.hub import read_published
 from tokenformer_jax.storage.official import (
     check_tau,
@@ -45,7 +48,8 @@ from tokenformer_jax.training.step import make_step
 class TokenFormer(Resizable):
     """A model: what it is, its parameters, and its τ. Methods compute; none changes it.
 
-    `params` is a nested dict of float32 arrays; those of a block are stacked over layers. Paths may begin with `~`.
+    `params` is a nested dict of float32 arrays; those of a block are stacked over layers. Paths may begin with `~`,
+    and those of workdirs may be gs://BUCKET/FOLDER.
     A UserError names the argument that cannot be used.
     """
 
@@ -84,7 +88,9 @@ class TokenFormer(Resizable):
 
         >>> model = TokenFormer.load("runs/quickstart/grown")
         """
-        run = load_trained(local_path(workdir, "workdir"), step)
+        folder = run_path(workdir, "workdir")
+        with bucket_errors(folder):
+            run = load_trained(folder, step)
         tau = {name: float(value) for name, value in run.state.tau_now().items()}
         return cls(run.cfg.model, run.state.params, tau, run.tokenizer)
 
@@ -97,8 +103,9 @@ class TokenFormer(Resizable):
         >>> model = TokenFormer.train(read_config(quickstart.get_config("small").to_dict()), "runs/mine")
         """
         check_config(cfg)
-        folder = local_path(workdir, "workdir")
-        train(cfg, folder)
+        folder = run_path(workdir, "workdir")
+        with bucket_errors(folder):
+            train(cfg, folder)
         return cls.load(folder)
 
     def save(self, workdir: str | pathlib.Path, cfg: Config) -> None:
@@ -113,7 +120,9 @@ class TokenFormer(Resizable):
 
         >>> larger.save("runs/larger", cfg)
         """
-        make_workdir(self.params, self.tau, self.fitted(cfg), local_path(workdir, "workdir"), self.tokenizer)
+        folder = run_path(workdir, "workdir")
+        with bucket_errors(folder):
+            make_workdir(self.params, self.tau, self.fitted(cfg), folder, self.tokenizer)
 
     def evaluate(self, cfg: Config, split: str = "validation") -> dict[str, float]:
         """Loss in nats a token, perplexity and bits per byte on a split of a config's data, every token once.
@@ -227,6 +236,19 @@ class TokenFormer(Resizable):
                 f"{self.cfg.vocab_size - 1}"
             )
         return ids
+
+    def adapted(self, *paths: str | os.PathLike[str]) -> "TokenFormer":
+        """This model with the tokens of adapters (files of convert --to_adapter), which were trained on it.
+
+        Raises UserError where one is of another model. This one stays as it is.
+
+        >>> model.adapted("prose.safetensors")
+        """
+        adapters = [read_adapter(local_path(path, "adapter")) for path in paths]
+        check_base(adapters, model_fingerprint(self.params, self.tau), "this model")
+        cfg = adapted_config(self.cfg, adapters)
+        params = jax.jit(functools.partial(append, counts=cfg.tokens))(self.params, [a.tokens for a in adapters])
+        return dataclasses.replace(self, cfg=cfg, params=params, tau=adapted_tau(self.tau, adapters))
 
     def generate(
         self, prompt_BL: jax.Array, max_tokens: int, sampling: Sampling | None = None, seed: int = 0

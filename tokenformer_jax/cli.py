@@ -18,13 +18,14 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from tokenformer_jax import __version__
+from tokenformer_jax.buckets import SCHEME, Unreachable, bucket_errors
 from tokenformer_jax.config import Config, read_config, suggest
 from tokenformer_jax.devices.distributed import Peers
 from tokenformer_jax.devices.sharding import check_mesh, parse_mesh
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import local_path
+from tokenformer_jax.files import local_path, run_path
 
-COMMANDS = "train grow evaluate generate predict convert plan report checkpoint prepare lm_eval".split()
+COMMANDS = "train grow evaluate generate predict convert plan report inspect checkpoint prepare lm_eval".split()
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell says of other programs
 STOPPED = 85  # errno's ERESTART, as HTCondor has it: saved before its end, and the same command goes on
 _PRESETS = pathlib.Path(__file__).parent / "configs"
@@ -241,7 +242,12 @@ def run_command(
         if not distributed.value and signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL):
             # Shells have it ignored in the background of a script, which would go on with what is not finished.
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        with _join_processes() if distributed.value else contextlib.nullcontext(), _platform_errors():
+        buckets = [arg.partition(SCHEME)[2] for arg in sys.argv[1:] if SCHEME in arg]
+        with (
+            _join_processes() if distributed.value else contextlib.nullcontext(),
+            _platform_errors(),
+            bucket_errors(SCHEME + buckets[0] if buckets else ""),
+        ):
             return main()
 
     _silence_orbax()
@@ -250,6 +256,8 @@ def run_command(
             app.run(guarded, flags_parser=parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, Unreachable) and not distributed.value:
+            os._exit(error.exit_code)  # threads of libraries would try to reach it for a quarter of an hour
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -350,7 +358,7 @@ def workdir_flag(name: str = "workdir", help_text: str = "the run's directory") 
     def read() -> pathlib.Path:
         if not holder.value:
             raise UserError(f"--{name} is missing: {help_text}")
-        return local_path(holder.value, f"--{name}")
+        return run_path(holder.value, f"--{name}")
 
     return read
 
@@ -360,6 +368,12 @@ def mesh_flag() -> Any:
     holder = flags.DEFINE_string("mesh", None, "[slice,]data,fsdp,tensor; by default the run's own, or a single device")
 
     return lambda: None if holder.value is None else parse_mesh(holder.value, "--mesh")
+
+
+def adapter_flag() -> Callable[[], list[pathlib.Path]]:
+    """Defines `--adapter=F`, which may be given several times; returns its reader."""
+    holder = flags.DEFINE_multi_string("adapter", [], "a file of convert --to_adapter to put on; may be repeated")
+    return lambda: [local_path(name, "--adapter") for name in holder.value]
 
 
 def examples_flag() -> Callable[[], range | None]:

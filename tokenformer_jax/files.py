@@ -9,8 +9,9 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
+from tokenformer_jax.buckets import SCHEME, bucket_path, is_bucket, patiently
 from tokenformer_jax.errors import UserError, shown
 
 _URL = re.compile(r"[A-Za-z][\w.+-]+:/")  # also with one slash, to which pathlib shortens two
@@ -20,7 +21,28 @@ def is_url(value: str | os.PathLike[str]) -> bool:
     return bool(_URL.match(os.fspath(value)))
 
 
-def local_path(value: str | os.PathLike[str], name: str, any_bytes: bool = False) -> pathlib.Path:
+def run_path(value: str | os.PathLike[str], name: str) -> pathlib.Path:
+    """The path of a run that a user gave: of this machine, as `local_path` has it, or gs://BUCKET/FOLDER.
+
+    Raises:
+      UserError: it is another URL, or no name that can be used.
+    """
+    text = os.fspath(value)
+    if not is_bucket(text):
+        return local_path(text, name, or_bucket=True)
+    parts = text.removeprefix(SCHEME).rstrip("/").split("/")
+    if len(parts) < 2 or {"", ".", ".."} & set(parts) or not text.isprintable() or set(text) & set("*?[]#"):
+        raise UserError(f"{_given(value, name)}: names no folder of a bucket; use gs://BUCKET/FOLDER")
+    return bucket_path(SCHEME + "/".join(parts))
+
+
+def _given(value: str | os.PathLike[str], name: str) -> str:
+    return f"{name}={shown(os.fspath(value))}" if name.startswith("--") else f"{name} = {os.fspath(value)!r}"
+
+
+def local_path(
+    value: str | os.PathLike[str], name: str, any_bytes: bool = False, or_bucket: bool = False
+) -> pathlib.Path:
     """A path that a user gave in the flag or key `name`, with ~ expanded.
 
     With `any_bytes` it need not be UTF-8, which libraries want of what they write.
@@ -28,9 +50,10 @@ def local_path(value: str | os.PathLike[str], name: str, any_bytes: bool = False
     Raises:
       UserError: it is a URL, or no name that can be used.
     """
-    given = f"{name}={shown(os.fspath(value))}" if name.startswith("--") else f"{name} = {os.fspath(value)!r}"
+    given = _given(value, name)
     if is_url(value):
-        raise UserError(f"{given}: is a URL; use a path of this machine, such as that of a mounted bucket")
+        other = "or gs://BUCKET/FOLDER" if or_bucket else "such as that of a mounted bucket"
+        raise UserError(f"{given}: is a URL; use a path of this machine, {other}")
     if "\0" in os.fspath(value):
         raise UserError(f"{given}: holds a zero byte, as no path does; leave it out")
     path = pathlib.Path(os.path.expanduser(value))
@@ -88,6 +111,8 @@ def _checksum(tree: dict[str, Any]) -> str:
 
 def replace_file(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all. Raises UserError where it can't be written."""
+    if is_bucket(path):
+        return patiently(path, lambda: cast(None, path.write_text(text)))
     partial = path.with_name(f".{path.name}.partial")
     try:
         make_folder(path.parent)

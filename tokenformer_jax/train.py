@@ -11,6 +11,7 @@ With --decay_from it makes a finished model of a run whose learning rate stays a
 
 from absl import flags
 
+from tokenformer_jax.buckets import is_bucket
 from tokenformer_jax.cli import STOPPED, config_flag, print_once, run_command, workdir_flag
 from tokenformer_jax.config import Config
 from tokenformer_jax.errors import UserError
@@ -25,7 +26,7 @@ def main() -> None:
     fraction = flags.DEFINE_float("decay_fraction", None, "with --decay_from; by default optimizer.decay_fraction")
 
     def planned() -> Config | None:
-        """The config that will be trained; None where the run to leave is on another machine."""
+        """The config that will be trained; None where the run to leave is elsewhere."""
         if decay_from.value is None:
             for name in ("source", "decay_fraction"):
                 if flags.FLAGS[name].present:
@@ -35,7 +36,8 @@ def main() -> None:
             raise UserError("--config: a run that leaves another has its config; leave it out, or --decay_from")
         if fraction.value is not None:
             check_fraction(fraction.value)
-        return branch_config(source(), decay_from.value, fraction.value) if source().exists() else None
+        elsewhere = is_bucket(source()) or not source().exists()
+        return None if elsewhere else branch_config(source(), decay_from.value, fraction.value)
 
     def start() -> int | None:
         if decay_from.value is None or flags.FLAGS["config"].present:

@@ -3,7 +3,6 @@
 Each process is given all requests, and the mesh shares them out: to the harness there is one process.
 """
 
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from tokenformer_jax.config import suggest
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.sampling import Sampling
 from tokenformer_jax.evaluation.scoring import Prompt, Scored, Scorer
+from tokenformer_jax.files import run_path
 from tokenformer_jax.storage.trained import load_trained
 
 MOST_TOKENS = 256  # of an answer, where a task does not say
@@ -48,7 +48,7 @@ class HarnessModel(LM):
         size = str((additional_config or {}).get("batch_size") or "auto")
         if size != "auto" and not size.isdecimal():
             raise UserError(f"--batch_size {size}: must be a number, or auto for the run's own")
-        run = load_trained(pathlib.Path(str(arg_dict["workdir"])).expanduser(), arg_dict.get("step"))
+        run = load_trained(run_path(str(arg_dict["workdir"]), "--model_args workdir"), arg_dict.get("step"))
         return cls(Scorer(run, 0 if size == "auto" else int(size)))
 
     @property

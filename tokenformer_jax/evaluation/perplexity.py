@@ -63,6 +63,11 @@ def choose_split(corpus: Prepared, name: str) -> TokenSplit:
     return splits[name]
 
 
+def own_split(run: Trained, name: str) -> Any:
+    """A split of a run's own data. Raises a UserError where there is none of that name."""
+    return choose_split(_prepared(run), name)
+
+
 def _prepared(run: Trained) -> Prepared:
     """The data of a run's config; says where they are not those that it was trained on."""
     task = task_of(run.cfg)
@@ -84,7 +89,7 @@ def summary(run: Trained) -> dict[str, Any]:
         "fingerprint": run.fingerprint,
         "trained_tokens": run.record.tokens,
         "train_flops": run.record.train_flops,
-    }
+    } | ({"adapters": list(run.adapters)} if run.adapters else {})
 
 
 def write_result(result: dict[str, Any], workdir: pathlib.Path, out: pathlib.Path | None) -> None:
@@ -120,8 +125,7 @@ def evaluate_run(
 
 def evaluate_own(run: Trained, split_name: str, **how: int) -> dict[str, float]:
     """Figures of a split of the run's own data."""
-    split = choose_split(_prepared(run), split_name)
-    return evaluate_split(run.step, run.state, split, run.cfg, progress=True, **how)
+    return evaluate_split(run.step, run.state, own_split(run, split_name), run.cfg, progress=True, **how)
 
 
 def show_examples(run: Trained, examples: range) -> None:

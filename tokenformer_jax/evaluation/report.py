@@ -7,8 +7,9 @@ from typing import Any
 
 import matplotlib
 
+from tokenformer_jax.buckets import is_bucket, is_outage
 from tokenformer_jax.errors import UserError, shown
-from tokenformer_jax.files import local_path, parse_json
+from tokenformer_jax.files import local_path, parse_json, run_path
 from tokenformer_jax.storage.metrics_file import Row, read_metrics
 
 matplotlib.use("Agg")
@@ -38,11 +39,15 @@ def named_runs(given: list[str]) -> dict[str, pathlib.Path]:
 def _named(item: str) -> tuple[str, pathlib.Path]:
     """A run's name, which may be empty and has no comma, and its directory."""
     name, equals, path = item.partition("=")
-    whole = local_path(item, "--runs", any_bytes=True)
+    whole = _path(item)
     if whole.is_dir() or not equals or "," in name:
         return "", whole
-    workdir = local_path(path, "--runs", any_bytes=True)
+    workdir = _path(path)
     return (name, workdir) if workdir.is_dir() or "/" not in name else ("", whole)
+
+
+def _path(text: str) -> pathlib.Path:
+    return run_path(text, "--runs") if is_bucket(text) else local_path(text, "--runs", any_bytes=True)
 
 
 def perplexity(value: float) -> str:
@@ -63,7 +68,9 @@ def read_run(workdir: pathlib.Path) -> tuple[list[Row], list[Row]]:
     """The evaluations of a run and its growths. Raises UserError where it has no evaluation."""
     try:
         rows = read_metrics(workdir)
-    except OSError:
+    except OSError as error:
+        if is_outage(error):
+            raise
         raise UserError(f"{workdir}: no metrics.jsonl here; is it the directory of a training run?") from None
     # A figure that was not finite is null in the file.
     evaluations = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows if "eval_loss" in row]

@@ -40,7 +40,7 @@ class Growing:
     def check(self, old: ModelConfig, new: ModelConfig) -> None:
         check_growth(old, new, self.recipe)
 
-    def model(self, resize: Resize, old: TrainState) -> tuple[TrainState, None]:
+    def model(self, resize: Resize, old: TrainState, data: Any) -> tuple[TrainState, None]:
         abstract = resize.step.abstract_state._replace(opt_state=())
         cfg, key = resize.cfg, jax.random.fold_in(jax.random.key(resize.cfg.seed), resize.number)
         draw = task_of(cfg).init_params

@@ -55,7 +55,13 @@ def stages(cfg: Config) -> list[Config]:
             raise IndivisibleBatch(_named(number, error), error.cfg, number) from None
         except UserError as error:
             raise UserError(_named(number, error)) from None
-    if cfg.train_flops and any(stage.grow.train == "new" for stage in result):
+    alone = any(stage.grow.train == "new" for stage in result)
+    if alone and cfg.optimizer.average:
+        raise UserError(
+            f"optimizer.average = {cfg.optimizer.average}: a mean of weights that stay is of no use; with "
+            "grow.train = 'new' use 0"
+        )
+    if cfg.train_flops and alone:
         raise UserError(
             f"train_flops = {cfg.train_flops:g}: is planned for models that learn as a whole; with grow.train = 'new' "
             "use steps or train_tokens"

@@ -45,7 +45,7 @@ class Interpolating:
         if old.tokens != new.tokens or old.ffn_tokens != new.ffn_tokens:
             raise UserError("model.ffn_tokens: --interpolate changes no token counts; use the source's, and grow later")
 
-    def model(self, resize: Resize, old: TrainState) -> tuple[TrainState, None]:
+    def model(self, resize: Resize, old: TrainState, data: Any) -> tuple[TrainState, None]:
         cfg, abstract = resize.cfg.model, resize.step.abstract_state._replace(opt_state=())
         fit = jax.jit(lambda state: fitted(state, cfg, "cubic"), out_shardings=_shardings(abstract))
         return fit(old), None

@@ -33,10 +33,10 @@ from tokenformer_jax.training.learned import alone
 from tokenformer_jax.training.schedule import new_tokens
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, make_step
-from tokenformer_jax.training.tasks import task_of
+from tokenformer_jax.training.tasks import Prepared, task_of
 
 # Figures that checkpoints keep.
-RECORDED = "recipe", "tau_ramp_steps", "max_logit_difference", "max_logit", "loss_before", "loss_after"
+RECORDED = "recipe", "criterion", "tau_ramp_steps", "max_logit_difference", "max_logit", "loss_before", "loss_after"
 RECORDED_OF_NEW = "train", "base", "base_tau"  # where new tokens learn alone
 
 
@@ -119,7 +119,7 @@ class Change(Protocol):
     def check(self, old: ModelConfig, new: ModelConfig) -> None:
         """Raises a UserError where the old model cannot become the new one."""
 
-    def model(self, resize: "Resize", old: TrainState) -> tuple[TrainState, Any]:
+    def model(self, resize: "Resize", old: TrainState, data: Prepared) -> tuple[TrainState, Any]:
         """The new state without moments, and what `moments` must know of the old one."""
 
     def compare(self, resize: "Resize", old: TrainState, new: TrainState, validation: Any) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Resize:
             return 0
         return math.ceil(self.cfg.grow.tau_ramp * (self.cfg.steps - self.number))
 
-    def apply(self, source: Source, validation: Any) -> tuple[TrainState, dict[str, Any]]:
+    def apply(self, source: Source, data: Prepared) -> tuple[TrainState, dict[str, Any]]:
         """The new state, and the figures that `grow.json` or `shrink.json` hold.
 
         Raises:
@@ -162,9 +162,9 @@ class Resize:
         else:
             base = {}
         with timed(seconds, self.change.verb), jax.set_mesh(self.step.mesh):
-            new, known = jax.block_until_ready(self.change.model(self, old))
+            new, known = jax.block_until_ready(self.change.model(self, old, data))
         with timed(seconds, "verify"):
-            compared = self.change.compare(self, old, new, validation)
+            compared = self.change.compare(self, old, new, data.validation)
         figures = {
             "step": self.number,
             "recipe": self.change.recipe,
@@ -246,7 +246,7 @@ def resize_checkpoint(
     resize = Resize(change, number, first, old_cfg, step, make_step(old_cfg, step.mesh, new_tokens=former))
     task, assets = task_of(first), checkpoints.assets(number)
     prepared = task.prepare(first, assets)
-    state, figures = resize.apply(InCheckpoint(checkpoints, number), prepared.validation)
+    state, figures = resize.apply(InCheckpoint(checkpoints, number), prepared)
 
     data, identity = task.train_batches(prepared, first, step.mesh), task.identity(prepared, first)
     if record.data == identity:  # other data begin at their beginning

@@ -172,7 +172,8 @@ def run_blocks(
 ) -> tuple[jax.Array, Cache]:
     """Runs stacked blocks one after another in a scan or, with parameters of their own from `unstack`, in a row.
 
-    Where they are not causal every position sees all.
+    Where they are not causal every position sees all. What a scanned block's modules set as `nnx.Intermediate`, such as
+    `watch.Watched` does, stands in `blocks` then, stacked.
 
     Returns:
       The last block's output, and the cache with these positions.
@@ -181,7 +182,7 @@ def run_blocks(
     start, length = jnp.int32(0) if cache is None else cache.length, x_BLD.shape[1]
     positions_L = start + jnp.arange(length)
 
-    def run(carry: tuple[jax.Array, Cache], layer: tuple[Any, Any]) -> tuple[tuple[jax.Array, Cache], None]:
+    def run(carry: tuple[jax.Array, Cache], layer: tuple[Any, Any]) -> tuple[tuple[jax.Array, Cache], nnx.State]:
         x_BLD, cache = carry
         params, number = layer
 
@@ -193,7 +194,9 @@ def run_blocks(
             more, k_BHSK, v_BHSK = cache.put(number, k_BLHK, v_BLHK)
             return cached_attention(q_BLHK, k_BHSK, v_BHSK, start, cache.padding), more
 
-        return nnx.merge(graphdef, params)(x_BLD, tau, attend, positions_L, subkey(key, number), number), None
+        block = nnx.merge(graphdef, params)
+        carry = block(x_BLD, tau, attend, positions_L, subkey(key, number), number)
+        return carry, nnx.pop(block, nnx.Intermediate)
 
     if remat != "none":
         run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
@@ -202,7 +205,8 @@ def run_blocks(
         num_layers = len(jax.tree.leaves(stacked)[0])
         numbers = None if key is None and cache is None else jnp.arange(num_layers)
         unroll = num_layers if cache is None and unrolls_layers(remat) else 1
-        carry, _ = jax.lax.scan(run, carry, (stacked, numbers), unroll=unroll)
+        carry, seen = jax.lax.scan(run, carry, (stacked, numbers), unroll=unroll)
+        nnx.update(blocks, seen)
     else:
         for number, params in enumerate(layers):
             carry, _ = run(carry, (params, number))

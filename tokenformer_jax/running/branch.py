@@ -6,17 +6,18 @@ From one run at a constant rate come finished models of any budget.
 import dataclasses
 import math
 import pathlib
-import shutil
 from typing import Any
 
 import jax
 
+from tokenformer_jax.buckets import is_bucket
 from tokenformer_jax.config import BUDGETS, Config
 from tokenformer_jax.errors import UserError, listed
 from tokenformer_jax.files import json_text, parse_json, replace_file
 from tokenformer_jax.growth.ladder import stages
 from tokenformer_jax.running.run import end_of_schedule, stage_of
 from tokenformer_jax.storage.checkpoints import Checkpoints
+from tokenformer_jax.storage.in_bucket import copy_checkpoint
 from tokenformer_jax.storage.workdir import load_config, new_workdir, require_empty
 from tokenformer_jax.training.schedule import learning_rate
 
@@ -39,7 +40,8 @@ def branch(source: pathlib.Path, number: int, workdir: pathlib.Path, decay_fract
     """
     cfg = branch_config(source, number, decay_fraction)
     fraction = stages(cfg)[-1].optimizer.decay_fraction
-    origin = {"source": str(source.absolute()), "step": number, "decay_fraction": fraction}
+    place = source if is_bucket(source) else source.absolute()
+    origin = {"source": str(place), "step": number, "decay_fraction": fraction}
     if (workdir / "config.json").exists():
         if made_as(workdir) != origin:
             raise UserError(
@@ -50,8 +52,7 @@ def branch(source: pathlib.Path, number: int, workdir: pathlib.Path, decay_fract
     require_empty(workdir, "holds other files and no run")
     with new_workdir(workdir) as folder:
         if jax.process_index() == 0:
-            name = pathlib.Path("checkpoints") / str(number)
-            shutil.copytree(source / name, folder / name)
+            copy_checkpoint(source / "checkpoints" / str(number), folder / "checkpoints" / str(number))
             replace_file(folder / "branch.json", json_text(origin, indent=2) + "\n")
             replace_file(folder / "config.json", cfg.to_json())
     return cfg

@@ -83,6 +83,9 @@ class Log:
     def say(self, line: str) -> None:
         self.progress.say(line)
 
+    def flush(self) -> None:
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()
         self.progress.close()

@@ -28,7 +28,7 @@ def train(cfg: Config, workdir: pathlib.Path) -> bool:
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_writer(workdir))
         run = open_run(cfg, workdir)
-        stack.enter_context(contextlib.closing(run.checkpoints))
+        stack.enter_context(run.checkpoints)
         if run.is_past_its_end:
             say_nothing_to_do(run, workdir)
             return True
@@ -84,16 +84,15 @@ def train_stage(run: Run, log: Log, profiler: Profiler, signals: StopSignals) ->
             read_step(run, log, *unread)
             unread = None
         if saving:
+            log.flush()  # what a resumed run does not write again
             run.save(n)
         if evaluating:
             evaluate(run, log, n)
         if stopping:
-            run.checkpoints.wait()
+            run.save_at_last(n)
             log.say(f"{signals.why} and saved at step {n}; the same command goes on from there")
             return False
-    run.checkpoints.wait()
-    run.save(n)
-    run.checkpoints.wait()
+    run.save_at_last(n)
     if run.is_last:
         log.say(f"done at step {n}: the checkpoint and metrics.jsonl are in {log.workdir}")
     return True

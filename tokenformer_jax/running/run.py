@@ -26,7 +26,7 @@ from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.metrics_file import Row
 from tokenformer_jax.storage.record import Record
-from tokenformer_jax.storage.workdir import load_config, require_empty
+from tokenformer_jax.storage.workdir import load_config, require_empty, require_whole
 from tokenformer_jax.training.non_finite import SPIKE_WINDOW, BadStep
 from tokenformer_jax.training.schedule import new_tokens
 from tokenformer_jax.training.state import TrainState
@@ -37,6 +37,7 @@ from tokenformer_jax.training.tasks import Prepared, task_of
 def check_workdir(cfg: Config, workdir: pathlib.Path) -> None:
     """Raises a UserError where the workdir holds a run of another model, or something else."""
     path = workdir / "config.json"
+    require_whole(workdir)
     if path.exists():
         try:
             theirs = load_config(path)
@@ -144,6 +145,10 @@ class Run:
 
     def save(self, n: int) -> None:
         self.checkpoints.save(n, self.state, self.data, self.corpus.assets, self.record_at(n))
+
+    def save_at_last(self, n: int) -> None:
+        """Saves, unless step n was saved, and returns once that is safe."""
+        self.checkpoints.save_at_last(lambda: self.save(n))
 
 
 def open_run(cfg: Config, workdir: pathlib.Path) -> Run:
@@ -273,7 +278,7 @@ def next_rung(run: Run) -> Run:
     resize = Resize(Growing(cfg.grow.recipe), n, cfg, old_cfg, step, old_step)
     source = InMemory(run.state)
     run.state = None  # type: ignore[assignment]  # so that its arrays can go as the larger ones come
-    state, figures = resize.apply(source, run.corpus.validation)
+    state, figures = resize.apply(source, run.corpus)
     if jax.process_index() == 0:
         print(describe_growth(figures), file=sys.stderr)
     record = dataclasses.replace(resize.record(record, figures), rung=rung)

@@ -8,7 +8,6 @@ fingerprint of every array, and a checksum of itself, and all that is read is co
 import contextlib
 import dataclasses
 import math
-import os
 import pathlib
 import sys
 import time
@@ -20,6 +19,15 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from tokenformer_jax.buckets import (
+    Unreachable,
+    is_bucket,
+    is_outage,
+    move_folder,
+    patiently,
+    size_of,
+    unreachable,
+)
 from tokenformer_jax.config import read_model
 from tokenformer_jax.devices.hardware import give_back_memory
 from tokenformer_jax.errors import UserError, listed
@@ -34,7 +42,9 @@ from tokenformer_jax.storage.arrays import (
     storage_context,
 )
 from tokenformer_jax.storage.fingerprint import as_text, fingerprints
+from tokenformer_jax.storage.in_bucket import is_finished, settle
 from tokenformer_jax.storage.record import Record, RecordFile
+from tokenformer_jax.storage.workdir import require_still_the_writer
 
 Read = TypeVar("Read")
 
@@ -52,7 +62,7 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int | None = None):
         """Opens a directory to read it, or with `keep` to save as well and keep that many newest ones."""
-        self.directory, self.keep = directory.absolute(), keep
+        self.directory, self.keep = directory if is_bucket(directory) else directory.absolute(), keep
         self._open_saver: ocp.training.Checkpointer | None = None
         self.kept_for_good: set[int] = set()  # steps: the last ones of a ladder's rungs
         if keep is None and not self.directory.is_dir():
@@ -71,7 +81,8 @@ class Checkpoints:
         """Of the finished checkpoints, good or not, in order."""
         if not self.directory.is_dir():
             return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
+        found = [path for path in self.directory.iterdir() if path.name.isdecimal()]
+        return sorted(int(path.name) for path in found if is_finished(path))
 
     def choose(self, step: int | None) -> int:
         """The given step, or the newest; UserError where there is none."""
@@ -116,19 +127,31 @@ class Checkpoints:
           assets: texts that the data needs, such as its tokenizer, by name.
           record: the rest.
         """
-        if self._open_saver and not self.directory.is_dir():  # Orbax would make another
+        if is_bucket(self.directory):
+            require_still_the_writer(self.directory.parent)
+        elif self._open_saver and not self.directory.is_dir():  # Orbax would make another
             raise UserError(f"{self.directory}: is gone; was {self.directory.parent} moved? The run ends here")
         with (
             self._writing(),
             storage_context(state),
             jax.transfer_guard("allow"),
         ):  # copying to the host is what a save is
-            saver = self._saver()
-            if step in [checkpoint.step for checkpoint in saver.checkpoints]:
-                return
             small = {"record": dataclasses.asdict(record), "position": data.get_state()} | assets
             items = {"state": state, "record": RecordFile(small, by_name(state))}
+            self._patiently(lambda: self._begin_save(step, items))
+
+    def _begin_save(self, step: int, items: dict[str, Any]) -> None:
+        self._settle()
+        saver = self._saver()
+        if step not in [checkpoint.step for checkpoint in saver.checkpoints]:
             saver.save_checkpointables_async(step, items, force=True)
+
+    def _patiently(self, action: Callable[[], None]) -> None:
+        """Where a bucket is out, it is called again, by which a later save takes the place of one that failed.
+
+        Not by several processes, which would have to agree on it: their launcher starts all again.
+        """
+        patiently(self.directory if jax.process_count() == 1 else "", action)
 
     def record(self, step: int) -> Record:
         try:
@@ -253,23 +276,46 @@ class Checkpoints:
         """Moves a checkpoint out of the way, and tells where to. Only before anything is saved."""
         aside = self.directory.with_name("damaged_checkpoints") / f"{step}_{int(time.time())}"
         if jax.process_index() == 0:
-            aside.parent.mkdir(exist_ok=True)
-            os.replace(self.directory / str(step), aside)
+            move_folder(self.directory / str(step), aside)
         multihost_utils.sync_global_devices("set aside")
         return aside
 
     def wait(self) -> None:
         """Blocks until what is being saved is safe; raises its error."""
+        with self._writing():
+            self._settle()
+
+    def _settle(self) -> None:
         if self._open_saver:
-            with self._writing():
-                self._open_saver.wait()
+            settle(self._open_saver, self.directory)
+
+    def save_at_last(self, save: Callable[[], None]) -> None:
+        """Saves, and returns once that is safe; where a bucket is out of reach meanwhile, it does so again."""
+
+        def attempt() -> None:
+            self.wait()
+            save()
+            self.wait()
+
+        self._patiently(attempt)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:  # TensorStore tells of a full disk by a ValueError
+            if is_bucket(self.directory) and is_outage(error):
+                raise unreachable(self.directory, error) from error
             raise UserError(f"{self.directory}: a checkpoint cannot be written ({reason(error)})") from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not (kind and issubclass(kind, Unreachable)):  # for which it would wait in vain
+            self.close()
 
     def close(self) -> None:
         if self._open_saver:
@@ -310,8 +356,7 @@ def save_one(directory: pathlib.Path, step: int, state: Any, data: Any, assets: 
 def describe(checkpoints: Checkpoints, step: int) -> tuple[str, dict[str, str]]:
     """A checkpoint in words, and what of it is damaged -> how. Reads all of it."""
     faults = checkpoints.faults(step)
-    files = [path for path in (checkpoints.directory / str(step)).rglob("*") if path.is_file()]
-    lines = [f"step {step}: {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB"]
+    lines = [f"step {step}: {size_of(checkpoints.directory / str(step)) / 1e6:,.1f} MB"]
     try:
         record = checkpoints.record(step)
         tokens = read_model(record.model, str(checkpoints.directory / str(step))).tokens

@@ -10,10 +10,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from tokenformer_jax.buckets import Staged
 from tokenformer_jax.config import Config
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import json_text, parse_json, replace_file
 from tokenformer_jax.storage.trackers import trackers
+from tokenformer_jax.storage.workdir import require_still_the_writer
 
 Row = dict[str, Any]
 FLUSH_EVERY = 30  # seconds between the trackers' sights of a run
@@ -35,13 +37,15 @@ class MetricsWriter:
         self.active = jax.process_index() == 0
         if not self.active:
             return
+        self.workdir, self.stage = workdir, Staged(workdir)
         rows = read_metrics(workdir) if self.path.exists() else []
         self.kept = [row for row in rows if (row["step"], row["params"]) <= (start_step, params)]
-        replace_file(self.path, "".join(json_text(row) + "\n" for row in self.kept))
+        file = self.stage.folder / self.path.name
+        replace_file(file, "".join(json_text(row) + "\n" for row in self.kept))
         with self._writing():
-            self.file = self.path.open("a", buffering=1)
-            self.trackers = trackers(cfg, workdir, start_step)
-        self.flushed = time.monotonic()
+            self.file = file.open("a", buffering=1)
+            self.trackers = trackers(cfg, workdir, self.stage.folder, start_step)
+        self.flush()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -67,10 +71,25 @@ class MetricsWriter:
             events = {name: value for name, value in row.items() if isinstance(value, dict)}
             for tracker in self.trackers:
                 tracker.write(row["step"], figures, events)
-            if time.monotonic() - self.flushed > FLUSH_EVERY:
-                for tracker in self.trackers:
-                    tracker.flush()
-                self.flushed = time.monotonic()
+        if time.monotonic() - self.flushed > FLUSH_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Shows what was written, in a bucket to others, too."""
+        if not self.active:
+            return
+        with self._writing():
+            for tracker in self.trackers:
+                tracker.flush()
+        self.send()
+        self.flushed = time.monotonic()
+
+    def send(self) -> None:
+        """Raises a UserError where the bucket is out of reach, or another process writes there."""
+        self.sends = False  # after an error not again
+        require_still_the_writer(self.workdir)
+        self.stage.send()
+        self.sends = True
 
     def close(self) -> None:
         if self.active:
@@ -78,12 +97,15 @@ class MetricsWriter:
                 for tracker in self.trackers:
                     tracker.close()
                 self.file.close()
+            if self.sends:
+                self.send()
+            self.stage.remove()
 
 
 def read_metrics(workdir: pathlib.Path) -> list[Row]:
     """The rows of WORKDIR/metrics.jsonl; a line that a crash cut short or damage made another is passed over."""
     rows = []
-    for line in (workdir / "metrics.jsonl").read_text(errors="replace").splitlines():
+    for line in (workdir / "metrics.jsonl").read_bytes().decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             row = parse_json(line)
             if isinstance(row, dict) and all(type(row.get(key)) is int for key in ("step", "params")):

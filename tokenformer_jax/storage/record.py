@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from tokenformer_jax.buckets import is_bucket
 from tokenformer_jax.files import sealed
 from tokenformer_jax.storage.fingerprint import as_text, fingerprints
 
@@ -51,10 +52,11 @@ class RecordFile:
         text = await asyncio.to_thread(self.text)
         folder = await directory.await_creation()
         if jax.process_index() == 0:
-            with open(folder / self.name, "w") as file:
+            with (folder / self.name).open("w") as file:
                 file.write(text)
                 file.flush()
-                os.fsync(file.fileno())
+                if not is_bucket(folder):
+                    os.fsync(file.fileno())
 
     async def load(self, directory: Any) -> Awaitable[None]:
         raise NotImplementedError("Checkpoints reads the file itself")

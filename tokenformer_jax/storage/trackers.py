@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from tokenformer_jax.config import Config
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import json_text
+from tokenformer_jax.files import json_text, replace_file
 
 
 class Tracker(Protocol):
@@ -27,10 +27,14 @@ class Tracker(Protocol):
         """Writes what is left."""
 
 
-def trackers(cfg: Config, workdir: pathlib.Path, start_step: int) -> list[Tracker]:
-    """Those of a run that goes on from a step. Raises a UserError where `config.track` cannot be used."""
-    chosen: list[Tracker] = [WeightsAndBiases(cfg, workdir)] if cfg.track == "wandb" else []
-    return [TensorBoard(workdir / "tensorboard", start_step), *chosen]
+def trackers(cfg: Config, workdir: pathlib.Path, folder: pathlib.Path, start_step: int) -> list[Tracker]:
+    """Those of a run that goes on from a step; they write to the folder, which is the workdir or is copied there.
+
+    Raises:
+      UserError: `config.track` cannot be used.
+    """
+    chosen: list[Tracker] = [WeightsAndBiases(cfg, workdir, folder)] if cfg.track == "wandb" else []
+    return [TensorBoard(folder / "tensorboard", start_step), *chosen]
 
 
 class TensorBoard:
@@ -66,30 +70,31 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of wandb, which the next start of this workdir goes on with. Its environment variables are wandb's own."""
 
-    def __init__(self, cfg: Config, workdir: pathlib.Path):
+    def __init__(self, cfg: Config, workdir: pathlib.Path, folder: pathlib.Path):
         key = "config.track = 'wandb'"
         if importlib.util.find_spec("wandb") is None:
             raise UserError(f"{key}: needs the package wandb; use pip install wandb, or --config.track=none")
         import wandb  # takes half a second
 
-        folder = workdir / "wandb"
-        folder.mkdir(exist_ok=True)
-        name = folder / "run_id"
+        (folder / "wandb").mkdir(exist_ok=True)
+        name = workdir / "wandb" / "run_id"
         if not name.exists():
-            name.write_text(secrets.token_hex(4))
+            replace_file(name, secrets.token_hex(4))
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "tokenformer_jax"),
                 name=workdir.name,
                 id=name.read_text(),
                 resume="allow",
-                dir=workdir,
+                dir=folder,
                 config=dataclasses.asdict(cfg),
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.Error as error:  # such as that of a login that is missing
             reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise UserError(f"{key}: {reason}; WANDB_MODE=offline keeps all in {folder}, for `wandb sync`") from None
+            raise UserError(
+                f"{key}: {reason}; WANDB_MODE=offline keeps all in {workdir / 'wandb'}, for `wandb sync`"
+            ) from None
         self._run.define_metric("*", step_metric="step")  # its own steps must not go back, as a run that resumes does
 
     def write(self, step: int, figures: Mapping[str, float], events: Mapping[str, Any]) -> None:

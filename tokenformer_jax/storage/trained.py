@@ -32,6 +32,7 @@ class Trained:
     step: Step
     state: TrainState  # without optimizer state; its parameters are the mean where the run has one
     num_params: int
+    adapters: tuple[str, ...] = ()  # names of their files
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -11,16 +11,18 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
+from tokenformer_jax.buckets import Lease, is_bucket, patiently, remove_folder, require_writer
 from tokenformer_jax.config import (
     Config,
     read_config,
 )
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import locked, make_folder, parse_json, unsealed
+from tokenformer_jax.files import locked, make_folder, parse_json, replace_file, unsealed
 
 
 def load_config(path: pathlib.Path) -> Config:
     """Reads the `config.json` of a workdir. Raises UserError when it is missing, damaged or not a config."""
+    require_whole(path.parent)
     try:
         text = path.read_text()
         tree = parse_json(text)
@@ -40,10 +42,19 @@ def load_config(path: pathlib.Path) -> Config:
 
 
 LOCK = ".lock"  # in a folder that a command writes
+BEGUN = ".partial"  # in a bucket's folder that is not whole: an object that is written first, and deleted last
+
+
+def require_whole(workdir: pathlib.Path) -> None:
+    """Raises a UserError where a command that makes the workdir has not ended well."""
+    if is_bucket(workdir) and (workdir / BEGUN).exists():
+        raise UserError(f"{workdir}: is not whole; the command that makes it still runs, or must be started again")
 
 
 def require_empty(workdir: pathlib.Path, why: str, flag: str = "--workdir") -> None:
     """Raises a UserError unless the directory is new or empty."""
+    if is_bucket(workdir) and (workdir / BEGUN).exists():
+        return  # what is there is cleared
     if workdir.exists() and (not workdir.is_dir() or any(path.name != LOCK for path in workdir.iterdir())):
         raise UserError(f"{flag}={workdir}: {why}; name a new or an empty directory")
 
@@ -52,7 +63,8 @@ def require_empty(workdir: pathlib.Path, why: str, flag: str = "--workdir") -> N
 def only_writer(folder: pathlib.Path) -> Iterator[None]:
     """Makes this command, with all of its processes, the only one that writes a folder, which is made if need be.
 
-    The lock ends with its process, however that ends. On a file system without locks a warning says that there is none.
+    The lock ends with its process, however that ends; in a bucket half a minute later, for which the next one waits. On
+    a file system without locks a warning says that there is none.
 
     Raises:
       UserError: another command holds the folder, and which; or it cannot be written.
@@ -61,6 +73,10 @@ def only_writer(folder: pathlib.Path) -> Iterator[None]:
         yield
         return
     lock = folder / LOCK
+    if is_bucket(folder):
+        with contextlib.closing(Lease(lock)):
+            yield
+        return
     try:
         make_folder(folder)
         lock.touch()
@@ -85,12 +101,18 @@ def only_writer(folder: pathlib.Path) -> Iterator[None]:
                     folder.rmdir()
 
 
+def require_still_the_writer(folder: pathlib.Path) -> None:
+    """Raises a UserError where a bucket was out of reach for this process, and another took the folder over."""
+    if is_bucket(folder) and jax.process_index() == 0:
+        require_writer(folder, folder / LOCK)
+
+
 def clear(folder: pathlib.Path) -> None:
     """Empties a folder that this command is the only writer of."""
-    for path in folder.iterdir():
+    for path in list(folder.iterdir()):
         if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
+            remove_folder(path)
+        elif path.name not in (LOCK, BEGUN):
             path.unlink()
 
 
@@ -103,6 +125,10 @@ def new_workdir(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       UserError: it cannot be written.
     """
+    if is_bucket(workdir):
+        with _new_in_bucket(workdir):
+            yield workdir
+        return
     workdir = workdir.resolve()
     partial = workdir.with_name(f".{workdir.name}.partial")
     first = jax.process_index() == 0
@@ -121,3 +147,19 @@ def new_workdir(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
         finally:
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _new_in_bucket(workdir: pathlib.Path) -> Iterator[None]:
+    """`new_workdir` where nothing can be renamed: an object marks the folder as long as it is not whole."""
+    first = jax.process_index() == 0
+    with only_writer(workdir):
+        if first:
+            replace_file(workdir / BEGUN, "")
+            clear(workdir)
+        multihost_utils.sync_global_devices("workdir begun")
+        yield
+        multihost_utils.sync_global_devices("workdir written")
+        if first:
+            patiently(workdir, (workdir / BEGUN).unlink)
+        multihost_utils.sync_global_devices("workdir made")

@@ -4,11 +4,13 @@ Then parameters stay as they are in shape and place, and all but the step works 
 the new tokens only, which are the last ones of each projection that grew; the step puts them back where they were.
 """
 
+import math
 from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
+from tokenformer_jax.errors import UserError
 from tokenformer_jax.nn.layers import Params
 from tokenformer_jax.training.schedule import NewTokens
 
@@ -16,6 +18,16 @@ from tokenformer_jax.training.schedule import NewTokens
 def alone(new: NewTokens | None) -> TypeGuard[NewTokens]:
     """Whether only new tokens learn."""
     return new is not None and new.alone
+
+
+def check_mesh(new: NewTokens | None, tokens: dict[str, int], parts: int) -> None:
+    """Raises a UserError where what learns cannot be spread over so many devices as the tokens are."""
+    for name, first in new.tokens.items() if alone(new) else ():
+        if (count := tokens[name] - first) % parts:
+            raise UserError(
+                f"mesh.tensor = {parts}: must divide the {count} new tokens of {name}, which learn alone; use "
+                f"{math.gcd(count, parts)}"
+            )
 
 
 def part_of(tree: Params, new: NewTokens | None) -> Params:

@@ -17,7 +17,7 @@ from tokenformer_jax.devices.hardware import give_back_memory
 from tokenformer_jax.devices.sharding import batch_sharding, constrain, replicated, shardings, with_shardings
 from tokenformer_jax.nn.layers import Key, Params, count_params, subkey
 from tokenformer_jax.nn.transformer import Tau, initial_tau
-from tokenformer_jax.training.learned import alone, learn_alone, learned, part_of, put_back
+from tokenformer_jax.training.learned import alone, check_mesh, learn_alone, learned, part_of, put_back
 from tokenformer_jax.training.non_finite import if_finite
 from tokenformer_jax.training.schedule import NewTokens, learning_rate, make_optimizer, scale_updates
 from tokenformer_jax.training.state import TrainState, new_state
@@ -76,6 +76,7 @@ def make_step(
       schedule_end: the step at which it ends; `cfg.steps` where it is 0.
       new_tokens: those of a growth, which learn in a way of their own.
     """
+    check_mesh(new_tokens, cfg.model.tokens, cfg.mesh.tensor)
     task = task_of(cfg)
     graphdef, _, param_axes = task.abstract_model(cfg.model)
     schedule = learning_rate(cfg.optimizer, schedule_end or cfg.steps, schedule_start)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
+from jax.scipy.ndimage import map_coordinates
 
 from tokenformer_jax.image_config import UNCHANGED, AugmentConfig
 from tokenformer_jax.nn.vision import as_targets, scaled
@@ -140,7 +140,7 @@ def moved(x_HWC: jax.Array, matrix: jax.Array, shift: jax.Array) -> jax.Array:
     from_y = matrix[1, 0] * right_HW + matrix[1, 1] * down_HW + shift[1] + (side - 1) / 2
 
     def channel(x_HW: jax.Array) -> jax.Array:
-        return jax.scipy.ndimage.map_coordinates(x_HW, [from_y, from_x], order=1, mode="constant", cval=FILL)
+        return map_coordinates(x_HW, [from_y, from_x], order=1, mode="constant", cval=FILL)
 
     return jax.vmap(channel, in_axes=2, out_axes=2)(x_HWC)
 
@@ -217,6 +217,8 @@ def beta(alpha: float, key: jax.Array) -> jax.Array:
     """
     if not alpha:
         return jnp.float32(1)
+    import scipy.special  # which takes its time, and is needed here alone
+
     at = np.linspace(0, 1, QUANTILES)
     table = scipy.special.betaincinv(alpha, alpha, at).astype(np.float32)
     return jnp.interp(jax.random.uniform(key), at.astype(np.float32), table)

@@ -15,7 +15,8 @@ FLOORS = """
     config
     configs: base quickstart pile ladder released tpu transformer zero_shot digits imagenet
     devices: distributed hardware sharding
-    data: tokenizer units readers folders text published encode workers tokens mixture batches images image_batches
+    data: tokenizer units readers folders text published encode workers tokens mixture batches
+    data: images image_batches augment pictures
     nn: backends layers row_kernels pattention_vjp pattention watch attention transformer loss language vision
     training: metrics language augment images tasks state schedule learned non_finite step
     storage: fingerprint workdir in_bucket record arrays trackers metrics_file checkpoints trained adapters

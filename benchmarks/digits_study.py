@@ -87,9 +87,12 @@ def draw(curves: dict[str, list[list[dict[str, Any]]]], path: pathlib.Path) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", type=int, help="train this seed alone, beside others")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/digits_study"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/vision"))
     arguments = parser.parse_args()
+    if arguments.only is not None:
+        return run_seed(arguments.runs / str(arguments.only), arguments.only)
     arguments.out.mkdir(parents=True, exist_ok=True)
     curves: dict[str, list[list[dict[str, Any]]]] = {variant: [] for variant in SHOWN}
     for seed in range(arguments.seeds):

@@ -213,7 +213,6 @@ def test_epochs_say_where_a_run_ends(tmp_path):
         ({"task": "language"}, "model.image_size = 8: task = 'language' has no images; set it to 0"),
         ({"model__pooling": "max"}, "model.pooling = 'max': must be one of class_token, mean"),
         ({"augment__center": 0.0}, "augment.center = 0.0: must be above 0, and 1 at most"),
-        ({"batch_size": 7, "augment__mixup": 0.8}, "batch_size = 7: augment.mixup mixes pairs; use 6 or 8"),
     ],
 )
 def test_a_mistake_is_one_line(overrides, message):

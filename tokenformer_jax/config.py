@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import is_url, local_path, sealed
-from tokenformer_jax.image_config import UNCHANGED, AugmentConfig, check_image, check_pairs, check_text
+from tokenformer_jax.image_config import UNCHANGED, AugmentConfig, check_image, check_text
 from tokenformer_jax.rules import (
     NOT_NEGATIVE,
     BelowOne,
@@ -337,7 +337,6 @@ def validate(cfg: Config) -> None:
         cfg.optimizer.warmup_steps,
         f"must be below steps = {cfg.steps}",
     )
-    check_pairs(cfg)
     _check_batch(cfg)  # last: `plan` looks for a mesh for what has no other fault
 
 

@@ -11,17 +11,17 @@ from ml_collections import ConfigDict
 
 from tokenformer_jax.configs import base
 
-GROW_STEP, FLOPS = 1000, 2.6e12
+GROW_STEP, FLOPS = 500, 2.2e12
 
 
 def get_config(variant: str = "small") -> ConfigDict:
     if variant not in ("small", "grown", "large", "vit"):
         raise ValueError(f"variant {variant!r} must be small, grown, large or vit")
-    tokens = 32 if variant == "small" else 64
+    tokens = 16 if variant == "small" else 32
     config = base.get_config()
     config.task = "image_classification"
     config.train_flops = FLOPS
-    config.batch_size = 32
+    config.batch_size = 64
     config.log_every = 50
     config.eval_every = 500
     config.checkpoint_every = 500
@@ -40,12 +40,13 @@ def get_config(variant: str = "small") -> ConfigDict:
         patch_size=2,
         image_channels=1,
         num_classes=10,
+        pooling="mean",
         stochastic_depth=0.1,
         stochastic_depth_rises=True,
     )
     config.optimizer.update(
         schedule="wsd",
-        peak_learning_rate=2e-3,
+        peak_learning_rate=3e-3,
         final_learning_rate=0.0,
         warmup_steps=100,
         decay_fraction=0.2,

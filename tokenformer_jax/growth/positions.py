@@ -17,6 +17,7 @@ from tokenformer_jax.evaluation.perplexity import evaluate_split
 from tokenformer_jax.growth.recipes import check_same_but_sizes
 from tokenformer_jax.growth.resize import Resize, Source, resize_run
 from tokenformer_jax.training.state import TrainState
+from tokenformer_jax.training.step import Step
 
 
 def interpolate(
@@ -52,10 +53,13 @@ class Interpolating:
 
     def compare(self, resize: Resize, old: TrainState, new: TrainState, validation: Any) -> dict[str, float]:
         """Both models, each at its own size, on the batches of the validation split that `train` evaluates on."""
-        models = (resize.old_step, old, resize.old_cfg), (resize.step, new, resize.cfg)
-        before, after = (
-            evaluate_split(step, state, validation, cfg, max_batches=cfg.eval_batches) for step, state, cfg in models
-        )
+
+        def evaluate(step: Step, state: TrainState, cfg: Config) -> dict[str, float]:
+            seen = dataclasses.replace(validation, size=cfg.model.image_size)
+            return evaluate_split(step, state, seen, cfg, max_batches=cfg.eval_batches)
+
+        before = evaluate(resize.old_step, old, resize.old_cfg)
+        after = evaluate(resize.step, new, resize.cfg)
         return {"loss_before": before["loss"], "loss_after": after["loss"]}
 
     def moments(self, resize: Resize, source: Source, known: None) -> Any:

@@ -48,8 +48,8 @@ class ImageClassification:
             return batch
         rng = subkey(subkey(jax.random.key(cfg.seed), AUGMENTS), step)
         labels_B = jnp.where(batch.weights_BL[:, 0] > 0, batch.targets[:, 0], -1)
-        augmented: Any = augment(rng, jnp.asarray(batch.images_BHWC), labels_B, cfg.augment, cfg.model.num_classes)
-        return ImageBatch(*augmented, batch.weights_BL)
+        made: Any = augment(rng, jnp.asarray(batch.images_BHWC), labels_B, cfg.augment, cfg.model.num_classes)
+        return batch._replace(images_BHWC=made[0], targets=made[1])
 
     def prepare(self, cfg: Config, assets: Mapping[str, str] | None = None) -> ImageData:
         return open_images(cfg)

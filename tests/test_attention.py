@@ -8,33 +8,35 @@ import numpy as np
 import pytest
 
 from tests.helpers import assert_trees_equal
-from tokenformer_jax.nn.attention import blockwise_attention, splash_attention
+from tokenformer_jax.nn.attention import blockwise_attention, fused_attention, splash_attention
 from tokenformer_jax.nn.backends import attention_kernel
 
 KERNELS = {
     "splash": functools.partial(splash_attention, interpret=True),
-    "blockwise": lambda q, k, v, segments_BL: blockwise_attention(q, k, v, segments_BL),
+    "blockwise": lambda q, k, v, segments_BL, causal=True: blockwise_attention(q, k, v, segments_BL, causal),
+    "fused": functools.partial(fused_attention, implementation="xla"),  # what surrounds cuDNN's kernel
 }
 
 
-def plain_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL):
+def plain_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, causal=True):
     mask = None if segments_BL is None else (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
-    out_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, mask=mask, is_causal=True)
+    out_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, mask=mask, is_causal=causal)
     return out_BLHK.reshape(*q_BLHK.shape[:2], -1)
 
 
-@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize(("segmented", "causal"), [(False, True), (True, True), (False, False)])
 @pytest.mark.parametrize(
-    ("name", "length"), [("splash", 256), *(("blockwise", length) for length in (1, 64, 200, 256, 1000))]
+    ("name", "length"),
+    [("splash", 256), *(("blockwise", length) for length in (1, 64, 200, 256, 1000)), ("fused", 196), ("fused", 197)],
 )
-def test_a_kernel_and_its_gradient_equal_the_plain_attention(name, length, segmented):
+def test_a_kernel_and_its_gradient_equal_the_plain_attention(name, length, segmented, causal):
     shape = (2, length, 2, 64)
     *qkv, dy = (jax.random.normal(jax.random.key(i), shape) for i in range(4))
     segments_BL = jnp.cumsum(jax.random.bernoulli(jax.random.key(9), 0.05, shape[:2]), 1) + 1 if segmented else None
 
     @functools.partial(jax.jit, static_argnums=0)
     def with_gradients(attend, *qkv):
-        y, backward = jax.vjp(lambda q, k, v: attend(q, k, v, segments_BL), *qkv)
+        y, backward = jax.vjp(lambda q, k, v: attend(q, k, v, segments_BL, causal=causal), *qkv)
         return y, backward(dy.reshape(y.shape))
 
     plain, fast = (with_gradients(attend, *qkv) for attend in (plain_attention, KERNELS[name]))

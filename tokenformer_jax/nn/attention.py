@@ -97,9 +97,7 @@ def _by_kernel(q_BLHK, k_BLHK, v_BLHK, segments_BL, causal: bool) -> jax.Array:
         return splash_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, causal=causal)
     if which == "blockwise":
         return blockwise_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, causal)
-    mask = None if segments_BL is None else (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
-    out_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, mask=mask, is_causal=causal, implementation="cudnn")
-    return out_BLHK.reshape(*q_BLHK.shape[:2], -1)
+    return fused_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, causal)
 
 
 def cached_attention(
@@ -196,6 +194,35 @@ def _blockwise_backward(causal, kept, dout_BLD):
 
 
 blockwise_attention.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def fused_attention(
+    q_BLHK: jax.Array,
+    k_BLHK: jax.Array,
+    v_BLHK: jax.Array,
+    segments_BL: jax.Array | None = None,
+    causal: bool = True,
+    implementation: Any = "cudnn",
+) -> jax.Array:
+    """`causal_attention`, or `full_attention`, by cuDNN, whose gradient takes even L alone: an odd one gets padding."""
+    batch, length = q_BLHK.shape[:2]
+    lengths_B = None
+    if length % 2:
+        q_BLHK, k_BLHK, v_BLHK = (jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in (q_BLHK, k_BLHK, v_BLHK))
+        segments_BL = None if segments_BL is None else jnp.pad(segments_BL, [(0, 0), (0, 1)])
+        lengths_B = jnp.full(batch, length, jnp.int32)
+    mask = None if segments_BL is None else (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
+    out_BLHK = jax.nn.dot_product_attention(
+        q_BLHK,
+        k_BLHK,
+        v_BLHK,
+        mask=mask,
+        is_causal=causal,
+        query_seq_lengths=lengths_B,
+        key_value_seq_lengths=lengths_B,
+        implementation=implementation,
+    )
+    return out_BLHK[:, :length].reshape(batch, length, -1)
 
 
 def splash_attention(

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import check_data_path, is_url, sealed
-from tokenformer_jax.image_config import UNCHANGED, AugmentConfig, check_image, check_pairs, check_text
+from tokenformer_jax.image_config import UNCHANGED, AugmentConfig, check_image, check_text
 from tokenformer_jax.rules import (
     NOT_NEGATIVE,
     RISES_TO_1,
@@ -333,7 +333,6 @@ def validate(cfg: Config) -> None:
         cfg.optimizer.warmup_steps,
         f"must be below steps = {cfg.steps}",
     )
-    check_pairs(cfg)
     _check_batch(cfg)  # last: `plan` looks for a mesh for what has no other fault
 
 

@@ -66,12 +66,12 @@ def fresh(step, state):
 @pytest.mark.parametrize(
     "how",
     [
-        {"model__remat": "full"},
-        MESH,
+        MESH | {"model__remat": "full"},
         *(
             pytest.param(how, marks=pytest.mark.slow)
             for how in (
                 {},
+                MESH,
                 {"model__dropout": 0.3, "accumulation": 2},
                 {"model__normalizer": "gelu_l2_norm"},
                 {"mesh__fsdp": 2, "mesh__tensor": 4},

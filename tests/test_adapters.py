@@ -14,7 +14,7 @@ from tokenformer_jax.api import TokenFormer
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow
 from tokenformer_jax.running.loop import train
-from tokenformer_jax.storage.adapters import export_adapter, load_adapted, read_adapter
+from tokenformer_jax.storage.adapters import export_adapter, load_part, read_adapter
 from tokenformer_jax.storage.trained import load_trained
 
 pytestmark = pytest.mark.usefixtures("steps_are_shared")
@@ -43,7 +43,7 @@ def test_the_base_with_an_adapter_is_the_adapted_run_to_the_bit(folder, mesh):
     for name in ("a", "b"):
         run, put_on = (
             load_trained(folder / name, mesh=mesh),
-            load_adapted(folder / "base", mesh=mesh, paths=[file(folder, name)]),
+            load_part(folder / "base", mesh=mesh, paths=[file(folder, name)]),
         )
         assert put_on.fingerprint == run.fingerprint
         assert put_on.cfg.model == run.cfg.model and put_on.num_params == run.num_params
@@ -61,12 +61,12 @@ def test_a_file_holds_new_tokens_alone(folder):
 
 
 def test_several_are_appended_and_tau_adds_up(folder):
-    both = load_adapted(folder / "base", mesh=(1, 2, 2, 2), paths=[file(folder, "a"), file(folder, "b")])
+    both = load_part(folder / "base", mesh=(1, 2, 2, 2), paths=[file(folder, "a"), file(folder, "b")])
     a, b = (load_trained(folder / name) for name in ("a", "b"))
     assert both.cfg.model.tokens == {"query": 32, "key": 32, "value": 32, "out": 40, "ffn": 112}
     for run, name in ((a, "ffn"), (b, "query"), (b, "value")):
         assert_trees_equal(both.state.params["blocks"][name], run.state.params["blocks"][name])
-    twice = load_adapted(folder / "base", mesh=(1, 1, 1, 4), paths=[file(folder, "a")] * 2)
+    twice = load_part(folder / "base", mesh=(1, 1, 1, 4), paths=[file(folder, "a")] * 2)
     assert twice.cfg.model.ffn_tokens == 128
     assert float(twice.state.tau_now()["ffn"]) == pytest.approx(128**0.5)
 
@@ -100,15 +100,16 @@ def test_mistakes_are_named(folder, tmp_path):
         "none": "there is no such file",
     }.items():
         with pytest.raises(UserError, match=rf"{name}\.safetensors: {why}"):
-            load_adapted(folder / "base", paths=[tmp_path / f"{name}.safetensors"])
+            load_part(folder / "base", paths=[tmp_path / f"{name}.safetensors"])
     with pytest.raises(UserError, match=r"a\.safetensors: was trained on the model .* but step 16 of .*/b is .*; use"):
-        load_adapted(folder / "b", paths=[file(folder, "a")])
+        load_part(folder / "b", paths=[file(folder, "a")])
     with pytest.raises(UserError, match=r"base: has no tokens that learnt alone; grow --train=new"):
         export_adapter(folder / "base", tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"must end in \.safetensors"):
         export_adapter(folder / "a", tmp_path / "x.npz")
 
 
+@pytest.mark.slow
 def test_the_commands_take_them(folder, tmp_path):
     out = call_well("convert", f"--workdir={folder}/a", f"--to_adapter={tmp_path}/a.safetensors")
     assert "2,048 parameters that learnt alone" in out and "--adapter=" in out

@@ -289,7 +289,7 @@ def test_no_folder(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"{what}; use a folder of one subfolder per class"):
             open_folder(str(tmp_path / name), "train", SIZE)
     monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
-    with pytest.raises(UserError, match=r"use pip install 'tokenformer-jax\[vision\]'"):
+    with pytest.raises(UserError, match=r"use pip install pillow"):
         open_folder(str(tmp_path), "train", SIZE)
 
 

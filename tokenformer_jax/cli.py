@@ -266,12 +266,14 @@ def run_command(
 
 def _check(devices: str, values: list[Any]) -> None:
     """Finds the mistakes of configs that a command would find before its first step, without using a device."""
+    from tokenformer_jax.data.mixture import sources
     from tokenformer_jax.growth.ladder import stages  # which most commands do not need
 
     processes, each = (int(size) if size.isdecimal() else 0 for size in f"{devices}x".split("x")[:2])
     if devices != "any" and (devices != f"{processes}x{each}" or not processes * each):
         raise UserError(f"--check_for={devices}: must be processes x devices of each, such as 4x8, or any")
     for stage in (stage for value in values if isinstance(value, Config) for stage in stages(value)):
+        sources(stage.data)
         if devices != "any":
             check_mesh(stage.mesh, processes, each)
 
@@ -370,10 +372,11 @@ def mesh_flag() -> Any:
     return lambda: None if holder.value is None else parse_mesh(holder.value, "--mesh")
 
 
-def adapter_flag() -> Callable[[], list[pathlib.Path]]:
-    """Defines `--adapter=F`, which may be given several times; returns its reader."""
-    holder = flags.DEFINE_multi_string("adapter", [], "a file of convert --to_adapter to put on; may be repeated")
-    return lambda: [local_path(name, "--adapter") for name in holder.value]
+def part_flags() -> Callable[[], dict[str, Any]]:
+    """Defines `--adapter=F`, which may be given several times, and `--tokens=0.5`; returns a reader of both."""
+    files = flags.DEFINE_multi_string("adapter", [], "a file of convert --to_adapter to put on; may be repeated")
+    part = flags.DEFINE_float("tokens", None, "the size of a nested model, as the part of its parameter tokens")
+    return lambda: {"paths": [local_path(name, "--adapter") for name in files.value], "part": part.value}
 
 
 def examples_flag() -> Callable[[], range | None]:

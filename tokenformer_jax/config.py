@@ -5,7 +5,6 @@
 
 import dataclasses
 import difflib
-import json
 import pathlib
 import typing
 from collections.abc import Mapping
@@ -13,9 +12,10 @@ from typing import Annotated, Any
 
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import check_data_path, is_url, sealed
-from tokenformer_jax.image_config import UNCHANGED, AugmentConfig, check_image, check_pairs, check_text
+from tokenformer_jax.image_config import UNCHANGED, AugmentConfig, check_image, check_text
 from tokenformer_jax.rules import (
     NOT_NEGATIVE,
+    RISES_TO_1,
     BelowOne,
     Fraction,
     NotNegativeFloat,
@@ -25,6 +25,8 @@ from tokenformer_jax.rules import (
     Rule,
     divisors,
     one_of,
+    read_floats,
+    read_groups,
     require,
     require_divisible,
 )
@@ -59,6 +61,7 @@ class ModelConfig:
     dtype: Annotated[str, one_of("float32", "bfloat16")]
     remat: Annotated[str, one_of("none", "dots", "projections", "full")]
     pad_tokens_to: NotNegativeInt = 0
+    nested: Annotated[tuple[float, ...], RISES_TO_1] = ()
     stochastic_depth_rises: bool = False
     image_size: NotNegativeInt = 0
     patch_size: NotNegativeInt = 0
@@ -262,7 +265,7 @@ def read_dataclass(cls: Any, tree: Any, where: str) -> Any:
         if dataclasses.is_dataclass(kind):
             values[key] = read_dataclass(kind, value, name)
         elif typing.get_origin(kind) is tuple:
-            values[key] = _read_groups(value, name)
+            values[key] = read_floats(value, name) if kind == tuple[float, ...] else read_groups(value, name)
         elif kind is float and type(value) is int:
             values[key] = float(value)
         elif type(value) is kind:
@@ -270,12 +273,6 @@ def read_dataclass(cls: Any, tree: Any, where: str) -> Any:
         else:
             raise UserError(f"{name} = {value!r}: must be of type {kind.__name__}, not {type(value).__name__}")
     return cls(**values)
-
-
-def _read_groups(value: Any, name: str) -> tuple[dict[str, Any], ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(group, Mapping) for group in value):
-        raise UserError(f"{name} = {value!r}: must be a list of groups of keys")
-    return tuple(json.loads(json.dumps(group, default=dict)) for group in value)  # plain dicts all through
 
 
 def suggest(key: str, known: Any) -> str:
@@ -336,7 +333,6 @@ def validate(cfg: Config) -> None:
         cfg.optimizer.warmup_steps,
         f"must be below steps = {cfg.steps}",
     )
-    check_pairs(cfg)
     _check_batch(cfg)  # last: `plan` looks for a mesh for what has no other fault
 
 
@@ -376,6 +372,7 @@ def validate_model(model: ModelConfig) -> None:
         f"rotates {rotary_dims} of {model.head_dim} dims a head; it must be an even number",
     )
     if model.projection == "linear":
+        require(not model.nested, "model.nested", model.nested, "a linear projection has no tokens; set it to ()")
         require(
             model.tau_tokens == 0, "model.tau_tokens", model.tau_tokens, "a linear projection has no τ; set it to 0"
         )

@@ -5,7 +5,7 @@ python -m tokenformer_jax.evaluate --workdir=W --tasks=lambada_openai,hellaswag 
 python -m tokenformer_jax.evaluate --workdir=W --config=configs/zero_shot.py:paper   # which explains every key
 python -m tokenformer_jax.evaluate --workdir=W --config=zero_shot:data --config.datasets.data.path=books
 python -m tokenformer_jax.evaluate --workdir=W --out=eval.json   # where W cannot be written
-python -m tokenformer_jax.evaluate --workdir=W --adapter=F   # with the tokens of convert --to_adapter=F
+python -m tokenformer_jax.evaluate --workdir=W --adapter=F   # of convert --to_adapter; or --tokens=0.5, of model.nested
 python -m tokenformer_jax.evaluate --workdir=W --examples=96:104   # of training, by their order: each text and its loss
 python -m tokenformer_jax.evaluate --workdir=W --config.data.path=PLACE   # where the run's own data were moved
 """
@@ -14,18 +14,18 @@ import dataclasses
 
 from absl import flags
 
-from tokenformer_jax.cli import adapter_flag, any_config_flag, examples_flag, run_command, workdir_flag
+from tokenformer_jax.cli import any_config_flag, examples_flag, part_flags, run_command, workdir_flag
 from tokenformer_jax.devices.sharding import parse_mesh
 from tokenformer_jax.evaluation.perplexity import show_examples
 from tokenformer_jax.evaluation.settings import EvalConfig, applied, read_eval_config
 from tokenformer_jax.evaluation.suite import evaluate_all
 from tokenformer_jax.files import local_path
-from tokenformer_jax.storage.adapters import load_adapted
+from tokenformer_jax.storage.adapters import load_part
 
 
 def main() -> None:
     workdir, examples, config = workdir_flag(), examples_flag(), any_config_flag(read_eval_config)
-    adapters = adapter_flag()
+    parts = part_flags()
     step = flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
     split = flags.DEFINE_string("split", "validation", "train or validation, of the run's own data")
     out = flags.DEFINE_string("out", None, "the file for the figures; by default eval.json in the workdir")
@@ -45,7 +45,7 @@ def main() -> None:
     def evaluate() -> None:
         chosen, asked = examples(), settings()
         mesh = parse_mesh(asked.mesh, "--mesh") if asked.mesh else None
-        run = load_adapted(workdir(), step.value, mesh, adapters())
+        run = load_part(workdir(), step.value, mesh, **parts())
         if chosen:
             show_examples(applied(run, asked), chosen)
         else:

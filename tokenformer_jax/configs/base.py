@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
     model.out_tokens = 576  # parameter tokens of the attention's output projection
     model.ffn_tokens = 2304  # parameter tokens of the feed-forward; the hidden width of a "linear" one
     model.pad_tokens_to = 0  # counts are rounded up to a multiple with tokens that add nothing until they learn; 0: not
+    model.nested = ()  # or (0.25, 0.5, 1.0): these first parts of the tokens learn to be models, too
     model.rotary_fraction = 0.25  # part of each head's dims that rotary turns
     model.dropout = 0.0  # in training: rate on embedding, attention's output, ffn weights, final norm
     model.stochastic_depth = 0.0  # in training: rate at which an example skips an attention or ffn, in every layer

@@ -153,7 +153,7 @@ def need_pil() -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
-        raise UserError("pictures need the package pillow; use pip install 'tokenformer-jax[vision]'") from None
+        raise UserError("pictures need the package pillow; use pip install pillow") from None
 
 
 # One picture.

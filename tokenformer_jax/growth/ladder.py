@@ -15,7 +15,7 @@ from tokenformer_jax.config import BUDGETS, Config, GrowConfig, IndivisibleBatch
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.slope import slope
 from tokenformer_jax.growth.recipes import check_growth
-from tokenformer_jax.training.tasks import task_of
+from tokenformer_jax.training.tasks import flops_per_token, task_of
 
 SCHEDULE_KEYS = ("schedule", "decay_fraction", "decay", "warmup_steps")  # the same in all stages of one schedule
 RUNG_KEYS = (
@@ -160,7 +160,7 @@ def _cost_of_a_step(stage: Config, key: str) -> float:
     task = task_of(stage)
     tokens = task.tokens_per_step(stage)
     if key == "train_flops":
-        return tokens * task.train_flops_per_token(stage.model)
+        return tokens * flops_per_token(stage)
     return tokens / _tokens_of(stage, key)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from tokenformer_jax.config import FREE_MODEL_KEYS, SIZES, ModelConfig
 from tokenformer_jax.devices.sharding import constrain
 from tokenformer_jax.errors import UserError
+from tokenformer_jax.training import nested
 
 
 class Growth(NamedTuple):
@@ -152,6 +153,7 @@ RECIPES = {
 def check_growth(old: ModelConfig, new: ModelConfig, recipe: str) -> None:
     """Raises a UserError unless `new` is `old` with more parameter tokens (or as many), which the recipe can append."""
     check_same_but_sizes(old, new, "growth")
+    nested.check_growth(old, new)
     old_padded, new_padded = old.padding_counted(), new.padding_counted()
     for size in SIZES:
         named, count = getattr(old, size), getattr(new, size)
@@ -184,7 +186,7 @@ def check_same_but_sizes(old: ModelConfig, new: ModelConfig, what: str) -> None:
     """Raises a UserError where two models differ in more than token counts and what may always change."""
     for field in dataclasses.fields(ModelConfig):
         before, after = getattr(old, field.name), getattr(new, field.name)
-        if field.name not in (*SIZES, "pad_tokens_to", *FREE_MODEL_KEYS) and after != before:
+        if field.name not in (*SIZES, "pad_tokens_to", "nested", *FREE_MODEL_KEYS) and after != before:
             raise UserError(
                 f"model.{field.name} = {after!r}: the source has {before!r}; {what} changes token counts only"
             )

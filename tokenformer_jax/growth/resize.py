@@ -29,6 +29,7 @@ from tokenformer_jax.storage.fingerprint import model_fingerprint
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.trained import newest_good, open_checkpoint
 from tokenformer_jax.storage.workdir import new_workdir, require_empty
+from tokenformer_jax.training import nested
 from tokenformer_jax.training.learned import alone
 from tokenformer_jax.training.schedule import new_tokens
 from tokenformer_jax.training.state import TrainState
@@ -156,6 +157,7 @@ class Resize:
         seconds: dict[str, float] = {}
         with timed(seconds, "restore"):
             old = source.model(self.old_step)
+        nested.check_tau(self.old_cfg.model, old.tau_now())
         if alone(self.step.new_tokens):
             tau = {name: float(value) for name, value in old.tau_now().items()}
             base = {"train": "new", "base": model_fingerprint(old.params, tau), "base_tau": tau}

@@ -23,7 +23,7 @@ from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.planning.hlo import Program, read_program
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import make_step
-from tokenformer_jax.training.tasks import task_of
+from tokenformer_jax.training.tasks import flops_per_token, task_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -178,7 +178,7 @@ def make_plan(cfg: Config, topology: str, slices: int = 1) -> dict[str, Any]:
     total = sum(held.values())
     program = read_program(text, plan["mesh"])
     task = task_of(cfg)
-    model_flops = task.tokens_per_step(cfg) / len(devices) * task.train_flops_per_token(cfg.model)
+    model_flops = task.tokens_per_step(cfg) / len(devices) * flops_per_token(cfg)
     return plan | {
         "compile_seconds": round(time.monotonic() - began, 1),
         "fits": total <= chip.memory,

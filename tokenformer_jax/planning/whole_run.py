@@ -12,7 +12,7 @@ from tokenformer_jax.growth.ladder import stages, with_budget
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.planning.fit import changes, find_fit, meshes
 from tokenformer_jax.planning.plan import describe, devices_of, make_plan
-from tokenformer_jax.training.tasks import task_of
+from tokenformer_jax.training.tasks import flops_per_token, task_of
 
 Say = Callable[[str], None]
 MEASURED = "measured on one H100: 39% at 124M parameters, 43% at 1.4B; on TPUs and pods: not yet"
@@ -107,7 +107,7 @@ def bill(
         task = task_of(stage)
         steps = max(0, stage.steps - began)
         began = max(began, stage.steps)
-        step_flops = task.tokens_per_step(stage) * task.train_flops_per_token(stage.model)
+        step_flops = task.tokens_per_step(stage) * flops_per_token(stage)
         step_seconds = step_flops / (devices * chip.flops * mfu)
         rows.append(
             {

@@ -30,8 +30,10 @@ class Log:
                 self.writer.write(run.figures(run.start) | {"step": rollback["from"], "rollback": rollback})
                 self.say(f"rolled back from step {rollback['from']} to step {rollback['to']}: {rollback['why']}")
         used, there = run.step.mesh.size, jax.device_count()
+        learned = count_params(run.step.learned)
+        alone = f" (of which {learned:,} learn)" if learned < count_params(run.state.params) else ""
         self.say(
-            f"{count_params(run.state.params):,} parameters, {self.task.describe_data(run.corpus)}, "
+            f"{count_params(run.state.params):,} parameters{alone}, {self.task.describe_data(run.corpus)}, "
             f"from step {run.start} to step {run.cfg.steps}{f', on {used} devices' if used > 1 else ''}"
         )
         if used < there:

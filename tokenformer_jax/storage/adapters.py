@@ -6,11 +6,12 @@ the adapted run's, to the bit; left off, nothing of the base has changed. Severa
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,9 @@ from tokenformer_jax.devices.sharding import constrain, replicated
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import make_folder, sealed, unsealed
 from tokenformer_jax.nn.layers import Params, count_params
+from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.storage.trained import Trained, load_trained
+from tokenformer_jax.training import nested
 from tokenformer_jax.training.state import TauRamp
 from tokenformer_jax.training.step import make_step
 
@@ -173,31 +176,46 @@ def adapted_tau(tau: Mapping[str, float], adapters: Sequence[Adapter]) -> dict[s
     return {name: math.sqrt(value**2 + more[name]) if more[name] else value for name, value in tau.items()}
 
 
-def load_adapted(
+def load_part(
     workdir: pathlib.Path,
     step_number: int | None = None,
     mesh: tuple[int, ...] | None = None,
     paths: Sequence[pathlib.Path] = (),
+    part: float | None = None,
 ) -> Trained:
-    """`load_trained`, with adapters put on. Raises a UserError where one is not of this model."""
+    """`load_trained`, with adapters put on, or of a nested model the size that has this part of the tokens.
+
+    Raises a UserError where an adapter is not of this model, or the model has no such size.
+    """
     adapters = [read_adapter(path) for path in paths]
+    if adapters and part is not None:
+        raise UserError(f"--tokens={part:g}: goes without --adapter, whose tokens belong to the whole model")
     run = load_trained(workdir, step_number, mesh)
-    if not adapters:
+    if adapters:
+        check_base(adapters, run.fingerprint, f"step {run.step_number} of {workdir}")
+        model = adapted_config(run.cfg.model, adapters, run.cfg.mesh.tensor)
+        tokens = jax.device_put([adapter.tokens for adapter in adapters], replicated(run.step.mesh))
+        now = {name: float(value) for name, value in run.state.tau_now().items()}
+        join = functools.partial(append, counts=model.tokens)
+        run = changed(run, model, adapted_tau(now, adapters), join, tokens)
+        return dataclasses.replace(run, adapters=tuple(adapter.source for adapter in adapters))
+    if part is None or part == 1.0 in run.cfg.model.nested:
         return run
-    check_base(adapters, run.fingerprint, f"step {run.step_number} of {workdir}")
-    cfg = dataclasses.replace(run.cfg, model=adapted_config(run.cfg.model, adapters, run.cfg.mesh.tensor))
+    model = nested.at(run.cfg.model, part)
+    nested.check_mesh(run.cfg.model, run.cfg.mesh.tensor)
+    return changed(run, model, initial_tau(model), lambda params, _: nested.cut(params, model), ())
+
+
+def changed(
+    run: Trained, model: ModelConfig, tau: Mapping[str, float], change: Callable[[Params, Any], Params], arrays: Any
+) -> Trained:
+    """A run whose parameters are `change(params, arrays)`, with a τ of its own."""
+    cfg = dataclasses.replace(run.cfg, model=model)
     validate(cfg)
     step = make_step(cfg, run.step.mesh, run.record.schedule_start)
-    tokens = jax.device_put([adapter.tokens for adapter in adapters], replicated(run.step.mesh))
     with jax.set_mesh(step.mesh):
         shardings = jax.tree.map(lambda a: a.sharding, step.abstract_state.params)
-        join = jax.jit(lambda params, tokens: append(params, tokens, cfg.model.tokens), out_shardings=shardings)
-        params = join(run.state.params, tokens)
-    tau = {name: TauRamp.constant(value) for name, value in adapted_tau(_tau(run), adapters).items()}
-    state = run.state._replace(params=params, tau=jax.device_put(tau, replicated(step.mesh)))
-    names = tuple(adapter.source for adapter in adapters)
-    return dataclasses.replace(run, cfg=cfg, step=step, state=state, num_params=count_params(params), adapters=names)
-
-
-def _tau(run: Trained) -> dict[str, float]:
-    return {name: float(value) for name, value in run.state.tau_now().items()}
+        params = jax.jit(change, out_shardings=shardings)(run.state.params, arrays)
+    ramps = {name: TauRamp.constant(value) for name, value in tau.items()}
+    state = run.state._replace(params=params, tau=jax.device_put(ramps, replicated(step.mesh)))
+    return dataclasses.replace(run, cfg=cfg, step=step, state=state, num_params=count_params(params))

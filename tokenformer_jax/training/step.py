@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,17 +11,18 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from tokenformer_jax.config import Config
+from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.data.batches import Batch
 from tokenformer_jax.devices.hardware import give_back_memory
 from tokenformer_jax.devices.sharding import batch_sharding, constrain, replicated, shardings, with_shardings
 from tokenformer_jax.nn.layers import Key, Params, count_params, subkey
 from tokenformer_jax.nn.transformer import Tau, initial_tau
+from tokenformer_jax.training import nested
 from tokenformer_jax.training.learned import alone, check_mesh, learn_alone, learned, part_of, put_back
 from tokenformer_jax.training.non_finite import if_finite
 from tokenformer_jax.training.schedule import NewTokens, learning_rate, make_optimizer, scale_updates
 from tokenformer_jax.training.state import TrainState, new_state
-from tokenformer_jax.training.tasks import task_of
+from tokenformer_jax.training.tasks import flops_per_token, task_of
 
 Metrics = dict[str, jax.Array]
 Loss = Callable[[Params, Tau, Batch, Key], tuple[jax.Array, jax.Array]]  # sums of losses and of weights
@@ -77,6 +78,8 @@ def make_step(
       new_tokens: those of a growth, which learn in a way of their own.
     """
     check_mesh(new_tokens, cfg.model.tokens, cfg.mesh.tensor)
+    nested.check_mesh(cfg.model, cfg.mesh.tensor)
+    smaller = [] if alone(new_tokens) else nested.sizes(cfg.model)[:-1]  # have none of the new tokens
     task = task_of(cfg)
     graphdef, _, param_axes = task.abstract_model(cfg.model)
     schedule = learning_rate(cfg.optimizer, schedule_end or cfg.steps, schedule_start)
@@ -93,9 +96,13 @@ def make_step(
             learn_alone(model, learns, new_tokens, list(cfg.model.tokens))
             return model.loss_sums(batch, tau, cfg, key)
 
+        def loss_at(size: ModelConfig, learns: Params, tau: Tau, batch: Batch, key: Key) -> Any:
+            return nnx.merge(graphdef, nested.cut(learns, size)).loss_sums(batch, initial_tau(size), cfg, key)
+
+        losses: list[Loss] = [*(functools.partial(loss_at, size) for size in smaller), loss]
         key, batch = masks_key(cfg, state.step), task.augmented(batch, cfg, state.step)
         learns = learned(state.params, new_tokens)
-        mean, grads = mean_gradients(loss, learns, state.tau_now(), batch, key, cfg.accumulation)
+        mean, grads = mean_gradients(losses, state.step, learns, state.tau_now(), batch, key, cfg.accumulation)
         update = functools.partial(clipped_update, optimizer, cfg.optimizer.clip_norm, new_tokens)
         learns, opt_state, metrics = update_state(state, learns, mean, grads, schedule, update)
         params = put_back(state.params, learns, new_tokens)
@@ -112,6 +119,7 @@ def make_step(
         replicated(mesh),
     )
     learns = jax.eval_shape(lambda params: learned(params, new_tokens), abstract.params)
+    flops = task.train_flops_per_token(cfg.model) if alone(new_tokens) else flops_per_token(cfg)
     frozen = count_params(abstract.params) - count_params(learns)
     jitted_train = jax.jit(train, in_shardings=(of_state, batch), out_shardings=(of_state, whole), donate_argnums=0)
     return Step(
@@ -123,7 +131,7 @@ def make_step(
         mesh=mesh,
         new_tokens=new_tokens,
         learned=learns,
-        flops_per_token=task.train_flops_per_token(cfg.model) - 2.0 * frozen,  # their gradient's
+        flops_per_token=flops - 2.0 * frozen,  # their gradient's
     )
 
 
@@ -155,11 +163,18 @@ def masks_key(cfg: Config, step: jax.Array | int) -> Key:
 
 
 def mean_gradients(
-    loss: Loss, params: Params, tau: Tau, batch: Batch, key: Key, parts: int
+    losses: Sequence[Loss], turn: jax.Array | int, params: Params, tau: Tau, batch: Batch, key: Key, parts: int
 ) -> tuple[jax.Array, Params]:
-    """The mean loss over the batch's real tokens and its gradient, worked through in so many parts."""
+    """The mean loss over the batch's real tokens and its gradient, worked through in so many parts.
+
+    Of several losses one, by turn.
+    """
     total = jnp.maximum(jnp.sum(batch.weights_BL), 1.0)
-    of_part = jax.value_and_grad(lambda params, part, key: loss(params, tau, part, key)[0] / total)
+    each = [jax.value_and_grad(lambda p, part, key, f=loss: f(p, tau, part, key)[0] / total) for loss in losses]
+
+    def of_part(*args: Any) -> tuple[jax.Array, Params]:
+        return jax.lax.switch(turn % len(each), each, *args) if len(each) > 1 else each[0](*args)
+
     if parts == 1:
         return of_part(params, batch, subkey(key, 0))
 

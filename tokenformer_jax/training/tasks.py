@@ -14,6 +14,7 @@ from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.nn.layers import Params
 from tokenformer_jax.training.images import ImageClassification
 from tokenformer_jax.training.language import Language
+from tokenformer_jax.training.nested import sizes
 
 
 class Prepared(Protocol):
@@ -105,3 +106,9 @@ TASKS: dict[str, Task] = {"language": Language(), "image_classification": ImageC
 
 def task_of(cfg: Config) -> Task:
     return TASKS[cfg.task]
+
+
+def flops_per_token(cfg: Config) -> float:
+    """Model FLOPs of forward and backward; of a nested model the mean over its sizes."""
+    each = [task_of(cfg).train_flops_per_token(size) for size in sizes(cfg.model)]
+    return sum(each) / len(each)

@@ -20,7 +20,7 @@ from tokenformer_jax.data.batches import train_batches
 from tokenformer_jax.data.mixture import prepare
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.report import named_runs, summarise
-from tokenformer_jax.files import replace_file, run_path
+from tokenformer_jax.files import replace_file, run_path, write_with
 from tokenformer_jax.growth.grow import grow
 from tokenformer_jax.growth.shrink import shrink
 from tokenformer_jax.running.branch import branch
@@ -311,6 +311,11 @@ def test_a_folder_out_of_reach_is_not_one_that_is_not_there(bucket, remote):
                 ask()
     finally:
         bucket.start()
+
+
+def test_a_picture_is_written_to_a_bucket(bucket):
+    write_with(run_path("gs://runs/some/picture.png", ""), lambda file: file.write(b"png"))
+    assert bucket.content("runs", "some/picture.png") == b"png"
 
 
 def test_patience_ends(monkeypatch):

@@ -26,7 +26,7 @@ from benchmarks.accelerator_work import is_no_memory, peak_bytes
 from tokenformer_jax.config import Config, read_config
 from tokenformer_jax.configs import imagenet
 from tokenformer_jax.data.image_batches import ImageBatch
-from tokenformer_jax.data.images import as_array
+from tokenformer_jax.data.pictures import center_box, decode, random_box
 from tokenformer_jax.devices.hardware import give_back_memory, peak_flops
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.nn.layers import count_params
@@ -166,10 +166,14 @@ def measure_inputs(arguments: Any) -> Figures:
     photo.save(file, "JPEG", quality=90)
     rng, count = np.random.default_rng(0), 20 if arguments.tiny else 200
     rates = {}
-    for name, crop in (("random crop", 0.08), ("center", 0.0)):
+    boxes: dict[str, Any] = {
+        "random crop": lambda shape: random_box(shape, 0.08, rng),
+        "center": lambda shape: center_box(shape, 0.875),
+    }
+    for name, box in boxes.items():
         began = time.perf_counter()
         for _ in range(count):
-            as_array(file.getvalue(), 224, 3, crop, rng if crop else None, 0.875)
+            decode(file.getvalue(), 224, 3, box)
         rates[name] = count / (time.perf_counter() - began)
     print(
         f"augmentations on the device: {augmented:,.0f} images/s; decoding {PHOTO[0]} x {PHOTO[1]} JPEGs of "

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Like launch/tpu_vm.sh, whose header explains commands and flags, on several slices of one kind:
-#   bash launch/multislice.sh run --name=… --zone=… --type=v6e-16 --slices=2 --storage=gs://BUCKET \
-#       -- --config=configs/… --workdir=/mnt/shared/…
+#   bash launch/multislice.sh run --name=… --zone=… --type=v6e-16 --slices=2 \
+#       -- --config=configs/… --workdir=gs://BUCKET/…
 #   --slices (TPU_SLICES)    how many; the slices are called NAME-0, NAME-1, …
 # They are one queued resource, whose runtime tells each worker of its slice (MEGASCALE_… variables). A command with a
 # --config gets --config.mesh.slice=SLICES as well.

@@ -88,22 +88,23 @@ check_slice() {
       *) mistake "--type=$type: use v6e-N, v5litepod-N, v5p-N or v4-N; another needs its --runtime as well" ;;
     esac
   fi
-  [[ $storage =~ ^(gs://[^/]+|[^/:]+:/.+|)$ ]] ||
-    mistake "--storage=$storage: use gs://BUCKET, without a folder, or HOST:/SHARE"
+  [[ $storage != gs://* ]] || mistake "--storage=$storage: buckets are not mounted; use --workdir=$storage/FOLDER"
+  [[ $storage =~ ^([^/:]+:/.+|)$ ]] || mistake "--storage=$storage: use HOST:/SHARE, of NFS"
 }
 
 check_command() {
   local arg file
-  ((${#command[@]})) || mistake "what to run is missing: -- --config=configs/… --workdir=$shared/… would train"
+  ((${#command[@]})) || mistake "what to run is missing: -- --config=configs/… --workdir=gs://… would train"
   if [[ ${command[0]} == --* ]]; then command=(python -m tokenformer_jax.train "${command[@]}"); fi
   [[ $action == run ]] || return 0
   for arg in "${command[@]}"; do
     case $arg in
+      --workdir=gs://?*/?* | --source=gs://?*/?*) ;;
       --workdir=$shared/?* | --source=$shared/?*)
-        [[ $storage ]] || mistake "--storage (TPU_STORAGE) is missing: gs://BUCKET or HOST:/SHARE, to mount at $shared"
+        [[ $storage ]] || mistake "--storage (TPU_STORAGE) is missing: HOST:/SHARE, of NFS, to mount at $shared"
         ;;
       --workdir=* | --source=*)
-        mistake "$arg: must lie in $shared, which all workers share and which outlives them; gs:// paths are not read"
+        mistake "$arg: must be gs://BUCKET/FOLDER, or lie in $shared: all workers share these, and they outlive them"
         ;;
       --config=*)
         file=${arg#--config=} file=${file%%:*}

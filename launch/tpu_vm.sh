@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs a command, train by default, on every worker of a Cloud TPU slice, and again where it was preempted.
 #   bash launch/tpu_vm.sh create --name=… --zone=… --type=v6e-16 [--storage=gs://BUCKET]    makes and prepares the slice
-#   bash launch/tpu_vm.sh run    --name=… … -- --config=configs/… --workdir=/mnt/shared/…   creates, trains, waits
-#   bash launch/tpu_vm.sh run    --name=… … -- python -m tokenformer_jax.evaluate --workdir=/mnt/shared/…
+#   bash launch/tpu_vm.sh run    --name=… … -- --config=configs/… --workdir=gs://BUCKET/…   creates, trains, waits
+#   bash launch/tpu_vm.sh run    --name=… … -- python -m tokenformer_jax.evaluate --workdir=gs://BUCKET/…
 #   bash launch/tpu_vm.sh status|logs|stop|delete --name=… --zone=…
 #   bash launch/tpu_vm.sh exec   --name=… --zone=… -- COMMAND…     in the foreground, on one worker
 # run checks the command's flags and config here first (PYTHON: by which interpreter; .venv's by default).
@@ -14,7 +14,7 @@
 #   --project (TPU_PROJECT)  gcloud's by default
 #   --type (TPU_TYPE)        the accelerator type: v6e-N, v5litepod-N, v5p-N or v4-N
 #   --runtime (TPU_RUNTIME)  the runtime version; by default the one that goes with the type
-#   --storage (TPU_STORAGE)  gs://BUCKET, or an NFS share HOST:/SHARE: mounted at /mnt/shared on every worker
+#   --storage (TPU_STORAGE)  an NFS share HOST:/SHARE, mounted at /mnt/shared on every worker; buckets need no mount
 #   --queued                 as a queued resource, which waits for capacity; else a TPU VM, made now or not at all
 #   --spot, --reserved       spot capacity, which may be preempted, or your reservation's
 #   --create_flag=FLAG       one more flag for gcloud's create, such as --create_flag=--network=mine; may be repeated

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What one worker does of a run on TPU VMs; launch/tpu_vm.sh and launch/multislice.sh call it over ssh.
 #   bash launch/worker.sh install [STORAGE]    installs the project, and mounts STORAGE at /mnt/shared
-#   bash launch/worker.sh mount STORAGE        gs://BUCKET, by gcsfuse, or an NFS share HOST:/SHARE
+#   bash launch/worker.sh mount STORAGE        an NFS share HOST:/SHARE
 #   bash launch/worker.sh start COMMAND…       starts a command that outlives this shell
 #   bash launch/worker.sh status               idle, running, finished, stopped (it saved, and goes on when started again),
 #                                              lost (it died unseen), failed CODE or orphaned (it ended because another
@@ -12,7 +12,6 @@
 set -euo pipefail
 shared=/mnt/shared
 job=$HOME/.tokenformer_job
-gcsfuse_version=3.11.2
 mkdir -p "$job"
 
 install_project() {
@@ -29,29 +28,9 @@ install_project() {
 mount_storage() {
   ! mountpoint -q $shared || return 0
   sudo mkdir -p $shared
-  case $1 in
-    gs://*)
-      sudo chown "$(id -u):$(id -g)" $shared
-      command -v gcsfuse >/dev/null || install_gcsfuse
-      # Workers must see at once what others write: no cached metadata. Staged writes, so that an fsync reaches the
-      # bucket (see keep_synced). Prepared data is mapped into memory: cached whole on the local disk.
-      gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
-        --enable-streaming-writes=false --cache-dir="$HOME/.gcsfuse" --file-cache-cache-file-for-range-read \
-        "${1#gs://}" $shared
-      ;;
-    *)
-      command -v mount.nfs >/dev/null || apt_install nfs-common
-      sudo mount -t nfs -o hard,nconnect=8 "$1" $shared
-      [[ -w $shared ]] || sudo chown "$(id -u):$(id -g)" $shared
-      ;;
-  esac
-}
-
-install_gcsfuse() {
-  local file=gcsfuse_${gcsfuse_version}_amd64.deb
-  curl -fsSL -o "/tmp/$file" \
-    "https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v$gcsfuse_version/$file"
-  apt_install "/tmp/$file"
+  command -v mount.nfs >/dev/null || apt_install nfs-common
+  sudo mount -t nfs -o hard,nconnect=8 "$1" $shared
+  [[ -w $shared ]] || sudo chown "$(id -u):$(id -g)" $shared
 }
 
 apt_install() {  # the system's own upgrades hold the lock after boot
@@ -78,13 +57,10 @@ start() {
 }
 
 supervise() {
-  local code child arg signalled=
+  local code child signalled=
   trap 'signalled=yes; touch "$job/stopping"; kill -TERM "$child" 2>/dev/null || true' TERM
   "$@" &
   child=$!
-  for arg in "$@"; do
-    if [[ $arg == --workdir=* ]]; then keep_synced "${arg#--workdir=}" "$child" & fi
-  done
   while code=0; do
     wait "$child" || code=$?
     [[ $signalled ]] || break
@@ -100,14 +76,6 @@ supervise() {
     echo finished
   fi >"$job/result.new"
   mv "$job/result.new" "$job/result"
-}
-
-# gcsfuse uploads a file when it is closed or synced, and metrics.jsonl stays open for days.
-keep_synced() {  # WORKDIR PROCESS
-  exec 9>&-
-  while sleep 60 && kill -0 "$2" 2>/dev/null; do
-    sync "$1"/metrics.jsonl "$1"/tensorboard/* 2>/dev/null || true
-  done
 }
 
 status() {

@@ -8,7 +8,7 @@ import http.server
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from urllib.parse import parse_qs, urlparse
 
@@ -37,7 +37,7 @@ class Emulator:
             free.bind(("localhost", 0))
             self.port = free.getsockname()[1]
         self.address = f"http://localhost:{self.port}"
-        self.refuses: Callable[[str], bool] = lambda path: False  # requests that are answered with 503
+        self.lock = threading.Lock()
         self.environment = dict(zip(VARIABLES, (self.address, "false", self.address, "none"), strict=True))
 
     def start(self) -> None:
@@ -81,8 +81,6 @@ class _PreconditionFailed(Exception):
 class _Checked:
     """The emulator's storage as one request sees it."""
 
-    lock = threading.RLock()
-
     def __init__(self, storage, query):
         self.storage, self.expected, self.generation = storage, query.get("ifGenerationMatch", [None])[0], None
 
@@ -105,14 +103,12 @@ class _Checked:
             raise _PreconditionFailed
 
     def create_file(self, bucket, name, *others):
-        with self.lock:
-            self._check(bucket, name)
-            return self.storage.create_file(bucket, name, *others)
+        self._check(bucket, name)
+        return self.storage.create_file(bucket, name, *others)
 
     def delete_file(self, bucket, name):
-        with self.lock:
-            self._check(bucket, name)
-            return self.storage.delete_file(bucket, name)
+        self._check(bucket, name)
+        return self.storage.delete_file(bucket, name)
 
 
 def _handler(emulator):
@@ -124,6 +120,22 @@ def _handler(emulator):
                 self.send_header("x-goog-generation", self.storage.generation)
             super().end_headers()
 
+        def do_GET(self):
+            with emulator.lock:  # its storage is not made for threads
+                super().do_GET()
+
+        def do_POST(self):
+            with emulator.lock:
+                super().do_POST()
+
+        def do_PUT(self):
+            with emulator.lock:
+                super().do_PUT()
+
+        def do_DELETE(self):
+            with emulator.lock:
+                super().do_DELETE()
+
         def handle_one_request(self):
             plain = self.storage
             try:
@@ -132,16 +144,13 @@ def _handler(emulator):
                 self.send_response(412)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
-            except (BrokenPipeError, ConnectionResetError):  # whoever asked was killed
+            except (BrokenPipeError, ConnectionResetError, ValueError):  # whoever asked was killed
                 self.close_connection = True
             finally:
                 self.storage = plain
 
         def parse_request(self):
             parsed = super().parse_request()
-            if parsed and emulator.refuses(self.path):
-                self.send_error(503)
-                return False
             if parsed:
                 self.storage = _Checked(self.storage, parse_qs(urlparse(self.path).query))
             return parsed

@@ -15,15 +15,15 @@ FLOORS = """
     config
     configs: base quickstart pile ladder released tpu transformer zero_shot digits imagenet
     devices: distributed hardware sharding
-    data: tokenizer units readers folders text published encode workers tokens mixture batches
-    data: images image_batches augment pictures
+    data: tokenizer units readers folders text published encode workers shards tokens mixture batches
+    data: augment pictures images image_batches
     nn: backends layers row_kernels pattention_vjp pattention watch attention transformer loss language vision
-    training: metrics nested language augment images tasks state schedule learned non_finite step
+    training: metrics nested language images tasks state schedule learned non_finite step
     storage: fingerprint workdir in_bucket record arrays trackers metrics_file checkpoints trained adapters
     storage: state_dicts official hub card hub_format
     evaluation: perplexity contributions inspection sampling report slope advice settings
     evaluation: scoring harness zero_shot suite predictions
-    growth: recipes ladder figures verify resize grow shrink
+    growth: recipes ladder figures verify resize grow shrink positions
     planning: hlo plan fit whole_run
     running: signals run log loop branch
     resizable

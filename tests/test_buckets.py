@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from tests.gcs_emulator import emulated
@@ -14,6 +16,8 @@ from tests.helpers import assert_trees_equal, corpus_overrides, rows_of, tiny_co
 from tokenformer_jax import buckets
 from tokenformer_jax.api import TokenFormer
 from tokenformer_jax.buckets import Unreachable, copy_folder, patiently
+from tokenformer_jax.data.batches import train_batches
+from tokenformer_jax.data.mixture import prepare
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.report import named_runs, summarise
 from tokenformer_jax.files import replace_file, run_path
@@ -191,9 +195,12 @@ def test_a_workdir_that_was_not_made_whole_is_no_run_and_is_made_anew(cfg, local
         with pytest.raises(UserError, match=r"^gs://runs/half: is not whole"):
             read()
     require_empty(folder, "holds something")
-    grow(local, larger(cfg), folder)
-    assert not (folder / "checkpoints" / "6" / "x").exists()
+    with new_workdir(folder) as inside:
+        assert sorted(path.name for path in inside.iterdir()) == [LOCK, ".partial"]
+        copy_folder(local, inside)
     assert load_trained(folder).step_number == 6
+    with pytest.raises(UserError, match="holds something"):
+        require_empty(folder, "holds something")
 
 
 @pytest.mark.slow
@@ -262,6 +269,50 @@ def test_an_outage_that_lasts_ends_in_one_line_and_keeps_the_last_checkpoint(buc
     assert describe(Checkpoints(workdir / "checkpoints"), 2)[1] == {}
 
 
+def test_tokens_in_a_bucket_are_those_of_a_folder_and_only_what_is_read_is_copied(bucket, cfg):
+    there = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, cache_dir="gs://runs/cache"))
+    theirs, ours = prepare(cfg), prepare(there)
+    assert ours.train.fingerprint == theirs.train.fingerprint and ours.assets == theirs.assets
+    again = prepare(there).train  # which was prepared
+    (shard,) = again.shards
+    assert not shard.copied.any()
+    window = again.read(2100, 2120)  # the second block begins at token 2048
+    np.testing.assert_array_equal(window, theirs.train.read(2100, 2120))
+    assert shard.copied.tolist() == [False, True] + [False] * (len(shard.copied) - 2)
+    batches, others = train_batches(again, there), train_batches(theirs.train, cfg)
+    for _ in range(3):
+        assert_trees_equal(next(batches), next(others))
+    np.testing.assert_array_equal(prepare(there).train.tokens, theirs.train.tokens)
+    name = next(name for name in bucket.names("runs") if re.match("cache/.*/train-.*bin", name))
+    content = bytearray(bucket.content("runs", name))
+    content[5000] ^= 1
+    (run_path(f"gs://runs/{name}", "")).write_bytes(bytes(content))
+    damaged = prepare(there).train
+    np.testing.assert_array_equal(damaged.read(0, 2000), theirs.train.read(0, 2000))
+    with pytest.raises(UserError, match=r"^gs://runs/cache/.*: bytes 4096 to 8192 have changed since"):
+        damaged.read(2100, 2120)
+
+
+def test_a_tokenizer_is_read_from_a_bucket(cfg, remote):
+    tokenizer = prepare(cfg).tokenizer
+    replace_file(run_path("gs://runs/tokenizer.json", ""), tokenizer.to_json())
+    there = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer="gs://runs/tokenizer.json"))
+    assert prepare(there).tokenizer.to_json() == tokenizer.to_json()
+
+
+@pytest.mark.slow
+def test_a_folder_out_of_reach_is_not_one_that_is_not_there(bucket, remote):
+    folder = remote / "checkpoints"
+    assert folder.is_dir() and not (folder / "none").is_dir() and not (remote / "config.json").is_dir()
+    bucket.stop()
+    try:
+        for ask in (folder.is_dir, folder.exists, lambda: list(folder.iterdir()), lambda: Checkpoints(folder).steps):
+            with pytest.raises(OSError, match="Cannot connect"):
+                ask()
+    finally:
+        bucket.start()
+
+
 def test_patience_ends(monkeypatch):
     calls = []
 
@@ -269,8 +320,8 @@ def test_patience_ends(monkeypatch):
         calls.append(time.monotonic())
         raise ConnectionRefusedError("refused")
 
-    monkeypatch.setenv(buckets.PATIENCE, "1.5")
-    with pytest.raises(Unreachable, match=r"^gs://b/x: the bucket is out of reach for [23] seconds \(refused\)"):
+    monkeypatch.setenv(buckets.PATIENCE, "0.5")
+    with pytest.raises(Unreachable, match=r"^gs://b/x: the bucket is out of reach for [12] seconds \(refused\)"):
         patiently("gs://b/x", fail)
     assert len(calls) > 1
     with pytest.raises(ConnectionRefusedError):

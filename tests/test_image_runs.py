@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,6 +15,7 @@ from tokenformer_jax.evaluation.perplexity import evaluate_own
 from tokenformer_jax.evaluation.predictions import describe, draw, find_images, predict_files, predict_split
 from tokenformer_jax.evaluation.report import summarise, table
 from tokenformer_jax.growth.grow import grow
+from tokenformer_jax.growth.positions import interpolate, resized
 from tokenformer_jax.growth.shrink import shrink
 from tokenformer_jax.growth.verify import LOGIT_BOUND
 from tokenformer_jax.nn.vision import abstract_model
@@ -140,6 +142,35 @@ def test_evaluation_and_predictions_agree(run, tmp_path):
     assert f"{round(figures['top1'] * 359)} of 359 are right" in describe(found)
 
 
+def test_positions_are_interpolated_for_another_image_size(run, tmp_path):
+    large = config(steps=12, model__image_size=16)
+    figures = interpolate(run, large, tmp_path / "large")
+    before, after = state_of(run, config(), 6), state_of(tmp_path / "large", large, 6)
+    for name in ("params", "average"):
+        old, new = getattr(before, name), getattr(after, name)
+        np.testing.assert_array_equal(new["positions"][0], old["positions"][0])
+        np.testing.assert_allclose(new["positions"][1:].mean(0), old["positions"][1:].mean(0), atol=1e-2)
+        assert new["positions"].shape == (65, 32)
+        assert_trees_equal(new | {"positions": 0}, old | {"positions": 0})
+    assert jax.tree.leaves(after.opt_state)[0] == jax.tree.leaves(before.opt_state)[0]
+    assert abs(figures["loss_after"] - figures["loss_before"]) < 0.5
+    train(large, tmp_path / "large")
+    with pytest.raises(UserError, match=r"model.image_size = 8: --interpolate makes a model for another size"):
+        interpolate(run, config(steps=12), tmp_path / "same")
+    with pytest.raises(UserError, match=r"model.image_size = 16: the source has 8; growth changes token counts only"):
+        grow(run, large, tmp_path / "none")
+
+
+def test_a_grid_of_positions_keeps_its_order():
+    cfg = image_config(model__image_size=16).model
+    ramp = jnp.stack([jnp.repeat(jnp.arange(4.0), 4), jnp.tile(jnp.arange(4.0), 4)], 1)
+    found = resized(jnp.concatenate([jnp.full((1, 2), 9.0), ramp]), cfg, "linear")
+    assert (found[0] == 9).all() and found.shape == (65, 2)
+    grid = found[1:].reshape(8, 8, 2)
+    assert (jnp.diff(grid[:, 0, 0]) >= 0).all() and (jnp.diff(grid[0, :, 1]) >= 0).all()
+    np.testing.assert_allclose(grid[..., 0], grid[..., 1].T, atol=1e-5)
+
+
 def test_files_are_predicted_and_damaged_ones_named(run, tmp_path, capsys):
     from PIL import Image
 
@@ -182,7 +213,6 @@ def test_epochs_say_where_a_run_ends(tmp_path):
         ({"task": "language"}, "model.image_size = 8: task = 'language' has no images; set it to 0"),
         ({"model__pooling": "max"}, "model.pooling = 'max': must be one of class_token, mean"),
         ({"augment__center": 0.0}, "augment.center = 0.0: must be above 0, and 1 at most"),
-        ({"batch_size": 7, "augment__mixup": 0.8}, "batch_size = 7: augment.mixup mixes pairs; use 6 or 8"),
     ],
 )
 def test_a_mistake_is_one_line(overrides, message):

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLAGS = ["--config=configs/quickstart.py:small", "--config.data.path=a 'b' $c *"]
 TRAIN = [*FLAGS, "--workdir=/mnt/shared/my run"]
 TRAINING = ["-m", "tokenformer_jax.train", *TRAIN]
-SLICE = {"name": "pod", "zone": "zone", "type": "v6e-16", "storage": "gs://bucket", "poll": "0"}
+SLICE = {"name": "pod", "zone": "zone", "type": "v6e-16", "storage": "10.0.0.2:/runs", "poll": "0"}
 
 # Files in $FAKE: calls; tpu-vm/NAME and queued-resources/NAME, whose lines are the next states, the last for good;
 # new/NAME and new/queue, the states after a creation; python, what the workers' commands do; home/NODE-WORKER.
@@ -86,10 +86,8 @@ EOF
 chmod +x "$3"/bin/*
 """,
     "sleep": 'exec "$REAL_SLEEP" 0.02',
-    "sync": 'echo "$@" >>"$FAKE/synced"',
     "mountpoint": "exit 1",
     "sudo": 'echo "$@" >>"$FAKE/sudo"',
-    "gcsfuse": 'echo "$@" >>"$FAKE/mounted"',
     "mount.nfs": ":",
     "sbatch": 'echo "$(printf "%q " sbatch "$@")" >>"$FAKE/calls"',
     "srun": 'echo "$(printf "%q " "${JAX_LOCAL_DEVICE_IDS-}" srun "$@")" >>"$FAKE/calls"; '
@@ -195,10 +193,16 @@ def test_a_run_creates_installs_starts_and_waits(cloud):
     assert cloud.calls[1][5:] == ["pod", "--zone=zone", "--accelerator-type=v6e-16", "--version=v2-alpha-tpuv6e"]
     for worker in ("pod-0", "pod-1"):  # spaces, quotes, $ and * arrive as they were given
         assert cloud.ran(worker) == [[*TRAINING, "--distributed"]]
-    assert cloud.read("mounted").count("bucket /mnt/shared\n") == 2
+    assert cloud.read("sudo").count("mount -t nfs -o hard,nconnect=8 10.0.0.2:/runs /mnt/shared\n") == 2
     sent = {path.name for path in (cloud.folder / "home/pod-0/tokenformer_jax").iterdir()}
     assert {"configs", "launch", "tokenformer_jax"} <= sent and "tests" not in sent
     assert {"requirements-tpu.txt", "requirements-eval.txt"} <= sent
+
+
+def test_a_workdir_in_a_bucket_needs_no_storage(cloud):
+    assert cloud.vm("run", "--", *FLAGS, "--workdir=gs://bucket/run", storage=None)[0] == 0
+    assert cloud.ran("pod-0") == [["-m", "tokenformer_jax.train", *FLAGS, "--workdir=gs://bucket/run", "--distributed"]]
+    assert "mount" not in cloud.read("sudo")
 
 
 @pytest.mark.parametrize("kind", ["vm", "queued", "multislice"])
@@ -316,7 +320,6 @@ def test_a_run_that_is_called_again_follows_its_command(cloud):
     assert process.returncode == 1 and "the command stopped" in errors
     assert cloud.actions.count("create") == cloud.actions.count("install") == 1
     assert len(cloud.ran("pod-0")) == 1
-    assert "metrics.jsonl" in cloud.read("synced")
 
 
 def test_a_run_gives_up_on_workers_that_cannot_be_reached(cloud):
@@ -342,8 +345,8 @@ def test_a_failed_request_is_left_for_its_owner_to_see(cloud):
 
 
 def test_the_other_commands(cloud):
-    assert cloud.vm("create", storage="10.0.0.2:/runs")[0] == 0
-    assert "mount -t nfs -o hard,nconnect=8 10.0.0.2:/runs /mnt/shared" in cloud.read("sudo")
+    assert cloud.vm("create", storage=None)[0] == 0
+    assert "mount" not in cloud.read("sudo")
     assert cloud.vm("status")[1] == "pod: READY\npod-0: idle\npod-1: idle\n"
     cloud.write("python", "echo one; echo two")
     assert cloud.vm("exec", "--", "python", "a b")[1] == "one\ntwo\n"
@@ -521,9 +524,10 @@ def test_a_job_that_ends_by_itself_is_not_requeued_and_gives_its_code(cloud, scr
         ({"lines": "few"}, TRAIN, ["--lines=few", "all"]),
         ({"worker": "first"}, TRAIN, ["--worker=first", "all"]),
         ({"slices": "2"}, TRAIN, ["--slices=2", "multislice.sh"]),
-        ({"storage": "bucket"}, TRAIN, ["--storage=bucket", "gs://BUCKET"]),
+        ({"storage": "bucket"}, TRAIN, ["--storage=bucket", "HOST:/SHARE"]),
+        ({"storage": "gs://bucket"}, TRAIN, ["--storage=gs://bucket", "--workdir=gs://bucket/FOLDER"]),
         ({"storage": None}, TRAIN, ["--storage", "TPU_STORAGE", "missing"]),
-        ({}, [*FLAGS, "--workdir=gs://bucket/run"], ["--workdir=gs://bucket/run", "/mnt/shared"]),
+        ({}, [*FLAGS, "--workdir=gs://bucket"], ["--workdir=gs://bucket", "gs://BUCKET/FOLDER"]),
         ({}, [*FLAGS, "--workdir=run"], ["--workdir=run", "/mnt/shared"]),
         ({}, ["--config=mine.py:small"], ["--config=mine.py:small", "configs/"]),
         ({}, [*TRAIN, "--config.mesh.slice=2"], ["--config.mesh.slice=2", "1"]),

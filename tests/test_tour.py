@@ -33,6 +33,7 @@ def test_the_tour_runs_and_shows_what_it_says(tmp_path, monkeypatch):
     assert names["grown"].cfg.tokens["ffn"] == 8 * names["small"].cfg.tokens["ffn"]
     new_keys = names["grown"].params["blocks"]["ffn"]["keys"][:, names["small"].cfg.ffn_tokens :]
     assert not jnp.any(new_keys)
+    assert not jnp.any(names["taken_over"]["right after growth"]) and jnp.all(names["taken_over"]["trained on"] > 0.5)
     assert jnp.all(jnp.linalg.norm(names["trained"].params["blocks"]["ffn"]["keys"], axis=-1) > 0)
 
 
@@ -41,4 +42,4 @@ def test_the_stored_tour_is_executed_and_small():
     assert [cell["execution_count"] for cell in cells("code")] == list(range(1, len(cells("code")) + 1))
     outputs = [output for cell in cells("code") for output in cell["outputs"]]
     assert not any(output["output_type"] == "error" for output in outputs)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4

@@ -59,6 +59,9 @@ class TokenFormer(Resizable):
     def network() -> Any:
         return language
 
+    def checked(self, inputs: Any) -> jax.Array:
+        return self._ids("inputs", inputs)
+
     def __repr__(self) -> str:
         cfg, tokens = self.cfg, ", ".join(f"{name} {count}" for name, count in self.cfg.unpadded_tokens.items())
         ids = f"tokenizer of {self.tokenizer.vocab_size} ids" if self.tokenizer else "no tokenizer"

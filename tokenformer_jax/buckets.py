@@ -59,11 +59,28 @@ def is_bucket(path: str | os.PathLike[str]) -> bool:
 def bucket_path(url: str) -> pathlib.Path:
     """A path in a bucket, which acts as pathlib's do."""
     import fsspec
-    from etils import epath
 
     # epath makes the file system, and listings must show what other processes and TensorStore write.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    return cast(pathlib.Path, epath.Path(url))
+    return cast(pathlib.Path, _path_class()(url))
+
+
+@functools.cache
+def _path_class() -> Any:
+    import fsspec
+    from etils.epath import gpath
+
+    class BucketPath(gpath.PosixGPath):
+        """epath's own says of a folder that is out of reach that there is none, and a run would begin anew."""
+
+        def is_dir(self) -> bool:
+            system, place = fsspec.core.url_to_fs(os.fspath(self))
+            try:
+                return system.info(place)["type"] == "directory"
+            except FileNotFoundError:
+                return False
+
+    return BucketPath
 
 
 def patience() -> float:
@@ -212,14 +229,15 @@ class Lease:
     One that was not renewed for `LEASE` seconds, by the clock of whoever watches it, is taken over.
     """
 
-    def __init__(self, file: pathlib.Path):
+    def __init__(self, file: pathlib.Path, wait: bool = False):
+        """Waits for the end of another's, with `wait` for as long as it is renewed; a UserError without."""
         from google.cloud import storage
 
         self.file, self.stopped, self.busy = file, threading.Event(), threading.Lock()
         bucket, _, name = os.fspath(file).removeprefix(SCHEME).partition("/")
         self.blob = storage.Client().bucket(bucket).blob(name)
         self.me, self.generation = f"{_me()} {secrets.token_hex(8)}", 0
-        while not self._write(0) and not self._take_over():
+        while not self._write(0) and not self._take_over(wait):
             pass
         threading.Thread(target=self._renew, daemon=True).start()
 
@@ -236,8 +254,7 @@ class Lease:
         self.generation = self.blob.generation
         return True
 
-    def _take_over(self) -> bool:
-        """Waits for the lease of another to end. Raises a UserError where it is renewed."""
+    def _take_over(self, wait: bool) -> bool:
         from google.api_core.exceptions import NotFound
 
         seen, began, folder = None, time.monotonic(), self.file.parent
@@ -250,7 +267,9 @@ class Lease:
             if seen is None:
                 print(f"{folder}: was last written by {writer}; waiting for a sign of life", file=sys.stderr)
             elif seen != self.blob.generation:
-                raise UserError(f"{folder}: is written by {writer}; let it end")
+                if not wait:
+                    raise UserError(f"{folder}: is written by {writer}; let it end")
+                began = time.monotonic()
             seen = self.blob.generation
             time.sleep(LEASE / 15)
         return self._write(cast(int, seen))

@@ -41,6 +41,9 @@ class TokenFormerClassifier(Resizable):
     def network() -> Any:
         return vision
 
+    def checked(self, inputs: Any) -> jax.Array:
+        return self._images(inputs)
+
     def __repr__(self) -> str:
         cfg, tokens = self.cfg, ", ".join(f"{name} {count}" for name, count in self.cfg.unpadded_tokens.items())
         return (

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import is_url, local_path, sealed
-from tokenformer_jax.image_config import UNCHANGED, AugmentConfig, check_image, check_pairs, check_text
+from tokenformer_jax.files import check_data_path, is_url, sealed
+from tokenformer_jax.image_config import UNCHANGED, AugmentConfig, check_image, check_text
 from tokenformer_jax.rules import (
     NOT_NEGATIVE,
     RISES_TO_1,
@@ -300,8 +300,7 @@ def validate(cfg: Config) -> None:
             "use 'rollback'"
         )
     for key in PATHS:
-        if not (key == "path" and is_url(cfg.data.path)):
-            local_path(getattr(cfg.data, key), f"data.{key}", any_bytes=key == "path")
+        check_data_path(getattr(cfg.data, key), f"data.{key}")
     is_image = cfg.task == "image_classification"
     require(
         is_image == bool(cfg.model.image_size),
@@ -334,7 +333,6 @@ def validate(cfg: Config) -> None:
         cfg.optimizer.warmup_steps,
         f"must be below steps = {cfg.steps}",
     )
-    check_pairs(cfg)
     _check_batch(cfg)  # last: `plan` looks for a mesh for what has no other fault
 
 

@@ -62,6 +62,14 @@ def local_path(
     return path
 
 
+def check_data_path(value: str, name: str) -> None:
+    """Raises a UserError, which begins with the key's or flag's name, where it names no place that can be used."""
+    if not name.endswith(".path"):
+        run_path(value, name)
+    elif not is_url(value):
+        local_path(value, name, any_bytes=True)
+
+
 def _is_unicode(text: str) -> bool:
     try:
         text.encode()

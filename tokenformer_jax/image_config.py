@@ -53,10 +53,3 @@ def check_image(model: Any) -> None:
         model.rotary_fraction,
         "positions of an image are learned; set it to 0",
     )
-
-
-def check_pairs(cfg: Any) -> None:
-    for key in ("mixup", "cutmix"):
-        size = cfg.batch_size
-        need = f"augment.{key} mixes pairs; use {size - 1} or {size + 1}"
-        require(not getattr(cfg.augment, key) or size % 2 == 0, "batch_size", size, need)

@@ -1,19 +1,24 @@
 """What the Python faces of all kinds of models share: parameters that grow and shrink by tokens."""
 
 import dataclasses
+import functools
 import numbers
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from tokenformer_jax.config import Config, ModelConfig, validate
 from tokenformer_jax.errors import UserError
+from tokenformer_jax.evaluation.contributions import Measured, check_has_tokens, measured, value_lengths
 from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.growth.recipes import RECIPES, check_growth
-from tokenformer_jax.growth.shrink import check_shrinking, shrink_state
+from tokenformer_jax.growth.shrink import Use, check_shrinking, shrink_state
 from tokenformer_jax.nn.layers import Params
 from tokenformer_jax.nn.transformer import initial_tau
+from tokenformer_jax.nn.watch import Seen, seen, watch
 from tokenformer_jax.training import nested
 from tokenformer_jax.training.state import TauRamp, TrainState
 
@@ -29,6 +34,10 @@ class Resizable:
     @staticmethod
     def network() -> Any:
         """The module of the network, which has `abstract_model` and `init_params`."""
+        raise NotImplementedError
+
+    def checked(self, inputs: Any) -> jax.Array:
+        """What the network reads, as an array. Raises a UserError where it is nothing for this model."""
         raise NotImplementedError
 
     def fitted(self, cfg: Config) -> Config:
@@ -68,19 +77,45 @@ class Resizable:
         return dataclasses.replace(self, cfg=cfg, params=grown.params, tau=tau)
 
     def shrink(
-        self, qkv_tokens: int | None = None, out_tokens: int | None = None, ffn_tokens: int | None = None
+        self,
+        qkv_tokens: int | None = None,
+        out_tokens: int | None = None,
+        ffn_tokens: int | None = None,
+        inputs: Any = None,
     ) -> Self:
         """A model without the least useful parameter tokens; right after `grow` it is the former model.
 
-        Raises UserError where a count would grow, or none would shrink. `shrink.py` says what useful means.
+        With inputs (token ids [B, L], or images) it is what contributes least to these that goes. Raises UserError
+        where a count would grow, or none would shrink. `shrink.py` says what useful means.
 
         >>> smaller = model.shrink(ffn_tokens=model.cfg.ffn_tokens // 2)
+        >>> smaller = model.shrink(ffn_tokens=model.cfg.ffn_tokens // 2, inputs=ids)
         """
         cfg = self._resized(qkv_tokens, out_tokens, ffn_tokens)
         check_shrinking(self.cfg, cfg)
-        state = shrink_state(self.state(), cfg, ramp_steps=0)
+        use = None
+        if inputs is not None:
+            found = self._measured(inputs)
+            use = Use(found.contributions, found.parts)
+        state = shrink_state(self.state(), cfg, 0, use)
         tau = {name: float(value) for name, value in state.tau_now().items()}
         return dataclasses.replace(self, cfg=cfg, params=state.params, tau=tau)
+
+    def contributions(self, inputs: Any) -> dict[str, np.ndarray]:
+        """How much each parameter token adds to its projection's output, on average: |Θ|·‖value‖, float32 [layers, N].
+
+        The mean is taken over all positions of the inputs, token ids [B, L] or images. Raises UserError where the model
+        has no parameter tokens. `python -m tokenformer_jax.inspect` measures whole data sets.
+
+        >>> model.contributions(ids)["ffn"].argsort(axis=-1)  # in each layer, the least first
+        """
+        return self._measured(inputs).contributions
+
+    def _measured(self, inputs: Any) -> Measured:
+        check_has_tokens(self.cfg)
+        array = self.checked(inputs)
+        found = _seen(self.network(), self.cfg, self.params, self.tau, array)
+        return measured({"nll": 0.0, "weights": len(array), "seen": found}, value_lengths(self.params))
 
     def at(self, part: float) -> Self:
         """A size of a nested model: the first part of its parameter tokens, with a τ of their own.
@@ -104,6 +139,14 @@ class Resizable:
     def state(self) -> TrainState:
         tau = {name: TauRamp.constant(value) for name, value in self.tau.items()}
         return TrainState(jnp.int32(0), self.params, (), tau)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _seen(network: Any, cfg: ModelConfig, params: Params, tau: dict[str, float], inputs: jax.Array) -> dict[str, Seen]:
+    model = nnx.merge(network.abstract_model(cfg)[0], params)
+    watch(model.blocks, jnp.ones((len(inputs), 1)))
+    model(inputs, tau)
+    return seen(model.blocks)
 
 
 def check_seed(seed: Any) -> None:

@@ -49,6 +49,8 @@ def train_batches(
         numbers = [windows[step * batch_size + row] for row in rows]
         if not split.parts:
             return _read_windows(split, numbers, length)
+        for i, part in enumerate(split.parts):
+            part.split.prefetch(_ranges(part.split, [window for number, window in numbers if number == i], length))
         each = [_read_windows(split.parts[part].split, [window], length) for part, window in numbers]
         return Batch(*map(np.concatenate, zip(*each, strict=True)))
 
@@ -155,13 +157,21 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> ran
     return range(process_index * share, (process_index + 1) * share)
 
 
+def _ranges(split: TokenSplit, windows: Sequence[int], length: int, stride: int = 0) -> list[tuple[int, int]]:
+    """The tokens of windows, by number."""
+    begins = np.minimum(np.asarray(windows, np.int64) * (stride or length), split.num_tokens).tolist()
+    return [(begin, min(begin + length + 1, split.num_tokens)) for begin in begins]
+
+
 def _read_windows(split: TokenSplit, windows: Sequence[int], length: int, stride: int = 0) -> Batch:
     """Gathers windows, by number; what lies beyond the split's end is padding."""
     stride = stride or length
-    begins = np.minimum(np.asarray(windows, np.int64) * stride, split.num_tokens)
+    ranges = _ranges(split, windows, length, stride)
+    split.prefetch(ranges)
+    begins = np.array([begin for begin, _ in ranges])
     ids = np.zeros((len(begins), length + 1), np.int32)
-    for row, begin in zip(ids, begins, strict=True):
-        found = split.read(begin, min(begin + length + 1, split.num_tokens))
+    for row, place in zip(ids, ranges, strict=True):
+        found = split.read(*place)
         row[: len(found)] = found
     # A token is read when the next one, its target, exists; it counts unless the window before predicted that.
     real = begins[:, None] + np.arange(1, length + 1) < split.num_tokens

@@ -24,7 +24,7 @@ from tokenformer_jax.data.text import Places, Skipped, Split
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokenformer_jax.data.units import UNIT, Unit
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import parse_json, replace_file, sealed, unsealed
+from tokenformer_jax.files import parse_json, replace_file, run_path, sealed, unsealed
 
 BLOCK = 4096  # bytes of tokens that share a checksum
 _PIECE = 1 << 20  # characters encoded at once; the encoder takes about 100 bytes of memory a token
@@ -283,7 +283,7 @@ def split_texts(reading: Any, unit: Any, places: Places | None, split: Split, ch
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
-    path = pathlib.Path(sys.argv[1])
+    path = run_path(sys.argv[1], "JOB")
     job = Job.read(path)
     tokenizer = load_tokenizer(path.with_name("tokenizer.json"))
 

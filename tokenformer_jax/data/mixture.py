@@ -9,11 +9,11 @@ from typing import Any
 from tokenformer_jax.config import Config, DataConfig, suggest
 from tokenformer_jax.data.published import open_set
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer
-from tokenformer_jax.data.tokens import Corpus, Part, TokenSplit, digest, make_tokenizer, wait_for
+from tokenformer_jax.data.tokens import Corpus, Part, TokenSplit, alone_in, digest, make_tokenizer, wait_for
 from tokenformer_jax.data.tokens import prepare as prepare_one
 from tokenformer_jax.devices.distributed import ALONE, Pod
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import local_path, locked, make_folder
+from tokenformer_jax.files import run_path
 
 _KEYS = ("dataset", "path", "text_key", "train_split", "validation_split")  # that a source may have of its own
 
@@ -81,11 +81,10 @@ def prepare(cfg: Config, tokenizer: Tokenizer | None = None, pod: Pod = ALONE) -
 def _tokenizer(cfg: Config, mixed: list[Source], pod: Pod) -> Tokenizer:
     sets = [(open_set(source.data), source.data, source.weight) for source in mixed]
     name = digest([[dataset.identity, data.train_split, weight] for dataset, data, weight in sets])
-    folder = local_path(cfg.data.cache_dir, "data.cache_dir") / f"mixture-{name}"
+    folder = run_path(cfg.data.cache_dir, "data.cache_dir") / f"mixture-{name}"
     file = folder / f"tokenizer-{cfg.model.vocab_size}.json"
     if not pod.index:
-        make_folder(folder)
-        with locked(folder / "lock"):
+        with alone_in(folder):
             make_tokenizer(file, cfg, sets)
     pod.wait_for_all()
     wait_for(file, pod)

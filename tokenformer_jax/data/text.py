@@ -205,7 +205,8 @@ class TextFiles(LocalSet):
             self.files, self.skipped = find_remote(data.path)
         else:
             path = local_path(data.path, "data.path", any_bytes=True)
-            self.files, self.skipped = find(path, local_path(data.cache_dir, "data.cache_dir"))
+            cache = None if is_url(data.cache_dir) else local_path(data.cache_dir, "data.cache_dir")
+            self.files, self.skipped = find(path, cache)
             place = "" if path.is_absolute() else f" in {os.getcwd()}"
         if not self.files:
             others = f", but {len(self.skipped)} others ({listed(self._skipped)})" if self.skipped else ""

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import local_path
+from tokenformer_jax.files import run_path
 
 END_OF_TEXT = "<|endoftext|>"
 _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -130,7 +130,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     """
     source = f"data.tokenizer = {str(path)!r}"
     try:
-        text = local_path(path, "data.tokenizer").read_text(encoding="utf-8-sig")
+        text = run_path(path, "data.tokenizer").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise UserError(f"{source}: cannot be read ({reason}); use a tokenizer.json") from None

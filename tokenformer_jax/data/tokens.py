@@ -12,21 +12,18 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import sys
 import time
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from tokenformer_jax.buckets import Lease, is_bucket, remove_folder
 from tokenformer_jax.config import Config, DataConfig
 from tokenformer_jax.data.encode import (
-    BLOCK,
     Job,
-    checksum_file,
     part_name,
     pieces,
     split_texts,
@@ -34,12 +31,13 @@ from tokenformer_jax.data.encode import (
     token_type,
 )
 from tokenformer_jax.data.published import open_set
+from tokenformer_jax.data.shards import InMemory, RemoteShard, Shard, copy_missing
 from tokenformer_jax.data.text import Skipped
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from tokenformer_jax.data.workers import parts_of, run_units
 from tokenformer_jax.devices.distributed import ALONE, Pod
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import local_path, locked, replace_file, sealed, unsealed
+from tokenformer_jax.files import locked, make_folder, replace_file, run_path, sealed, unsealed
 
 Path = pathlib.Path
 
@@ -47,43 +45,11 @@ _TRAINER_CHARACTERS = 1 << 29  # a BPE of more text than this is no better
 _SEEN_AFTER = 90  # seconds, after which a shared file system shows what was written
 
 
-class Shard:
-    """A file of tokens, mapped read-only."""
-
-    def __init__(self, file: Path, num_tokens: int, dtype: str):
-        self.file, self.num_tokens = file, num_tokens
-        self.tokens = np.memmap(file, dtype=dtype, mode="r")
-        self.checksums = np.memmap(checksum_file(file), dtype=np.uint32, mode="r")
-        if len(self.tokens) != num_tokens or len(self.checksums) != -(-self.tokens.nbytes // BLOCK):
-            raise ValueError("truncated")
-
-    def read(self, begin: int, end: int) -> np.ndarray:
-        """Tokens of the file. Raises a UserError where they have changed since they were prepared."""
-        size = BLOCK // self.tokens.itemsize
-        for block in range(begin // size, -(-end // size)):
-            if zlib.crc32(self.tokens[block * size : (block + 1) * size].data) != self.checksums[block]:
-                raise UserError(
-                    f"{self.file}: bytes {block * BLOCK} to {(block + 1) * BLOCK} have changed since they were "
-                    "prepared; delete its folder, and they are prepared anew"
-                )
-        return self.tokens[begin:end]
-
-
-class InMemory:
-    """Tokens that are in no file."""
-
-    def __init__(self, tokens: np.ndarray):
-        self.tokens, self.num_tokens = tokens, len(tokens)
-
-    def read(self, begin: int, end: int) -> np.ndarray:
-        return self.tokens[begin:end]
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenSplit:
     """A tokenized split: num_documents documents of num_bytes bytes of UTF-8 in all."""
 
-    shards: Sequence[Shard | InMemory]  # in their order
+    shards: Sequence[Shard | RemoteShard | InMemory]  # in their order
     num_bytes: int
     num_documents: int
     end_of_text: int
@@ -101,9 +67,9 @@ class TokenSplit:
     @property
     def tokens(self) -> np.ndarray:
         """All of them [num_tokens], uint16 or uint32: of a split of several files a copy, in memory."""
-        if len(self.shards) == 1:
+        if len(self.shards) == 1 and not isinstance(self.shards[0], RemoteShard):
             return self.shards[0].tokens
-        return np.concatenate([shard.tokens for shard in self.shards])
+        return np.concatenate([shard.read(0, shard.num_tokens) for shard in self.shards])
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """The tokens from `begin` up to `end`.
@@ -111,14 +77,22 @@ class TokenSplit:
         Raises:
           UserError: they have changed since they were prepared.
         """
-        found = []
+        found = [shard.read(first, last) for shard, first, last in self._places(begin, end)]
+        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.uint16), *found])
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Copies what is in a bucket of tokens that will be read, all at once, which is faster."""
+        wanted = [place for begin, end in ranges for place in self._places(begin, end)]
+        copy_missing([(shard, a, b) for shard, a, b in wanted if isinstance(shard, RemoteShard)])
+
+    def _places(self, begin: int, end: int) -> Iterator[tuple[Any, int, int]]:
+        """The files that hold these tokens, and where."""
         first = bisect.bisect_right(self._ends, begin)
         for shard, stop in zip(self.shards[first:], self._ends[first:], strict=False):
             start = stop - shard.num_tokens
             if start >= end:
-                break
-            found.append(shard.read(max(begin, start) - start, min(end, stop) - start))
-        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.uint16), *found])
+                return
+            yield shard, max(begin, start) - start, min(end, stop) - start
 
 
 class Part(NamedTuple):
@@ -158,13 +132,12 @@ def prepare(cfg: Config, tokenizer: Tokenizer | None = None, pod: Pod = ALONE) -
     dataset = open_set(cfg.data)
     if not (jax.distributed.is_initialized() and jax.process_index()):
         dataset.report_skipped()
-    cache = local_path(cfg.data.cache_dir, "data.cache_dir")
+    cache = run_path(cfg.data.cache_dir, "data.cache_dir")
     folder = cache / f"{cfg.data.dataset.replace('/', '-')}-{digest(dataset.identity)}"
     try:
         corpus = _open_corpus(folder, cfg, tokenizer)
         if corpus is None or pod.count > 1:
-            folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.nullcontext() if pod.index else locked(folder / "lock"):
+            with contextlib.nullcontext() if pod.index else alone_in(folder):
                 corpus = _make_corpus(folder, cfg, dataset, tokenizer, pod)
     except OSError as error:
         reason = error.strerror or error
@@ -174,6 +147,18 @@ def prepare(cfg: Config, tokenizer: Tokenizer | None = None, pod: Pod = ALONE) -
     for name, split in (("train", corpus.train), ("validation", corpus.validation)):
         check_length(split, f"data.{name}_split = {getattr(cfg.data, f'{name}_split')!r}", cfg.model.context_length)
     return corpus
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Makes a folder, and waits until no other command prepares data there."""
+    if is_bucket(folder):
+        with contextlib.closing(Lease(folder / "lock", wait=True)):
+            yield
+    else:
+        make_folder(folder)
+        with locked(folder / "lock"):
+            yield
 
 
 def _check_vocabulary(tokenizer: Tokenizer, cfg: Config) -> None:
@@ -236,7 +221,8 @@ def _open_split(
     files: list[Any] | None = None,
 ) -> TokenSplit:
     files = files or [[f"{name}.bin", num_tokens]]  # as it was when there was one of each
-    shards = [Shard(folder / file, size, dtype) for file, size in files]
+    kind = RemoteShard if is_bucket(folder) else Shard
+    shards: list[Any] = [kind(folder / file, size, dtype) for file, size in files]
     if sum(shard.num_tokens for shard in shards) != num_tokens:
         raise ValueError("truncated")
     return TokenSplit(shards, num_bytes, num_documents, end_of_text, fingerprint)
@@ -269,7 +255,8 @@ def wait_for(file: Path, pod: Pod) -> None:
     for _ in range(_SEEN_AFTER if pod.count > 1 else 1):
         if file.exists():
             return
-        os.scandir(file.parent.parent).close()  # has NFS look again
+        if not is_bucket(file):
+            os.scandir(file.parent.parent).close()  # has NFS look again
         time.sleep(1)
     raise UserError(
         f"data.cache_dir: {file}, which another process wrote, is not seen by this one; use a folder that all share"
@@ -289,8 +276,10 @@ def _plan(folder: Path, cfg: Config, dataset: Any, tokenizer: Tokenizer | None) 
     tokens = _tokens_folder(folder, cfg, tokenizer)
     job, file = json.dumps(dataclasses.asdict(Job.of(dataset.reading, units, splits, places))), tokens / "job.json"
     if (tokens / "meta.json").exists() or not file.exists() or file.read_text() != job:
-        shutil.rmtree(tokens, ignore_errors=True)
-        tokens.mkdir()
+        if tokens.exists():
+            remove_folder(tokens)
+        if not is_bucket(tokens):
+            tokens.mkdir()
         replace_file(tokens / "tokenizer.json", tokenizer.to_json())
         replace_file(file, job)
     return tokens

@@ -11,7 +11,8 @@ import matplotlib
 import numpy as np
 from flax import nnx
 
-from tokenformer_jax.data.images import ENDINGS, ImageSplit, as_array, class_names
+from tokenformer_jax.data.images import class_names
+from tokenformer_jax.data.pictures import ENDINGS, Pictures, center_box, decode
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.storage.trained import Trained
 from tokenformer_jax.training.tasks import task_of
@@ -50,7 +51,7 @@ def predict_files(run: Trained, names: list[str], top: int) -> list[Prediction]:
     for name in names:
         try:
             seen.append((name, pixels_of(run, name)))
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # of a damaged file PIL raises OSError, SyntaxError, ValueError, IndexError, …
             print(f"warning: {name}: cannot be read ({error}), and is skipped", file=sys.stderr)
     if not seen:
         raise UserError(f"--images: {names[0]} cannot be read, nor any other; use images")
@@ -58,13 +59,14 @@ def predict_files(run: Trained, names: list[str], top: int) -> list[Prediction]:
 
 
 def predict_split(run: Trained, count: int, top: int) -> list[Prediction]:
-    """Of so many images spread over the validation split of the run's own data."""
+    """Of so many images spread over the validation split of the run's own data, less damaged ones."""
     require_images(run)
-    split: ImageSplit = task_of(run.cfg).prepare(run.cfg, run.assets).validation
+    split: Pictures = task_of(run.cfg).prepare(run.cfg, run.assets).validation
     chosen = np.arange(min(count, len(split))) * len(split) // min(count, len(split))
-    read = [split.read(int(i)) for i in chosen]
-    seen = [(split.name(int(i)), pixels_of(run, item)) for i, (item, _) in zip(chosen, read, strict=True)]
-    labels = [split.classes[label] for _, label in read]
+    images_BHWC, labels_B = split.read(chosen.tolist())
+    kept = np.flatnonzero(labels_B >= 0)
+    seen = [(split.name(int(chosen[i])), images_BHWC[i]) for i in kept]
+    labels = [split.class_names[labels_B[i]] for i in kept]
     return [p._replace(label=label) for p, label in zip(predictions(run, seen, top), labels, strict=True)]
 
 
@@ -74,8 +76,8 @@ def require_images(run: Trained) -> None:
 
 
 def pixels_of(run: Trained, item: Any) -> np.ndarray:
-    model = run.cfg.model
-    return as_array(item, model.image_size, model.image_channels, center=run.cfg.augment.center)
+    model, center = run.cfg.model, run.cfg.augment.center
+    return decode(item, model.image_size, model.image_channels, lambda shape: center_box(shape, center))
 
 
 def predictions(run: Trained, seen: list[tuple[str, np.ndarray]], top: int) -> list[Prediction]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from tokenformer_jax.config import Config, check_rules, read_dataclass, validate
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import is_url, local_path
+from tokenformer_jax.files import check_data_path
 from tokenformer_jax.rules import NotNegativeFloat, NotNegativeInt, Rule, one_of
 from tokenformer_jax.storage.trained import Trained
 from tokenformer_jax.training.step import make_step
@@ -89,8 +89,7 @@ def _moved(cfg: Config, moved: Moved) -> Any:
     """The data of a run's config, at the place that it was moved to."""
     given: Any = {key: value for key, value in vars(moved).items() if value}
     for key, value in given.items():
-        if not (key == "path" and is_url(value)):
-            local_path(value, f"--config.data.{key}", any_bytes=key == "path")
+        check_data_path(value, f"--config.data.{key}")
     if moved.path and (cfg.data.sources or cfg.data.dataset == "python_source"):
         name = "a mixture" if cfg.data.sources else "python_source"
         raise UserError(f"--config.data.path={moved.path}: {name}, the run's data set, reads no path")

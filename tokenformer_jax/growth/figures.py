@@ -80,5 +80,5 @@ def describe_shrinking(figures: dict[str, Any]) -> str:
     before, after = figures["loss_before"], figures["loss_after"]
     return (
         f"{size_table(figures)}\n"
-        f"at step {figures['step']}: validation loss {before:.5f} -> {after:.5f} nats a token ({after - before:+.5f})"
+        f"at step {figures['step']}: validation loss {before:.5f} -> {after:.5f} nats ({after - before:+.5f})"
     )

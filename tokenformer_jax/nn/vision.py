@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokenformer_jax.config import Config, ModelConfig
+from tokenformer_jax.data.augment import normalize
 from tokenformer_jax.devices.sharding import constrain
 from tokenformer_jax.nn.backends import sums_in_float32
 from tokenformer_jax.nn.layers import Key, Params, dropout, layer_norm, parameter, subkey
@@ -97,12 +98,7 @@ def normalized(images_BHWC: jax.Array) -> jax.Array:
     """Pixels 0 … 255 -> float32 in [-1, 1]; floats are normalized already."""
     if jnp.issubdtype(images_BHWC.dtype, jnp.floating):
         return images_BHWC
-    return scaled(images_BHWC.astype(jnp.float32))
-
-
-def scaled(pixels: jax.Array) -> jax.Array:
-    """0 … 255 -> [-1, 1]."""
-    return pixels / 127.5 - 1
+    return normalize(images_BHWC)
 
 
 def patches(images_BHWC: jax.Array, size: int) -> jax.Array:

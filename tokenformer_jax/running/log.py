@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import jax
 
+from tokenformer_jax.buckets import Unreachable
 from tokenformer_jax.devices.hardware import peak_flops
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.running.run import Run
@@ -88,6 +89,9 @@ class Log:
     def flush(self) -> None:
         self.writer.flush()
 
-    def close(self) -> None:
-        self.writer.close()
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.writer.close(in_reach=not (kind and issubclass(kind, Unreachable)))
         self.progress.close()

@@ -36,7 +36,7 @@ def train(cfg: Config, workdir: pathlib.Path) -> bool:
         signals = stack.enter_context(StopSignals(cfg.max_minutes))
         while True:
             try:
-                with contextlib.closing(Log(run, workdir)) as log, jax.transfer_guard("disallow"):
+                with Log(run, workdir) as log, jax.transfer_guard("disallow"):
                     finished = train_stage(run, log, profiler, signals)
             except BadStep as error:
                 run = roll_back(run, workdir, error)

@@ -86,18 +86,16 @@ class MetricsWriter:
 
     def send(self) -> None:
         """Raises a UserError where the bucket is out of reach, or another process writes there."""
-        self.sends = False  # after an error not again
         require_still_the_writer(self.workdir)
         self.stage.send()
-        self.sends = True
 
-    def close(self) -> None:
+    def close(self, in_reach: bool = True) -> None:
         if self.active:
             with self._writing():
                 for tracker in self.trackers:
                     tracker.close()
                 self.file.close()
-            if self.sends:
+            if in_reach:
                 self.send()
             self.stage.remove()
 

@@ -10,13 +10,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.data import image_batches
+from tokenformer_jax.data.augment import augment
 from tokenformer_jax.data.image_batches import ImageBatch
-from tokenformer_jax.data.images import ImageData, ImageSplit, open_images
+from tokenformer_jax.data.images import ImageData, open_images
+from tokenformer_jax.data.pictures import Pictures
 from tokenformer_jax.devices.sharding import this_process
-from tokenformer_jax.errors import UserError
+from tokenformer_jax.image_config import UNCHANGED
 from tokenformer_jax.nn import vision
 from tokenformer_jax.nn.layers import subkey
-from tokenformer_jax.training.augment import augmented
 
 AUGMENTS = 2**31 + 1  # folded into the seed; see `step.MASKS`
 
@@ -43,16 +44,15 @@ class ImageClassification:
         return ImageBatch(*abstract)
 
     def augmented(self, batch: ImageBatch, cfg: Config, step: jax.Array) -> ImageBatch:
-        key: Any = subkey(subkey(jax.random.key(cfg.seed), AUGMENTS), step)
-        return augmented(batch, cfg.augment, cfg.model.num_classes, key)
+        if cfg.augment == UNCHANGED:
+            return batch
+        rng = subkey(subkey(jax.random.key(cfg.seed), AUGMENTS), step)
+        labels_B = jnp.where(batch.weights_BL[:, 0] > 0, batch.targets[:, 0], -1)
+        made: Any = augment(rng, jnp.asarray(batch.images_BHWC), labels_B, cfg.augment, cfg.model.num_classes)
+        return batch._replace(images_BHWC=made[0], targets=made[1])
 
     def prepare(self, cfg: Config, assets: Mapping[str, str] | None = None) -> ImageData:
-        found, said = open_images(cfg.data, cfg.model.num_classes), cfg.data.train_examples
-        if said not in (0, len(found.train)):
-            raise UserError(
-                f"data.train_examples = {said}: {cfg.data.dataset} has {len(found.train)}; use {len(found.train)}"
-            )
-        return found
+        return open_images(cfg)
 
     def identity(self, data: ImageData, cfg: Config) -> str:
         return image_batches.data_identity(data.train, cfg)
@@ -62,7 +62,7 @@ class ImageClassification:
 
     def eval_batches(
         self,
-        split: ImageSplit,
+        split: Pictures,
         cfg: Config,
         mesh: Mesh,
         rows: int,
@@ -70,7 +70,7 @@ class ImageClassification:
         length: int = 0,
         stride: int = 0,
     ) -> image_batches.EvalImages:
-        return image_batches.eval_batches(split, cfg, rows, max_batches=max_batches, **this_process(mesh))
+        return image_batches.eval_batches(split, rows, max_batches=max_batches, **this_process(mesh))
 
     def tokens_per_step(self, cfg: Config) -> int:
         return cfg.batch_size * cfg.model.positions
@@ -79,15 +79,15 @@ class ImageClassification:
         return train_flops_per_image(cfg) / cfg.positions
 
     def describe_data(self, data: ImageData) -> str:
-        return f"{len(data.train):,} training images of {len(data.train.classes)} classes"
+        return f"{len(data.train):,} training images of {len(data.train.class_names)} classes"
 
-    def parts(self, split: ImageSplit) -> dict[str, Any]:
+    def parts(self, split: Pictures) -> dict[str, Any]:
         return {}
 
-    def joint_figures(self, split: ImageSplit, each: Mapping[str, dict[str, float]]) -> dict[str, float]:
+    def joint_figures(self, split: Pictures, each: Mapping[str, dict[str, float]]) -> dict[str, float]:
         raise NotImplementedError("a split of images has no parts")
 
-    def figures(self, split: ImageSplit, sums: Mapping[str, float]) -> dict[str, float]:
+    def figures(self, split: Pictures, sums: Mapping[str, float]) -> dict[str, float]:
         """`loss` in nats an image, `top1` and `top5`: parts of the images whose label is first, or among five."""
         images = max(sums["weights"], 1.0)
         return {

@@ -293,13 +293,35 @@ def study(lab: Lab, seeds: int, save: Callable[[str, Any], None]) -> None:
         save(f"base afterwards seed {seed}", {"losses": bits})
 
 
+def report(runs: dict[str, Any]) -> str:
+    """Tables of means over seeds, with the lowest and the highest."""
+
+    def cell(name: str, domain: str) -> str:
+        found = [
+            run["losses"][domain] for key, run in runs.items() if key.startswith(f"{name} seed") and "rate 0" not in key
+        ]
+        return f"{np.mean(found):.3f} ({min(found):.3f} .. {max(found):.3f})" if found else "-"
+
+    rows = ["| what learnt | on | " + " | ".join(DOMAINS) + " |", "|---|---|" + "---|" * len(DOMAINS)]
+    for on in ("python", *DOMAINS[1:], "both"):
+        names = ("base", "plain", "base afterwards") if on == "python" else METHODS
+        for name in names:
+            cells = [cell(name if on == "python" else f"{name} {on}", domain) for domain in DOMAINS]
+            if set(cells) != {"-"}:
+                rows.append(f"| {name} | {on} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="docs/adapters_study.json")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--base_steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=300, help="of new tokens; others take as many FLOPs")
+    parser.add_argument("--report_only", action="store_true", help="print the tables of --out, and train nothing")
     args = parser.parse_args()
+    if args.report_only:
+        return print(report(json.loads(pathlib.Path(args.out).read_text())["runs"]))
     lab = Lab(args.base_steps, args.steps)
     command = f"python -m benchmarks.adapters_study --base_steps={args.base_steps} --steps={args.steps}"
     tokens = {domain: [len(ids) for ids in both] for domain, both in lab.data.items()}
@@ -312,6 +334,7 @@ def main() -> None:
         replace_file(pathlib.Path(args.out), json.dumps(result, indent=2) + "\n")
 
     study(lab, args.seeds, save)
+    print(report(result["runs"]))
 
 
 if __name__ == "__main__":

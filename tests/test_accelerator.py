@@ -22,6 +22,7 @@ def call(monkeypatch, out: pathlib.Path, *flags: str) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_a_whole_run_measures_every_part(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch")
     launch = Run.launch

@@ -351,7 +351,9 @@ def test_a_published_set_by_name(tmp_path, capsys):
     examples[4]["image"] = b"damaged"
     features = {"file_name": tfds.features.Text(), "image": tfds.features.Image(), "label": LABEL}
     folder = prepare_set(tmp_path, "animals", features, {"train": examples, "test": examples[:3]})
+    capsys.readouterr()
     found = open_published("animals", "train[:80%]", SIZE, folder)
+    assert not capsys.readouterr().out  # it belongs to the command
     assert len(found) == 8 and found.class_names == ["cat", "dog", "owl"]
     images, labels = found.read([7, 4, 0])
     np.testing.assert_array_equal(labels, [1, -1, 0])

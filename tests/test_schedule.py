@@ -94,7 +94,9 @@ def test_a_rung_in_the_stable_phase_changes_neither_rate_nor_moments(climbed):
     assert Checkpoints(workdir / "checkpoints").record(16).schedule_start == 0
 
 
-@pytest.mark.parametrize("stop", [1, 7, 14], ids=["warm-up", "stable", "decay"])
+@pytest.mark.parametrize(
+    "stop", [*(pytest.param(at, marks=pytest.mark.slow) for at in (1, 7)), 14], ids=["warm-up", "stable", "decay"]
+)
 def test_a_run_that_is_stopped_in_any_phase_ends_the_same(climbed, tmp_path, monkeypatch, stop):
     cfg, whole, _ = climbed
     with monkeypatch.context() as patch:
@@ -167,6 +169,7 @@ def test_a_branch_ends_as_the_run_that_was_planned_to_end_there(climbed, tmp_pat
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_branch_off_a_rung_with_a_schedule_of_its_own_decays_too(tmp_path):
     rungs = ({**RUNGS[0], "optimizer": {"schedule": "constant", "decay_fraction": 0.5, "warmup_steps": 1}},)
     cfg = tiny_config(rungs=rungs, steps=14, log_every=1, checkpoint_every=4, **corpus_overrides(tmp_path))
@@ -179,6 +182,7 @@ def test_a_branch_off_a_rung_with_a_schedule_of_its_own_decays_too(tmp_path):
     np.testing.assert_allclose(rates, [PEAK + (final - PEAK) * t / 6 for t in range(6)], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_branch_does_not_end_before_tau_has_its_target(tmp_path):
     keys = ONE_SCHEDULE | {"optimizer__schedule": "constant", "rungs": RUNGS[:1], "steps": 12, "grow__tau_ramp": 1.0}
     train(tiny_config(**keys | {"checkpoint_every": 4}, **corpus_overrides(tmp_path)), tmp_path / "trunk")

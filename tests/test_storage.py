@@ -57,7 +57,7 @@ def test_two_growths_to_one_workdir_do_not_touch_each_other(flag, whole, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grown"]
 
 
-@pytest.mark.parametrize("limit", [1_000, 20_000])
+@pytest.mark.parametrize("limit", [1_000, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_a_quota_ends_training_in_one_line_and_loses_nothing_that_was_saved(cfg, flag, whole, tmp_path, limit):
     """Files may not grow beyond some bytes: it strikes the config, the record or the arrays."""
     shutil.copytree(whole, tmp_path / "run")

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import jax.numpy as jnp
+import pytest
 from matplotlib import pyplot as plt
 
 from tokenformer_jax.growth.verify import LOGIT_BOUND
@@ -16,6 +17,7 @@ def cells(kind: str) -> list[dict[str, Any]]:
     return [cell for cell in json.loads(TOUR.read_text())["cells"] if cell["cell_type"] == kind]
 
 
+@pytest.mark.slow
 def test_the_tour_runs_and_shows_what_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))  # where the data is prepared

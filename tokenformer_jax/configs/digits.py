@@ -55,7 +55,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.grow.update(restart_schedule=False, tau_ramp=0.1)
     config.augment.update(smallest_crop=0.6, mixup=0.2, cutmix=1.0, label_smoothing=0.1)
     if variant == "vit":
-        config.model.update(projection="linear", qkv_tokens=0, out_tokens=0, ffn_tokens=6 * tokens)
+        config.model.update(projection="linear", qkv_tokens=0, out_tokens=0, ffn_tokens=8 * tokens - 2 * 64)
     if variant == "small":
         config.train_flops = 0.0
         config.steps = GROW_STEP

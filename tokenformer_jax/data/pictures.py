@@ -3,6 +3,7 @@
 Files are opened as JPEG, PNG or WebP alone, whatever they are called, and decoded in threads.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -341,7 +342,8 @@ def open_published(
     folder = str(local_path(data_dir, "data.path").resolve()) if data_dir else None
     try:
         builder = tfds.builder(name, data_dir=folder)
-        builder.download_and_prepare(file_format="array_record")
+        with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the command
+            builder.download_and_prepare(file_format="array_record")
     except Exception as error:  # whatever the set's own code, its download or a missing package of it raises
         raise UserError(
             f"{key}: cannot be loaded ({cause(error)}); use image_folder, or a tfds set that is prepared as "

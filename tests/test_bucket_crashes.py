@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import signal
 import time
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests.commands import start
 from tests.gcs_emulator import emulated
 from tests.helpers import corpus_overrides, rows_of, tiny_config, write_config
+from tests.test_processes import finish, start_pod
 from tokenformer_jax.files import run_path
 from tokenformer_jax.storage.checkpoints import Checkpoints, describe
 
@@ -138,3 +140,25 @@ def test_an_outage_that_lasts_ends_in_one_line(folder, bucket, pattern, capsys):
     assert_same_run(folder, name)
     with capsys.disabled():
         print("\n" + json.dumps({"patience": float(patience), "seconds": round(seconds), "line": last}))
+
+
+def test_two_processes_of_a_run_are_one_writer(folder, bucket, tmp_path):
+    """They prepare into the bucket, train there and are killed; those of another run would be refused."""
+    flags = [f"--config={folder}/config.py", "--workdir=gs://runs/two", "--config.data.cache_dir=gs://runs/two_cache"]
+    flags += ["--config.mesh.data=2"]
+    for step in (12, None):
+        log = tmp_path / "log"
+        processes = start_pod(2, log, "train", *flags)
+        if step:
+            while f"two/checkpoints/{step}/commit_success.txt" not in bucket.names("runs"):
+                assert processes.poll() is None, log.read_text()
+                time.sleep(0.05)
+            os.killpg(processes.pid, signal.SIGKILL)
+            processes.wait()
+        else:
+            assert finish(processes) == 0, log.read_text()
+    rows, others = (figures(place) for place in (run_path("gs://runs/two", ""), folder / "whole"))
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    for row, other in zip(rows, others, strict=True):
+        if "loss" in row:
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)

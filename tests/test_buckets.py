@@ -20,7 +20,7 @@ from tokenformer_jax.data.batches import train_batches
 from tokenformer_jax.data.mixture import prepare
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.report import named_runs, summarise
-from tokenformer_jax.files import replace_file, run_path
+from tokenformer_jax.files import replace_file, run_path, write_with
 from tokenformer_jax.growth.grow import grow
 from tokenformer_jax.growth.shrink import shrink
 from tokenformer_jax.running.branch import branch
@@ -157,7 +157,7 @@ def test_a_branch_leaves_a_run_in_a_bucket(cfg, remote, tmp_path, kind):
     assert branch(source, 4, target, 0.5) == load_config(target / "config.json")
 
 
-def test_a_second_writer_is_refused_and_the_first_goes_on(short_lease):
+def test_a_second_writer_is_refused_and_the_first_goes_on(bucket, short_lease):
     folder = run_path("gs://runs/held", "--workdir")
     with only_writer(folder):
         time.sleep(buckets.LEASE * 1.5)  # it is renewed
@@ -313,6 +313,11 @@ def test_a_folder_out_of_reach_is_not_one_that_is_not_there(bucket, remote):
         bucket.start()
 
 
+def test_a_picture_is_written_to_a_bucket(bucket):
+    write_with(run_path("gs://runs/some/picture.png", ""), lambda file: file.write(b"png"))
+    assert bucket.content("runs", "some/picture.png") == b"png"
+
+
 def test_patience_ends(monkeypatch):
     calls = []
 
@@ -347,7 +352,7 @@ def test_other_schemes_are_refused_and_make_no_folder(url, tmp_path, monkeypatch
     assert not os.listdir()
 
 
-def test_a_bucket_that_is_not_there_is_one_line():
+def test_a_bucket_that_is_not_there_is_one_line(bucket):
     with pytest.raises(UserError, match=r"^gs://nosuch/run: ") as error:
         TokenFormer.train(tiny_config(), "gs://nosuch/run")
     assert "\n" not in str(error.value)

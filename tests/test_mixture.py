@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from tests.helpers import rows_of, tiny_config
+from tests.commands import call, complaint
+from tests.helpers import rows_of, tiny_config, tiny_tree, write_config
 from tests.test_corpus import make_config, texts_of, write_texts
 from tokenformer_jax.config import read_config
 from tokenformer_jax.data.batches import data_identity, keep_position, train_batches, training_examples
@@ -14,6 +16,7 @@ from tokenformer_jax.data.mixture import joined, prepare, sources
 from tokenformer_jax.data.tokens import InMemory, Part, TokenSplit
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage.checkpoints import Checkpoints
 
 CFG = tiny_config(model__context_length=4, batch_size=8)
 
@@ -169,6 +172,34 @@ def test_a_run_reports_each_source_and_is_resumed_to_the_same_bits(corpora, tmp_
     other = dataclasses.replace(whole.data, sources=whole.data.sources[::-1])
     with pytest.raises(UserError, match=r"^config\.data or config\.seed: .* was trained on tokens "):
         train(dataclasses.replace(whole, data=other, steps=12), tmp_path / "parts")
+
+
+def test_a_run_that_grows_keeps_its_place_in_each_source(corpora, tmp_path, steps_are_shared):
+    """Stopped before its growth and after it, it ends with the same bits; grown or not, it reads the same examples."""
+    overrides = mixture_of(corpora, steps=6, checkpoint_every=2, log_every=1)
+    rungs = ({"step": 3, "model": {"ffn_tokens": 128}, "batch_size": 16},)
+    whole = tiny_config(**overrides, rungs=rungs)
+    assert train(whole, tmp_path / "whole")
+    for last in (2, 4):
+        shutil.copytree(tmp_path / "whole", tmp_path / "stopped", dirs_exist_ok=True)
+        for step in Checkpoints(tmp_path / "stopped" / "checkpoints").steps:
+            if step > last:
+                shutil.rmtree(tmp_path / "stopped" / "checkpoints" / str(step))
+        assert train(whole, tmp_path / "stopped")
+        assert rows_of(tmp_path / "stopped")[-1] == rows_of(tmp_path / "whole")[-1]
+        ours, theirs = (Checkpoints(tmp_path / name / "checkpoints")._saved(6) for name in ("stopped", "whole"))
+        assert ours == theirs
+    # 3 batches of 8, then 3 of 16: the examples 0 to 72 of the order, each once
+    position = Checkpoints(tmp_path / "whole" / "checkpoints")._contents(6)["position"]["next_index"]
+    assert position * 16 >= 3 * 8 + 3 * 16 > (position - 1) * 16
+
+
+def test_wrong_sources_are_found_before_anything_is_paid_for(corpora, tmp_path):
+    web, _ = mixture_of(corpora)["data__sources"]
+    tree = tiny_tree(**mixture_of(corpora, data__sources=(web, {"name": "code", "weight": -1})))
+    flag = write_config(tmp_path / "config.py", read_config(tree.to_dict()))
+    line = complaint(call("train", flag, f"--workdir={tmp_path}/run", "--check_for=any"))
+    assert "data.sources[1].weight = -1: must be a number above 0" in line and not (tmp_path / "run").exists()
 
 
 def test_relative_paths_of_sources_are_absolute_in_a_written_config(tmp_path, monkeypatch):

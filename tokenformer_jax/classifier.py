@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tokenformer_jax.buckets import bucket_errors
 from tokenformer_jax.config import Config, ModelConfig, validate_model
 from tokenformer_jax.data.images import class_names
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.perplexity import choose_split, evaluate_split
-from tokenformer_jax.files import local_path
+from tokenformer_jax.files import run_path
 from tokenformer_jax.nn import vision
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.nn.transformer import initial_tau
@@ -75,7 +76,9 @@ class TokenFormerClassifier(Resizable):
 
         >>> model = TokenFormerClassifier.load("runs/digits/grown")
         """
-        run = load_trained(local_path(workdir, "workdir"), step)
+        folder = run_path(workdir, "workdir")
+        with bucket_errors(folder):
+            run = load_trained(folder, step)
         if not run.cfg.model.image_size:
             raise UserError(f"workdir: {workdir} holds a model that reads text; use TokenFormer")
         tau = {name: float(value) for name, value in run.state.tau_now().items()}
@@ -88,8 +91,9 @@ class TokenFormerClassifier(Resizable):
         >>> model = TokenFormerClassifier.train(read_config(digits.get_config("small").to_dict()), "runs/mine")
         """
         check_config(cfg)
-        folder = local_path(workdir, "workdir")
-        train(cfg, folder)
+        folder = run_path(workdir, "workdir")
+        with bucket_errors(folder):
+            train(cfg, folder)
         return cls.load(folder)
 
     def evaluate(self, cfg: Config, split: str = "validation") -> dict[str, float]:

@@ -266,12 +266,14 @@ def run_command(
 
 def _check(devices: str, values: list[Any]) -> None:
     """Finds the mistakes of configs that a command would find before its first step, without using a device."""
+    from tokenformer_jax.data.mixture import sources
     from tokenformer_jax.growth.ladder import stages  # which most commands do not need
 
     processes, each = (int(size) if size.isdecimal() else 0 for size in f"{devices}x".split("x")[:2])
     if devices != "any" and (devices != f"{processes}x{each}" or not processes * each):
         raise UserError(f"--check_for={devices}: must be processes x devices of each, such as 4x8, or any")
     for stage in (stage for value in values if isinstance(value, Config) for stage in stages(value)):
+        sources(stage.data)
         if devices != "any":
             check_mesh(stage.mesh, processes, each)
 

@@ -3,12 +3,13 @@
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from tokenformer_jax.buckets import SCHEME, bucket_path, is_bucket, patiently
@@ -128,6 +129,15 @@ def replace_file(path: pathlib.Path, text: str) -> None:
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def write_with(path: pathlib.Path, write: Callable[[Any], None]) -> None:
+    """Has a library write a file, which it is told by its path or, in a bucket, as a file in memory."""
+    if not is_bucket(path):
+        return write(path)
+    memory = io.BytesIO()
+    write(memory)
+    patiently(path, lambda: cast(None, path.write_bytes(memory.getvalue())))
 
 
 def make_folder(folder: pathlib.Path) -> None:

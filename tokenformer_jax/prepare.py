@@ -1,10 +1,10 @@
 """Prepares the data set of a config (download, tokenizer, tokens) where its data.cache_dir says, and trains nothing.
 
-python -m tokenformer_jax.prepare --config=… --config.data.cache_dir=/mnt/shared/cache …
+python -m tokenformer_jax.prepare --config=… --config.data.cache_dir=gs://BUCKET/cache …
 
 All cores of the machine work on it and, with --distributed under a launcher, those of all hosts; data.cache_dir must
-then be a folder that they share. Stopped or killed, the same command goes on. It uses no accelerator; the keys of
-`data`, `model.vocab_size` and `model.context_length` must be those of the run.
+then be a folder that they share, or in a bucket. Stopped or killed, the same command goes on. It uses no accelerator;
+the keys of `data`, `model.vocab_size` and `model.context_length` must be those of the run.
 """
 
 from tokenformer_jax.cli import config_flag, run_command

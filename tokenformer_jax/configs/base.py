@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
     data.validation_split = "validation"
     data.tokenizer = ""  # a tokenizer.json; empty trains a byte-level BPE of model.vocab_size on the train split
     data.mask_documents = False  # True: attention stays within a document (the authors' does not)
-    data.cache_dir = "~/.cache/tokenformer_jax"  # prepared data sets, tokenizers and tokens
+    data.cache_dir = "~/.cache/tokenformer_jax"  # prepared data sets, tokenizers and tokens; may be gs://BUCKET/FOLDER
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.peak_learning_rate = 6e-4

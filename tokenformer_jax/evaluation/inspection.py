@@ -11,6 +11,7 @@ import numpy as np
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.contributions import Measured, check_has_tokens, contributions, open_text
 from tokenformer_jax.evaluation.perplexity import own_split, summary
+from tokenformer_jax.files import write_with
 from tokenformer_jax.storage.trained import Trained
 from tokenformer_jax.training.tasks import task_of
 
@@ -203,7 +204,7 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
         bar = figure.colorbar(column[0].images[0], ax=column, extend="both", aspect=40, ticks=ticks, format="{x:g}")
         bar.minorticks_off()
     try:
-        figure.savefig(path, dpi=100)
+        write_with(path, lambda file: figure.savefig(file, dpi=100))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     finally:

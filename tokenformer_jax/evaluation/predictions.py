@@ -14,6 +14,7 @@ from flax import nnx
 from tokenformer_jax.data.images import class_names
 from tokenformer_jax.data.pictures import ENDINGS, Pictures, center_box, decode
 from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import write_with
 from tokenformer_jax.storage.trained import Trained
 from tokenformer_jax.training.tasks import task_of
 
@@ -130,7 +131,7 @@ def draw(found: list[Prediction], path: pathlib.Path) -> None:
         title = f"{p.classes[0]} {p.probabilities[0]:.0%}" + (f" (is {p.label})" if wrong else "")
         axis.set_title(title, fontsize=8, color="red" if wrong else "black")
     try:
-        figure.savefig(path, dpi=120)
+        write_with(path, lambda file: figure.savefig(file, dpi=120))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     except ValueError:

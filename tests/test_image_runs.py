@@ -124,6 +124,7 @@ def test_it_goes_on_after_growth_and_shrinks_back(run, grown, tmp_path):
     assert "top-1" in shown and "perplexity" not in shown
 
 
+@pytest.mark.slow
 def test_a_rung_grows_the_mean_too(tmp_path):
     rung = {"step": 3, "model": {"ffn_tokens": 128}}
     train(config(rungs=(rung,)), tmp_path / "ladder")
@@ -153,6 +154,7 @@ def test_evaluation_and_predictions_agree(run, tmp_path):
     assert f"{round(figures['top1'] * 359)} of 359 are right" in describe(found)
 
 
+@pytest.mark.slow
 def test_positions_are_interpolated_for_another_image_size(run, tmp_path):
     large = config(steps=12, model__image_size=16)
     figures = interpolate(run, large, tmp_path / "large")

@@ -15,6 +15,7 @@ from tokenformer_jax.evaluation.perplexity import evaluate_own
 from tokenformer_jax.evaluation.predictions import describe, draw, find_images, predict_files, predict_split
 from tokenformer_jax.evaluation.report import summarise, table
 from tokenformer_jax.growth.grow import grow
+from tokenformer_jax.growth.ladder import stages, with_budget
 from tokenformer_jax.growth.positions import interpolate, resized
 from tokenformer_jax.growth.shrink import shrink
 from tokenformer_jax.growth.verify import LOGIT_BOUND
@@ -123,6 +124,17 @@ def test_it_goes_on_after_growth_and_shrinks_back(run, grown, tmp_path):
     assert "top-1" in shown and "perplexity" not in shown
 
 
+@pytest.mark.slow
+def test_a_rung_grows_the_mean_too(tmp_path):
+    rung = {"step": 3, "model": {"ffn_tokens": 128}}
+    train(config(rungs=(rung,)), tmp_path / "ladder")
+    state = state_of(tmp_path / "ladder", config(model__ffn_tokens=128), 6)
+    keys = state.average["blocks"]["ffn"]["keys"]
+    assert keys.shape[1] == 128 and np.abs(keys[:, 96:]).max() > 0
+    with pytest.raises(UserError, match=r"optimizer.average = 0.5: the stage before has 0.75; use that"):
+        stages(config(rungs=(rung | {"optimizer": {"average": 0.5}},)))
+
+
 def test_evaluation_and_predictions_agree(run, tmp_path):
     trained = load_trained(run)
     figures = evaluate_own(trained, "validation")
@@ -142,6 +154,7 @@ def test_evaluation_and_predictions_agree(run, tmp_path):
     assert f"{round(figures['top1'] * 359)} of 359 are right" in describe(found)
 
 
+@pytest.mark.slow
 def test_positions_are_interpolated_for_another_image_size(run, tmp_path):
     large = config(steps=12, model__image_size=16)
     figures = interpolate(run, large, tmp_path / "large")
@@ -186,8 +199,6 @@ def test_files_are_predicted_and_damaged_ones_named(run, tmp_path, capsys):
 
 
 def test_epochs_say_where_a_run_ends(tmp_path):
-    from tokenformer_jax.growth.ladder import stages, with_budget
-
     cfg = config(train_epochs=2.5, data__train_examples=1438)
     assert with_budget(stages(cfg))[-1].steps == -(-1438 * 5 // 2 // cfg.batch_size)
     with pytest.raises(UserError, match=r"train_epochs = 2.5: counts in data.train_examples"):

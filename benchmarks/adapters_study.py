@@ -323,7 +323,9 @@ def main() -> None:
     if args.report_only:
         return print(report(json.loads(pathlib.Path(args.out).read_text())["runs"]))
     lab = Lab(args.base_steps, args.steps)
-    command = f"python -m benchmarks.adapters_study --base_steps={args.base_steps} --steps={args.steps}"
+    command = (
+        f"python -m benchmarks.adapters_study --seeds={args.seeds} --base_steps={args.base_steps} --steps={args.steps}"
+    )
     tokens = {domain: [len(ids) for ids in both] for domain, both in lab.data.items()}
     result: dict[str, Any] = {"command": command, "environment": environment(), "tokens": tokens, "runs": {}}
     result["flops_per_token"] = {name: how.flops for name, how in lab.methods.items()}

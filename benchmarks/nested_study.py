@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.adapters_study import RATES, Lab, Method, config, merged, whole
+from benchmarks.adapters_study import Lab, Method, config, merged, whole
 from tokenformer_jax.devices.hardware import environment
 from tokenformer_jax.files import replace_file
 from tokenformer_jax.growth.shrink import shrink_state
@@ -24,6 +24,7 @@ from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.training.nested import cut
 from tokenformer_jax.training.state import TauRamp, TrainState
 
+RATES = (2e-3, 4e-3, 1.2e-2)
 COUNTS = (16, 32, 64)  # parameter tokens of an attention's projection
 
 

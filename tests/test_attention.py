@@ -27,9 +27,15 @@ def plain_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, causal=True):
 @pytest.mark.parametrize(("segmented", "causal"), [(False, True), (True, True), (False, False)])
 @pytest.mark.parametrize(
     ("name", "length"),
-    [("splash", 256), *(("blockwise", length) for length in (1, 64, 200, 256, 1000)), ("fused", 196), ("fused", 197)],
+    [
+        *(("splash", length) for length in (197, 256)),
+        *(("blockwise", length) for length in (1, 64, 200, 256, 1000)),
+        *(("fused", length) for length in (196, 197)),
+    ],
 )
 def test_a_kernel_and_its_gradient_equal_the_plain_attention(name, length, segmented, causal):
+    if (name, length, segmented) == ("splash", 197, True):
+        pytest.skip("padding and segments: nothing has both")
     shape = (2, length, 2, 64)
     *qkv, dy = (jax.random.normal(jax.random.key(i), shape) for i in range(4))
     segments_BL = jnp.cumsum(jax.random.bernoulli(jax.random.key(9), 0.05, shape[:2]), 1) + 1 if segmented else None
@@ -57,6 +63,7 @@ def test_blockwise_attention_in_bfloat16_is_as_close_to_float32_as_the_plain_one
 def test_the_kernel_is_chosen_by_platform_shape_and_dtype():
     assert attention_kernel("tpu", (8, 1024, 12, 64), jnp.bfloat16) == "splash"
     assert attention_kernel("tpu", (8, 1000, 12, 64), jnp.bfloat16) == "blockwise"
+    assert attention_kernel("tpu", (8, 197, 12, 64), jnp.bfloat16, causal=False) == "splash"
     assert attention_kernel("gpu", (8, 1024, 12, 64), np.dtype(jnp.bfloat16)) == "cudnn"
     assert attention_kernel("gpu", (8, 1024, 12, 64), jnp.float32) == "blockwise"
     assert attention_kernel("cpu", (8, 1024, 12, 64), jnp.bfloat16) == "blockwise"

@@ -92,7 +92,7 @@ def full_attention(q_BLHK: jax.Array, k_BLHK: jax.Array, v_BLHK: jax.Array) -> j
 
 
 def _by_kernel(q_BLHK, k_BLHK, v_BLHK, segments_BL, causal: bool) -> jax.Array:
-    which = attention_kernel(platform(), q_BLHK.shape, q_BLHK.dtype)
+    which = attention_kernel(platform(), q_BLHK.shape, q_BLHK.dtype, causal)
     if which == "splash":
         return splash_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, causal=causal)
     if which == "blockwise":
@@ -196,6 +196,11 @@ def _blockwise_backward(causal, kept, dout_BLD):
 blockwise_attention.defvjp(_blockwise_forward, _blockwise_backward)
 
 
+def with_padding(more: int, *arrays_BLHK: jax.Array) -> list[jax.Array]:
+    """The arrays with so many more positions, zeros, behind their own."""
+    return [jnp.pad(x_BLHK, [(0, 0), (0, more), (0, 0), (0, 0)]) for x_BLHK in arrays_BLHK]
+
+
 def fused_attention(
     q_BLHK: jax.Array,
     k_BLHK: jax.Array,
@@ -208,7 +213,7 @@ def fused_attention(
     batch, length = q_BLHK.shape[:2]
     lengths_B = None
     if length % 2:
-        q_BLHK, k_BLHK, v_BLHK = (jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in (q_BLHK, k_BLHK, v_BLHK))
+        q_BLHK, k_BLHK, v_BLHK = with_padding(1, q_BLHK, k_BLHK, v_BLHK)
         segments_BL = None if segments_BL is None else jnp.pad(segments_BL, [(0, 0), (0, 1)])
         lengths_B = jnp.full(batch, length, jnp.int32)
     mask = None if segments_BL is None else (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
@@ -233,11 +238,15 @@ def splash_attention(
     interpret: bool = False,
     causal: bool = True,
 ) -> jax.Array:
-    """`causal_attention`, or `full_attention`, by JAX's Pallas kernel; L a multiple of 128.
+    """`causal_attention` of L a multiple of 128, or `full_attention`, by JAX's Pallas kernel.
 
     `interpret` runs it anywhere, slowly.
     """
-    length, head_dim = q_BLHK.shape[1], q_BLHK.shape[3]
+    batch, length, _, head_dim = q_BLHK.shape
+    if more := -length % SPLASH_BLOCKS[-1]:  # padding is a segment of its own
+        segments_BL = jnp.tile(jnp.arange(length + more, dtype=jnp.int32) < length, (batch, 1)).astype(jnp.int32)
+        q_BLHK, k_BLHK, v_BLHK = with_padding(more, q_BLHK, k_BLHK, v_BLHK)
+        return splash_attention(q_BLHK, k_BLHK, v_BLHK, segments_BL, interpret, causal)[:, :length]
     block = next(size for size in SPLASH_BLOCKS if length % size == 0)
     as_projected = splash.QKVLayout.SEQ_MINOR  # else each is copied, and takes twice its size
     sizes = splash.BlockSizes(

@@ -18,15 +18,15 @@ SPLASH_BLOCKS = (512, 256, 128)  # positions that splash attention takes at once
 
 
 def attention_kernel(
-    platform: str, shape: tuple[int, ...], dtype: jnp.dtype
+    platform: str, shape: tuple[int, ...], dtype: jnp.dtype, causal: bool = True
 ) -> Literal["splash", "cudnn", "blockwise"]:
     """The attention for queries of this [B, L, H, K], none of which keeps scores for the gradient.
 
     JAX's Pallas kernel on a TPU and cuDNN's on a GPU, where they apply. In blocks elsewhere: half of attention's time
-    on a CPU.
+    on a CPU. The TPU's takes multiples of 128 positions; to images, whose attention is a small part, padding is added.
     """
     _, length, _, head_dim = shape
-    if platform == "tpu" and length % SPLASH_BLOCKS[-1] == 0:
+    if platform == "tpu" and (length % SPLASH_BLOCKS[-1] == 0 or (not causal and length > SPLASH_BLOCKS[-1])):
         return "splash"
     if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"

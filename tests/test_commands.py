@@ -372,7 +372,7 @@ WRONG = [
     ("train", "--config={f}/config.py --workdir=gs://bucket/run", "gs://bucket/run"),
     ("train", "--config={f}/config.py --config.data.cache_dir=s3://bucket/c --workdir={f}/w", "data.cache_dir"),
     ("train", "--config={f}/config.py --config.data.path=hf://datasets/x --workdir={f}/w", "data.path"),
-    ("grow", "--source=gs://bucket/run --config={f}/config.py:grown --workdir={f}/w", "--source=gs://"),
+    ("grow", "--source=s3://bucket/run --config={f}/config.py:grown --workdir={f}/w", "--source=s3://"),
     ("evaluate", "--workdir=s3://bucket/run", "--workdir=s3://"),
     ("evaluate", "--workdir={f}/small --config.data.path=gs://bucket/x", "data.path"),
     ("report", "--runs=a=gs://bucket/run", "gs://bucket/run"),

@@ -105,7 +105,7 @@ def test_growing_from_and_to_padded_models_is_lossless(recipe, pads, counts):
     new = dataclasses.replace(new, **dict(zip(SIZES, counts, strict=True)))
     check_growth(old, new, recipe)
     model = TokenFormer(old, TokenFormer.init(old.padding_counted()).params, initial_tau(old))
-    state = model._state()
+    state = model.state()
     abstract = state._replace(params=abstract_model(new)[1])
     grown = grow_state(state, abstract, new, jax.random.key(1), recipe, ramp_steps=0)
     after = TokenFormer(new, grown.params, grown.tau_now())
@@ -116,7 +116,7 @@ def test_growing_from_and_to_padded_models_is_lossless(recipe, pads, counts):
 def test_shrinking_a_padded_model_to_its_counts_gives_the_unpadded_one(plain, padded):
     new = PLAIN.model
     check_shrinking(PADDED.model, new)
-    state = shrink_state(padded._state(), new, ramp_steps=0)
+    state = shrink_state(padded.state(), new, ramp_steps=0)
     assert_trees_equal(state.params, plain.params)
     assert {name: float(tau) for name, tau in state.tau_now().items()} == pytest.approx(plain.tau)
 

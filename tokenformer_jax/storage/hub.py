@@ -155,6 +155,7 @@ def _read_folder(name: str, folder: pathlib.Path) -> Published:
     if is_ours:
         keys = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in FREE_MODEL_KEYS]
         said = {key: facts[key] for key in keys if key in facts}
+        said = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
         return Published(name, arrays, said, "its config.json", said, tau, tokenizer)
     known, by = _preset(name, arrays)
     if not known:

@@ -68,6 +68,7 @@ def test_evaluate_and_generate_on_one_device_and_on_eight(cfg, run, mesh, capsys
         assert out.count("key value") == samples
 
 
+@pytest.mark.slow
 def test_grow_and_go_on_on_eight_devices_and_shrink_on_one(cfg, run, tmp_path):
     mesh = {"mesh__fsdp": 4, "mesh__tensor": 2}
     sizes = {"model__qkv_tokens": 12, "model__out_tokens": 12, "model__ffn_tokens": 32}

@@ -74,6 +74,7 @@ def test_lossless_recipes_keep_the_model_and_let_new_tokens_learn(trained, recip
             assert float(now[name]) == pytest.approx(n**0.5)
 
 
+@pytest.mark.slow
 def test_new_values_learn_at_once_where_keys_are_not_zero(trained):
     small, before = trained
     for recipe, kind in (("zero_keys", "keys"), ("isometric", "values"), ("random_keys", "values"), ("split", "keys")):
@@ -168,6 +169,7 @@ def test_a_recipe_that_does_not_fit_is_named(recipe, overrides, message):
         check_growth(small.model, large.model, recipe)
 
 
+@pytest.mark.slow
 def test_isometric_growth_ends_on_a_single_device():
     """It hung there, on two threads: eight devices have more."""
     code = """

@@ -107,6 +107,7 @@ def test_a_run_that_is_stopped_in_any_phase_ends_the_same(climbed, tmp_path, mon
     assert_trees_equal(*(load_trained(workdir).state for workdir in (tmp_path / "cut", whole)))
 
 
+@pytest.mark.slow
 def test_a_rung_may_have_a_peak_of_its_own_and_restart_or_not(tmp_path):
     rungs = (
         {**RUNGS[0], "optimizer": {"peak_learning_rate": PEAK / 2}},

@@ -139,7 +139,7 @@ def test_signal_saves_and_returns(cfg, tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize("minutes", [1e-9, 1e-300])
+@pytest.mark.parametrize("minutes", [1e-9, pytest.param(1e-300, marks=pytest.mark.slow)])
 def test_the_end_of_max_minutes_saves_and_the_same_call_goes_on(cfg, whole, tmp_path, minutes, capsys):
     short = dataclasses.replace(cfg, max_minutes=minutes)
     for step in range(1, 3):  # each call does what it can

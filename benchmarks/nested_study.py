@@ -79,7 +79,7 @@ def main() -> None:
                 for n in COUNTS[:-1]:
                     ramps = {k: TauRamp.constant(v) for k, v in initial_tau(config(COUNTS[-1]).model).items()}
                     state = shrink_state(TrainState(jnp.int32(0), params, (), ramps), config(n).model, 0)
-                    tau = {k: float(v) for k, v in state.tau_now().items()}
+                    tau = state.tau_values()
                     losses[f"shrunk {n}"] = lab.losses_with(f"own {n}", tau, state.params)["python"]
             save(f"{name} seed {seed}", {"losses": losses, "rate": rates[name]})
 

@@ -26,7 +26,7 @@ from tokenformer_jax.nn import language
 from tokenformer_jax.nn.language import abstract_model, init_params
 from tokenformer_jax.nn.layers import Params, count_params
 from tokenformer_jax.nn.transformer import initial_tau
-from tokenformer_jax.resizable import Resizable, check_config, check_seed
+from tokenformer_jax.resizable import Resizable, check_config, check_model, check_seed
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.adapters import adapted_config, adapted_tau, append, check_base, read_adapter
 from tokenformer_jax.storage.fingerprint import model_fingerprint
@@ -76,9 +76,7 @@ class TokenFormer(Resizable):
 
         >>> model = TokenFormer.init(read_config(pile.get_config("150m").to_dict()).model)
         """
-        if not isinstance(cfg, ModelConfig):
-            raise UserError(f"cfg: must be a ModelConfig, not {type(cfg).__name__}; a Config has one as its .model")
-        validate_model(cfg)
+        check_model(cfg)
         check_seed(seed)
         params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(seed))
         return cls(cfg, params, initial_tau(cfg))
@@ -94,7 +92,7 @@ class TokenFormer(Resizable):
         folder = run_path(workdir, "workdir")
         with bucket_errors(folder):
             run = load_trained(folder, step)
-        tau = {name: float(value) for name, value in run.state.tau_now().items()}
+        tau = run.state.tau_values()
         return cls(run.cfg.model, run.state.params, tau, run.tokenizer)
 
     @classmethod

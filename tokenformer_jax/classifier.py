@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from tokenformer_jax.buckets import bucket_errors
-from tokenformer_jax.config import Config, ModelConfig, validate_model
+from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.data.images import class_names
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
@@ -21,7 +21,7 @@ from tokenformer_jax.files import run_path
 from tokenformer_jax.nn import vision
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.nn.transformer import initial_tau
-from tokenformer_jax.resizable import Resizable, check_config, check_seed
+from tokenformer_jax.resizable import Resizable, check_config, check_model, check_seed
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.training.step import make_step
@@ -59,9 +59,7 @@ class TokenFormerClassifier(Resizable):
 
         >>> model = TokenFormerClassifier.init(read_config(imagenet.get_config("b16").to_dict()).model)
         """
-        if not isinstance(cfg, ModelConfig):
-            raise UserError(f"cfg: must be a ModelConfig, not {type(cfg).__name__}; a Config has one as its .model")
-        validate_model(cfg)
+        check_model(cfg)
         if not cfg.image_size:
             raise UserError("cfg.image_size = 0: this model reads text; use TokenFormer")
         check_seed(seed)
@@ -81,7 +79,7 @@ class TokenFormerClassifier(Resizable):
             run = load_trained(folder, step)
         if not run.cfg.model.image_size:
             raise UserError(f"workdir: {workdir} holds a model that reads text; use TokenFormer")
-        tau = {name: float(value) for name, value in run.state.tau_now().items()}
+        tau = run.state.tau_values()
         return cls(run.cfg.model, run.state.params, tau, tuple(class_names(run.assets)))
 
     @classmethod

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokenformer_jax.config import Config, ModelConfig, validate
+from tokenformer_jax.config import Config, ModelConfig, validate, validate_model
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.contributions import Measured, check_has_tokens, measured, value_lengths
 from tokenformer_jax.growth.grow import grow_state
@@ -73,7 +73,7 @@ class Resizable:
         abstract = state._replace(params=network.abstract_model(cfg)[1])
         key = jax.random.key(seed)
         grown = grow_state(state, abstract, cfg, key, recipe, 0, network.init_params)
-        tau = {name: float(value) for name, value in grown.tau_now().items()}
+        tau = grown.tau_values()
         return dataclasses.replace(self, cfg=cfg, params=grown.params, tau=tau)
 
     def shrink(
@@ -98,7 +98,7 @@ class Resizable:
             found = self._measured(inputs)
             use = Use(found.contributions, found.parts)
         state = shrink_state(self.state(), cfg, 0, use)
-        tau = {name: float(value) for name, value in state.tau_now().items()}
+        tau = state.tau_values()
         return dataclasses.replace(self, cfg=cfg, params=state.params, tau=tau)
 
     def contributions(self, inputs: Any) -> dict[str, np.ndarray]:
@@ -152,6 +152,12 @@ def _seen(network: Any, cfg: ModelConfig, params: Params, tau: dict[str, float],
 def check_seed(seed: Any) -> None:
     if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**63:
         raise UserError(f"seed = {seed!r}: must be a whole number from 0 to 2**63 - 1")
+
+
+def check_model(cfg: Any) -> None:
+    if not isinstance(cfg, ModelConfig):
+        raise UserError(f"cfg: must be a ModelConfig, not {type(cfg).__name__}; a Config has one as its .model")
+    validate_model(cfg)
 
 
 def check_config(cfg: Any) -> None:

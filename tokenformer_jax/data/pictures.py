@@ -26,9 +26,8 @@ from tokenformer_jax.files import local_path, locked, make_folder
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # PIL's decoders; of all others none is ever started
-MOST_PIXELS = (
-    1 << 26
-)  # of a picture: 8192 x 8192, which takes 200 MB to decode; a file of few bytes may claim any number
+# Of a picture: 8192 x 8192, which takes 200 MB to decode. A file of few bytes may claim any number.
+MOST_PIXELS = 1 << 26
 ENOUGH = 2  # a JPEG is decoded at a half, quarter or eighth where a crop keeps this many times the pixels wanted
 VALIDATION_PART = 20  # one picture of so many of each class, where a folder has no splits
 SAY = 20  # damaged pictures that are named

@@ -159,7 +159,7 @@ class Resize:
             old = source.model(self.old_step)
         nested.check_tau(self.old_cfg.model, old.tau_now())
         if alone(self.step.new_tokens):
-            tau = {name: float(value) for name, value in old.tau_now().items()}
+            tau = old.tau_values()
             base = {"train": "new", "base": model_fingerprint(old.params, tau), "base_tau": tau}
         else:
             base = {}

@@ -68,7 +68,7 @@ def export_adapter(workdir: pathlib.Path, path: pathlib.Path, step_number: int |
         tokens = multihost_utils.process_allgather(tokens, tiled=True)
     tokens = jax.tree.map(np.asarray, tokens)
     history = {"step": run.step_number, "tokens": run.record.tokens, "data": run.record.data, "growth": growth}
-    tau = {name: float(value) for name, value in run.state.tau_now().items()}
+    tau = run.state.tau_values()
     if jax.process_index() == 0:
         _write(path, Adapter(str(path), tokens, growth["base"], growth["base_tau"], tau, history))
     return run.step_number, count_params(tokens)
@@ -195,7 +195,7 @@ def load_part(
         check_base(adapters, run.fingerprint, f"step {run.step_number} of {workdir}")
         model = adapted_config(run.cfg.model, adapters, run.cfg.mesh.tensor)
         tokens = jax.device_put([adapter.tokens for adapter in adapters], replicated(run.step.mesh))
-        now = {name: float(value) for name, value in run.state.tau_now().items()}
+        now = run.state.tau_values()
         join = functools.partial(append, counts=model.tokens)
         run = changed(run, model, adapted_tau(now, adapters), join, tokens)
         return dataclasses.replace(run, adapters=tuple(adapter.source for adapter in adapters))

@@ -57,7 +57,7 @@ def _texts(name: str, run: Trained, workdir: pathlib.Path) -> dict[str, str]:
         },
         "model_type": MODEL_TYPE,
         **{key: value for key, value in dataclasses.asdict(model).items() if key not in FREE_MODEL_KEYS},
-        "tau": {key: float(value) for key, value in run.state.tau_now().items()},
+        "tau": run.state.tau_values(),
         "tie_word_embeddings": True,
         "dtype": "float32",
         **ids,

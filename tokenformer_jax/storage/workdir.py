@@ -12,10 +12,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from tokenformer_jax.buckets import Lease, is_bucket, patiently, remove_folder, require_writer
-from tokenformer_jax.config import (
-    Config,
-    read_config,
-)
+from tokenformer_jax.config import Config, read_config
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import locked, make_folder, parse_json, replace_file, unsealed
 

@@ -54,6 +54,10 @@ class TrainState(NamedTuple):
     def tau_now(self) -> Tau:
         return {name: ramp.at(self.step) for name, ramp in self.tau.items()}
 
+    def tau_values(self) -> dict[str, float]:
+        """`tau_now` on the host."""
+        return {name: float(value) for name, value in self.tau_now().items()}
+
 
 def new_state(
     params: Params, opt_state: optax.OptState, tau: dict[str, float], with_average: bool = False

@@ -13,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tokenformer_jax.data.pictures import Pictures, center_box, decode, open_folder, open_published, random_box
+from tokenformer_jax.data.pictures import center_box, decode, open_folder, open_published, random_box
 from tokenformer_jax.errors import UserError
 
 SIZE = 16
@@ -291,27 +291,6 @@ def test_no_folder(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
     with pytest.raises(UserError, match=r"use pip install pillow"):
         open_folder(str(tmp_path), "train", SIZE)
-
-
-# Kept decoded.
-
-
-def test_prepared_pictures_are_the_same(tmp_path, monkeypatch, capsys):
-    root = write_set(tmp_path / "set", each=4)
-    for i in range(20):
-        write(root / "cat" / f"bad{i}.png", b"x")
-    found = open_folder(str(root), "train", SIZE, center=0.875)
-    prepared = found.prepared(tmp_path / "cache")
-    assert [path.name for path in (tmp_path / "cache").glob("*.partial")] == []
-    capsys.readouterr()
-    monkeypatch.setattr(Pictures, "_write", None)  # a second time it is there
-    for kept in (prepared, found.prepared(tmp_path / "cache")):
-        for one, other in zip(found.read(range(len(found))), kept.read(range(len(found))), strict=True):
-            np.testing.assert_array_equal(one, other)
-        assert kept.fingerprint == found.fingerprint and len(kept.damaged) == len(found.damaged) > 10
-    write(tmp_path / "file", b"")
-    with pytest.raises(UserError, match="cannot be written"):
-        found.prepared(tmp_path / "file")
 
 
 # Published sets.

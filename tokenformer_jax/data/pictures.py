@@ -11,7 +11,6 @@ import io
 import math
 import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ import numpy as np
 from tokenformer_jax.data.published import cause
 from tokenformer_jax.data.workers import cores
 from tokenformer_jax.errors import UserError, shown
-from tokenformer_jax.files import local_path, locked, make_folder
+from tokenformer_jax.files import local_path
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # PIL's decoders; of all others none is ever started
@@ -105,42 +104,6 @@ class Pictures:
         if len(self.damaged) <= SAY:
             more = "; more are not named" if len(self.damaged) == SAY else ""
             print(f"warning: {shown(self.name(number))}: skipped ({shown(why)}){more}", file=sys.stderr)
-
-    def prepared(self, folder: str | os.PathLike[str]) -> "Pictures":
-        """The same, decoded once and kept in `folder`: num_images * size**2 * channels bytes, read without decoding.
-
-        Raises:
-          UserError: it cannot be written.
-        """
-        kind = f"{self.fingerprint} {self.size} {self.channels} {self.center}"
-        place = local_path(folder, "data.cache_dir") / f"pictures-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"
-        try:
-            make_folder(place.parent)
-            with locked(place.with_suffix(".lock")):
-                if not place.exists():
-                    self._write(place)
-        except OSError as error:
-            raise UserError(f"{shown(place)}: cannot be written ({error.strerror or error})") from None
-        images, labels = (np.load(place / name, mmap_mode="r") for name in ("images.npy", "labels.npy"))
-
-        def items(numbers: Sequence[int]) -> list[tuple[Any, int]]:
-            return [(images[number] if labels[number] >= 0 else b"", int(labels[number])) for number in numbers]
-
-        return dataclasses.replace(self, items=items, center=1.0, damaged={})
-
-    def _write(self, place: pathlib.Path) -> None:
-        partial = place.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        shape = (self.num_images, self.size, self.size, self.channels)
-        images = np.lib.format.open_memmap(partial / "images.npy", "w+", np.uint8, shape)
-        labels = np.zeros(self.num_images, np.int32)
-        for begin in range(0, self.num_images, 256):
-            some = range(begin, min(begin + 256, self.num_images))
-            images[some.start : some.stop], labels[some.start : some.stop] = self.read(some)
-        images.flush()
-        np.save(partial / "labels.npy", labels)
-        os.replace(partial, place)
 
 
 @functools.cache

@@ -20,10 +20,12 @@ import numpy as np
 
 from tokenformer_jax.data.published import cause
 from tokenformer_jax.data.workers import cores
-from tokenformer_jax.errors import UserError, shown
+from tokenformer_jax.devices.distributed import this_pod
+from tokenformer_jax.errors import UserError, listed, shown
 from tokenformer_jax.files import local_path
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+KINDS = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
 FORMATS = ("JPEG", "PNG", "WEBP")  # PIL's decoders; of all others none is ever started
 # Of a picture: 8192 x 8192, which takes 200 MB to decode. A file of few bytes may claim any number.
 MOST_PIXELS = 1 << 26
@@ -47,7 +49,6 @@ class Pictures:
       channels: 3 (RGB) or 1 (gray).
       center: part of the shorter side that is seen where no crop is drawn.
       damaged: number -> why it cannot be read, of those that were read so far.
-      skipped: files that are no pictures by their endings.
     """
 
     num_images: int
@@ -59,7 +60,6 @@ class Pictures:
     channels: int = 3
     center: float = 1.0
     damaged: dict[int, str] = dataclasses.field(default_factory=dict)
-    skipped: list[str] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
         return self.num_images
@@ -196,13 +196,25 @@ def random_box(shape: tuple[int, int], smallest: float, rng: np.random.Generator
 # Folders.
 
 
-def open_folder(path: str, split: str, size: int, *, channels: int = 3, center: float = 1.0, seed: int = 0) -> Pictures:
-    """Pictures of a folder with one subfolder per class, or with such folders as train and validation (or val).
+def open_folder(
+    path: str,
+    size: int,
+    splits: tuple[str, str] = ("train", "validation"),
+    *,
+    channels: int = 3,
+    center: float = 1.0,
+    seed: int = 0,
+) -> list[Pictures]:
+    """Pictures to train and to validate on, of a folder with one subfolder per class, or with such folders as splits.
 
-    Where there is none for validation, one picture of 20 of each class is, by a hash of its name and the seed.
+    Where there is none for validation, one picture of 20 of each class is, by a hash of its name and the seed. Files
+    that are no pictures by their endings are named.
+
+    Args:
+      splits: the names of their folders; val does for validation.
 
     Raises:
-      UserError: there are no pictures in it, or of one class alone.
+      UserError: there is no such split, no pictures in it, or of one class alone.
     """
     need_pil()
     key = f"data.path = {path!r}"
@@ -211,39 +223,64 @@ def open_folder(path: str, split: str, size: int, *, channels: int = 3, center: 
         raise UserError(
             f"{key}: {'is a file' if root.is_file() else 'not found'}; use a folder of one subfolder per class"
         )
-    held_out = next((root / name for name in ("validation", "val") if (root / name).is_dir()), None)
-    train = root / "train" if (root / "train").is_dir() else root
+    train, held_out = folders_of(root, splits)
     names, skipped = files_below(train, key)
     class_names = sorted({class_of(name) for name in names})
     if not names:
-        endings = f"{', '.join(ENDINGS[:-1])} and {ENDINGS[-1]}"
         raise UserError(
-            f"{key}: no pictures in subfolders of {shown(train)}; use one subfolder per class, of {endings} files"
+            f"{key}: no pictures in subfolders of {shown(train)}; use one subfolder per class, of {KINDS} files"
         )
     if len(class_names) < 2:
         raise UserError(f"{key}: all pictures are of one class, {class_names[0]!r}; use one subfolder per class")
-    if held_out is None or train == root:
+    if held_out is None:
         chosen = held_out_of(names, seed)
-        names = [name for name in names if (name in chosen) == (split == "validation")]
-    elif split == "validation":
-        train = held_out
-        names, skipped = files_below(held_out, key)
-        if unknown := sorted({class_of(name) for name in names} - set(class_names)):
+        each = [(train, [name for name in names if name not in chosen]), (train, sorted(chosen))]
+    else:
+        others, more = files_below(held_out, key)
+        each, skipped = [(train, names), (held_out, others)], sorted({*skipped, *more})
+        if unknown := sorted({class_of(name) for name in others} - set(class_names)):
             raise UserError(
-                f"{key}: {held_out.name} has a class {unknown[0]!r}, which train has not; use the same classes"
+                f"{key}: {held_out.name} has a class {unknown[0]!r}, which {train.name} has not; use the same classes"
             )
-    if not names:
-        raise UserError(f"{key}: no pictures for {split}; use two pictures or more of a class")
+    if skipped and not this_pod().index:
+        some = listed([shown(os.path.relpath(name, root)) for name in skipped])
+        print(f"warning: {key}: skipped {len(skipped)} files, not {KINDS}: {some}", file=sys.stderr)
+
     numbers = {name: label for label, name in enumerate(class_names)}
-    labels = [numbers[class_of(name)] for name in names]
-    content = hashlib.sha256(b"\0".join(map(os.fsencode, [*class_names, "", *names]))).hexdigest()[:16]
-    paths = [os.path.join(train, name) for name in names]
-    items = functools.partial(pairs_of, paths, labels)
-    return Pictures(len(names), class_names, content, size, items, paths.__getitem__, channels, center, skipped=skipped)
+
+    def pictures(split: str, folder: pathlib.Path, names: list[str]) -> Pictures:
+        if not names:
+            raise UserError(f"{key}: no pictures for {split}; use two pictures or more of a class")
+        labels = [numbers[class_of(name)] for name in names]
+        content = hashlib.sha256(b"\0".join(map(os.fsencode, [*class_names, "", *names]))).hexdigest()[:16]
+        paths = [os.path.join(folder, name) for name in names]
+
+        def items(numbers: Sequence[int]) -> list[tuple[Any, int]]:
+            return [(paths[number], labels[number]) for number in numbers]
+
+        return Pictures(len(names), class_names, content, size, items, paths.__getitem__, channels, center)
+
+    return [pictures(split, *where) for split, where in zip(("training", "validation"), each, strict=True)]
 
 
-def pairs_of(paths: list[str], labels: list[int], numbers: Sequence[int]) -> list[tuple[Any, int]]:
-    return [(paths[number], labels[number]) for number in numbers]
+def folders_of(root: pathlib.Path, splits: tuple[str, str]) -> tuple[pathlib.Path, pathlib.Path | None]:
+    """The folders to train on and to validate on: all of it, and none, where it has no splits.
+
+    Raises:
+      UserError: it has not the split that is named.
+    """
+    there = sorted(name for name in next(os.walk(root), ("", [], []))[1] if not name.startswith("."))
+    names = [("val" if split == "validation" and split not in there else split) for split in splits]
+    is_there = [name in there for name in names]
+    for key, split, found in zip(("train", "validation"), splits, is_there, strict=True):
+        if not found and (split != key or (key == "train" and any(is_there))):
+            or_none = f", or {key!r} where these are classes" * (split != key)
+            raise UserError(
+                f"data.{key}_split = {split!r}: {shown(root)} has no such folder, but "
+                f"{listed(list(map(shown, there))) or 'none at all'}; use one of these{or_none}"
+            )
+    train, held_out = (root / name if found else None for name, found in zip(names, is_there, strict=True))
+    return train or root, held_out
 
 
 def class_of(name: str) -> str:
@@ -251,7 +288,7 @@ def class_of(name: str) -> str:
 
 
 def files_below(root: pathlib.Path, key: str) -> tuple[list[str], list[str]]:
-    """Pictures in the subfolders of a folder, and other files, as paths below it; hidden ones are left out."""
+    """Pictures in the subfolders of a folder, as paths below it, and paths of other files; hidden ones are left out."""
 
     def fail(error: OSError) -> None:
         raise UserError(f"{key}: {shown(error.filename)} cannot be listed ({error.strerror})")
@@ -268,8 +305,10 @@ def files_below(root: pathlib.Path, key: str) -> tuple[list[str], list[str]]:
         inside = os.path.relpath(folder, root).replace(os.sep, "/")
         for name in files:
             if not name.startswith("."):
-                is_picture = inside != "." and name.lower().endswith(ENDINGS)
-                (pictures if is_picture else others).append(name if inside == "." else f"{inside}/{name}")
+                if inside != "." and name.lower().endswith(ENDINGS):
+                    pictures.append(f"{inside}/{name}")
+                else:
+                    others.append(os.path.join(folder, name))
     return sorted(pictures), sorted(others)
 
 

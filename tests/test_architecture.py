@@ -26,7 +26,7 @@ FLOORS = """
     growth: recipes ladder figures verify resize grow shrink positions
     planning: hlo plan fit whole_run
     running: signals run log loop branch
-    resizable
+    any_tokenformer
     api
     classifier
     pytorch

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ class ImageData:
         return {"classes": json.dumps(self.train.class_names)}
 
 
-def class_names(assets: dict[str, str]) -> list[str]:
+def class_names(assets: Mapping[str, str]) -> list[str]:
     """The classes of a run, from what its checkpoint holds."""
     return json.loads(assets["classes"])
 

@@ -350,17 +350,17 @@ def test_a_published_set_by_name(tmp_path, capsys):
     features = {"file_name": tfds.features.Text(), "image": tfds.features.Image(), "label": LABEL}
     folder = prepare_set(tmp_path, "animals", features, {"train": examples, "test": examples[:3]})
     capsys.readouterr()
-    found = open_published("animals", "train[:80%]", SIZE, folder)
+    found, test = open_published("animals", SIZE, ("train[:80%]", "test"), folder)
     assert not capsys.readouterr().out  # it belongs to the command
-    assert len(found) == 8 and found.class_names == ["cat", "dog", "owl"]
+    assert (len(found), len(test)) == (8, 3) and found.class_names == ["cat", "dog", "owl"]
     images, labels = found.read([7, 4, 0])
     np.testing.assert_array_equal(labels, [1, -1, 0])
     assert np.abs(images[:, 8, 8].astype(int) - [[70, 0, 0], [0, 0, 0], [0, 0, 0]]).max() <= 2
     assert capsys.readouterr().err.startswith("warning: animals, train[:80%], picture 4: skipped (")
-    assert found.fingerprint == open_published("animals", "train[:80%]", SIZE, folder).fingerprint
-    assert found.fingerprint != open_published("animals", "train", SIZE, folder).fingerprint
-    with pytest.raises(UserError, match=r"split 'validation' of animals: cannot be read .*; use "):
-        open_published("animals", "validation", SIZE, folder)
+    again, all_of_it = open_published("animals", SIZE, ("train[:80%]", "train"), folder)
+    assert found.fingerprint == again.fingerprint != all_of_it.fingerprint
+    with pytest.raises(UserError, match=r"data\.validation_split = 'validation': cannot be read .*; use train or test"):
+        open_published("animals", SIZE, data_dir=folder)
 
 
 def test_published_sets_of_arrays_and_without_pictures(tmp_path):
@@ -368,11 +368,11 @@ def test_published_sets_of_arrays_and_without_pictures(tmp_path):
     features = {"digit": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8), "label": LABEL}
     examples = [{"digit": pixels[i], "label": 2} for i in range(5)]
     folder = prepare_set(tmp_path, "figures", features, {"train": examples})
-    images, labels = open_published("figures", "train", 8, folder, channels=1).read(range(5))
+    images, labels = open_published("figures", 8, ("train", "train"), folder, channels=1)[0].read(range(5))
     np.testing.assert_array_equal(images, pixels)
     np.testing.assert_array_equal(labels, [2] * 5)
     prepare_set(tmp_path, "words", {"text": tfds.features.Text()}, {"train": [{"text": "a"}]})
     with pytest.raises(UserError, match="has no pictures with labels, but text; use another"):
-        open_published("words", "train", SIZE, folder)
+        open_published("words", SIZE, data_dir=folder)
     with pytest.raises(UserError, match=r"data\.dataset = 'nothing_like_it': cannot be loaded"):
-        open_published("nothing_like_it", "train", SIZE, folder)
+        open_published("nothing_like_it", SIZE, data_dir=folder)

@@ -47,7 +47,7 @@ def open_images(cfg: Config) -> ImageData:
             raise UserError("data.path is missing: data.dataset = 'image_folder' needs a folder of one folder a class")
         found = open_folder(data.path, size, splits, **how)
     else:
-        found = [open_published(data.dataset, split, size, data.path or None, **how) for split in splits]
+        found = open_published(data.dataset, size, splits, data.path or None, **how)
     train, validation = found
     classes, images, said = len(train.class_names), len(train), data.train_examples
     if classes != model.num_classes:

@@ -3,7 +3,6 @@
 Files are opened as JPEG, PNG or WebP alone, whatever they are called, and decoded in threads.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenformer_jax.data.published import cause
+from tokenformer_jax.data.published import cause, open_builder, open_split
 from tokenformer_jax.data.workers import cores
 from tokenformer_jax.devices.distributed import this_pod
 from tokenformer_jax.errors import UserError, listed, shown
@@ -329,57 +328,53 @@ def held_out_of(names: Iterable[str], seed: int) -> set[str]:
 
 
 def open_published(
-    name: str, split: str, size: int, data_dir: str | None = None, *, channels: int = 3, center: float = 1.0
-) -> Pictures:
-    """Pictures of a set of TensorFlow Datasets, such as "imagenet2012" or "cifar10", read without TensorFlow.
+    name: str,
+    size: int,
+    splits: tuple[str, str] = ("train", "validation"),
+    data_dir: str | None = None,
+    *,
+    channels: int = 3,
+    center: float = 1.0,
+) -> list[Pictures]:
+    """Pictures to train and to validate on, of a set of TensorFlow Datasets, such as "imagenet2012" or "cifar10".
+
+    TensorFlow is not needed.
 
     Raises:
-      UserError: it cannot be loaded, or has no pictures with labels.
+      UserError: it cannot be loaded, has no pictures with labels, or has not the split that is named.
     """
     need_pil()
     import tensorflow_datasets as tfds
 
-    key = f"data.dataset = {name!r}"
     folder = str(local_path(data_dir, "data.path").resolve()) if data_dir else None
-    try:
-        builder = tfds.builder(name, data_dir=folder)
-        with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the command
-            builder.download_and_prepare(file_format="array_record")
-    except Exception as error:  # whatever the set's own code, its download or a missing package of it raises
-        raise UserError(
-            f"{key}: cannot be loaded ({cause(error)}); use image_folder, or a tfds set that is prepared as "
-            "array_record in the folder data.path"
-        ) from None
+    builder = open_builder(name, folder, "image_folder")
     features: Any = builder.info.features
     image = next((key for key, kind in features.items() if is_picture(kind)), None)
     label = next((key for key, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)), None)
     if image is None or label is None:
-        raise UserError(f"{key}: has no pictures with labels, but {', '.join(features)}; use another")
+        raise UserError(f"data.dataset = {name!r}: has no pictures with labels, but {', '.join(features)}; use another")
     images = [key for key, kind in features.items() if isinstance(kind, tfds.features.Image)]
     skip = {key: tfds.decode.SkipDecoding() for key in images}  # also of masks and the like, which nobody reads
-    try:
-        source = builder.as_data_source(split, decoders=skip)
-        count = len(source)
-    except NotImplementedError as error:
-        raise UserError(f"{key}: {cause(error)}; use array_record") from None
-    except Exception as error:  # tfds raises ValueError and AssertionError, array_record its own
-        use = " or ".join(builder.info.splits) or "another data.dataset"
-        raise UserError(f"split {split!r} of {name}: cannot be read ({cause(error)}); use {use}") from None
-    content = f"{builder.info.full_name} {split} {count} {builder.info.dataset_size}"
 
-    def items(numbers: Sequence[int]) -> list[tuple[Any, int]]:
-        return [(record[image], int(record[label])) for record in source.__getitems__(numbers)]
+    def pictures(split: str, key: str) -> Pictures:
+        source = open_split(builder, split, key, decoders=skip)
+        content = f"{builder.info.full_name} {split} {len(source)} {builder.info.dataset_size}"
 
-    return Pictures(
-        count,
-        list(features[label].names),
-        hashlib.sha256(content.encode()).hexdigest()[:16],
-        size,
-        items,
-        lambda number: f"{name}, {split}, picture {number}",
-        channels,
-        center,
-    )
+        def items(numbers: Sequence[int]) -> list[tuple[Any, int]]:
+            return [(record[image], int(record[label])) for record in source.__getitems__(numbers)]
+
+        return Pictures(
+            len(source),
+            list(features[label].names),
+            hashlib.sha256(content.encode()).hexdigest()[:16],
+            size,
+            items,
+            lambda number: f"{name}, {split}, picture {number}",
+            channels,
+            center,
+        )
+
+    return [pictures(split, f"data.{key}_split") for split, key in zip(splits, ("train", "validation"), strict=True)]
 
 
 def is_picture(kind: Any) -> bool:

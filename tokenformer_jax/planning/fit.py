@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tokenformer_jax.config import Config, validate
-from tokenformer_jax.devices.sharding import MESH_AXES, make_mesh
+from tokenformer_jax.devices.sharding import MESH_AXES
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.planning.plan import state_bytes
-from tokenformer_jax.training.step import make_step
+from tokenformer_jax.planning.plan import state_bytes, step_on
 
 MOST_TRIES = 6  # compilations; each takes up to minutes
 STRONGER_REMAT = {"none": "projections", "dots": "projections", "projections": "full"}
@@ -73,7 +72,7 @@ def find_fit(
     given = [cfg] if found else []
     for base in [*given, *(other for other in meshes(cfg, len(devices), slices, before) if other != cfg)]:
         limit = math.inf
-        held = sum(state_bytes(make_step(base, make_mesh(base.mesh, devices)).abstract_state).values())
+        held = sum(state_bytes(step_on(base, devices, before).abstract_state).values())
         if found and held > found["memory"]["limit"]:
             continue
         other = base

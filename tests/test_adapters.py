@@ -136,9 +136,6 @@ def test_inspect_tells_what_each_adapter_does(folder):
     cohorts = {name: of["cohorts"] for name, of in found["projections"].items()}
     assert cohorts["ffn"] == {"start": [0, 96], "a": [96, 112]}
     assert cohorts["query"] == {"start": [0, 24], "b": [24, 32]}
-        "start": [0, 24],
-        "b": [24, 32],
-    }
     assert cohorts["out"] == {"start": [0, 40]}
     for of in (found["projections"]["ffn"], found["projections"]["query"]):
         for layer in of["layers"]:

@@ -210,6 +210,13 @@ def test_cohorts_are_those_of_the_growths():
     assert inspection.within(worn, 4) == {"start": range(4)}
 
 
+def test_a_text_is_named_after_its_file_or_folder():
+    given = ["a/prose.txt", "docs/*.md", "src/**/*.c", "*.txt", "c=x/*.h", "gs://bucket/books"]
+    assert list(inspection.named_texts(given)) == ["prose", "docs", "src", "*.txt", "c", "books"]
+    with pytest.raises(UserError, match=r"--text=b/prose: another text is named 'prose', too; use --text=NAME=b/prose"):
+        inspection.named_texts(["a/prose.txt", "b/prose"])
+
+
 def test_shares_tell_dead_tokens_cohorts_and_domains():
     books, code = ([[4.0, 4.0, 0.0, 0.01, 1.99]], [[1.0, 0.0, 0.0, 0.01, 8.99]])
     domains = {

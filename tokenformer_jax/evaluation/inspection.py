@@ -60,11 +60,17 @@ def named_texts(given: Sequence[str]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for item in given:
         match = re.fullmatch(r"([\w-]+)=(.+)", item)
-        name, path = match.groups() if match else (pathlib.Path(item).stem, item)
+        name, path = match.groups() if match else (_name_of(item), item)
         if name in texts:
             raise UserError(f"--text={item}: another text is named {name!r}, too; use --text=NAME={path}")
         texts[name] = path
     return texts
+
+
+def _name_of(path: str) -> str:
+    """A file's or folder's name; of a glob that of the folder that it looks in."""
+    parts = [pathlib.PurePath(part).stem for part in pathlib.PurePath(path).parts if not set(part) & set("*?[")]
+    return parts[-1] if parts else path
 
 
 def cohorts_of(

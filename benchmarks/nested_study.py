@@ -1,6 +1,6 @@
 """One nested model beside a model of each size, and beside a large one that was shrunk, at equal FLOPs in all.
 
-nice python -m benchmarks.nested_study --out=docs/nested_study.json [--seeds=3] [--steps=1500]
+nice python -m benchmarks.nested_study --out=docs/nested_study.json [--seeds=3] [--steps=3000]
 
 The nested model trains a quarter, a half and all of its tokens in turn. Three models of these sizes share its FLOPs,
 a third each; and the largest size alone takes all of them, and is shrunk to the others without more training. Each has
@@ -24,7 +24,7 @@ from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.training.nested import cut
 from tokenformer_jax.training.state import TauRamp, TrainState
 
-RATES = (2e-3, 4e-3, 1.2e-2)
+RATES = (1e-3, 2e-3, 4e-3, 1.2e-2)
 COUNTS = (16, 32, 64)  # parameter tokens of an attention's projection
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="docs/nested_study.json")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1500, help="of the nested model")
+    parser.add_argument("--steps", type=int, default=3000, help="of the nested model")
     args = parser.parse_args()
     lab = Lab(args.steps, args.steps)
     lab.methods |= {f"at {n}": of_size(n) for n in COUNTS} | {f"own {n}": whole(config(n)) for n in COUNTS}

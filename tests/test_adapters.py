@@ -12,6 +12,7 @@ from tests.commands import call, call_well, complaint
 from tests.helpers import assert_trees_equal, corpus_overrides, tiny_config, write_corpus
 from tokenformer_jax.api import TokenFormer
 from tokenformer_jax.errors import UserError
+from tokenformer_jax.evaluation.inspection import inspect_run
 from tokenformer_jax.growth.grow import grow
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.adapters import export_adapter, load_part, read_adapter
@@ -126,3 +127,17 @@ def test_the_commands_take_them(folder, tmp_path):
         "generate", f"--workdir={folder}/a", "--mesh=1,1,1", "--prompt=key", "--max_tokens=4", "--seed=1"
     )
     assert "was trained on the model" in complaint(call("generate", f"--workdir={folder}/b", same))
+
+
+def test_inspect_tells_what_each_adapter_does(folder):
+    run = load_part(folder / "base", mesh=(1, 2, 2, 2), paths=[file(folder, "a"), file(folder, "b")])
+    found = inspect_run(run, "validation", {})
+    assert found["adapters"] == [str(file(folder, name)) for name in "ab"]
+    cohorts = {name: of["cohorts"] for name, of in found["projections"].items()}
+    assert cohorts["ffn"] == {"start": [0, 96], "a": [96, 112]}
+    assert cohorts["query"] == {"start": [0, 24], "b": [24, 32]}
+    assert cohorts["out"] == {"start": [0, 40]}
+    for of in (found["projections"]["ffn"], found["projections"]["query"]):
+        for layer in of["layers"]:
+            assert sum(layer["cohort_shares"].values()) == pytest.approx(1)
+            assert min(layer["cohort_shares"].values()) > 0

@@ -32,7 +32,7 @@ from tokenformer_jax.nn.language import init_params
 from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.checkpoints import Checkpoints
-from tokenformer_jax.storage.trained import load_trained
+from tokenformer_jax.storage.trained import PutOn, load_trained
 from tokenformer_jax.training.state import new_state
 from tokenformer_jax.training.tasks import task_of
 
@@ -202,6 +202,19 @@ def test_cohorts_are_those_of_the_growths():
     }
     shrunk = [*growths, change(15, 32, 10), change(20, 10, 12)]
     assert inspection.cohorts_of(shrunk, "ffn", 12) == {"left at step 15": range(10), "step 20": range(10, 12)}
+    adapters = [PutOn(file, {"ffn": 3}) for file in ("a/prose.safetensors", "b/prose.safetensors", "c.safetensors")]
+    adapters[2] = PutOn("c.safetensors", {"out": 5})
+    worn = inspection.cohorts_of([], "ffn", 8, adapters)
+    assert worn == {"start": range(8), "prose": range(8, 11), "prose 2": range(11, 14)}
+    assert inspection.within(worn, 9) == {"start": range(8), "prose": range(8, 9)}
+    assert inspection.within(worn, 4) == {"start": range(4)}
+
+
+def test_a_text_is_named_after_its_file_or_folder():
+    given = ["a/prose.txt", "docs/*.md", "src/**/*.c", "*.txt", "c=x/*.h", "gs://bucket/books"]
+    assert list(inspection.named_texts(given)) == ["prose", "docs", "src", "*.txt", "c", "books"]
+    with pytest.raises(UserError, match=r"--text=b/prose: another text is named 'prose', too; use --text=NAME=b/prose"):
+        inspection.named_texts(["a/prose.txt", "b/prose"])
 
 
 def test_shares_tell_dead_tokens_cohorts_and_domains():

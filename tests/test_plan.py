@@ -54,6 +54,42 @@ ENTRY %main (x: f32[8], y: f32[16]) -> f32[16] {
 """,
 }
 
+# A fusion within one, as a TPU's compiler joins a layer's slice with the exchange and the product that follow it.
+NESTED = """
+%slice (a: f32[12,8,16], i: s32[]) -> f32[8,16] {
+  %a = f32[12,8,16]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = f32[1,8,16]{2,1,0} dynamic-slice(%a, %i, %zero, %zero), dynamic_slice_sizes={1,8,16}
+  ROOT %flat = f32[8,16]{1,0} bitcast(%one)
+}
+
+%update (b: f32[12,8,16], new: f32[8,16], j: s32[]) -> f32[12,8,16] {
+  %b = f32[12,8,16]{2,1,0} parameter(0)
+  %new = f32[8,16]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  %nought = s32[] constant(0)
+  %wide = f32[1,8,16]{2,1,0} bitcast(%new)
+  ROOT %put = f32[12,8,16]{2,1,0} dynamic-update-slice(%b, %wide, %j, %nought, %nought)
+}
+
+%joined (stack: f32[12,8,16], all: f32[4,8,16], n: s32[]) -> f32[12,8,16] {
+  %stack = f32[12,8,16]{2,1,0} parameter(0)
+  %all = f32[4,8,16]{2,1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %layer = f32[8,16]{1,0} fusion(%stack, %n), kind=kLoop, calls=%slice
+  %reduced = f32[8,16]{1,0} custom-call(%layer, %all), custom_call_target="x"
+  ROOT %out = f32[12,8,16]{2,1,0} fusion(%stack, %reduced, %n), kind=kLoop, calls=%update
+}
+
+ENTRY %main (x: f32[12,8,16], y: f32[4,8,16], at: s32[]) -> f32[12,8,16] {
+  %x = f32[12,8,16]{2,1,0} parameter(0)
+  %y = f32[4,8,16]{2,1,0} parameter(1)
+  %at = s32[]{:S(6)} parameter(2)
+  ROOT %f = f32[12,8,16]{2,1,0} fusion(%x, %y, %at), kind=kOutput, calls=%joined
+}
+"""
+
 
 def compiled_text(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().as_text()
@@ -74,6 +110,12 @@ def test_contractions_in_nested_loops_are_counted_as_often_as_they_run():
 def test_an_element_of_a_tuple_is_read_as_what_it_is(written):
     (operation,) = read_program(ELEMENTS[written], {"data": 1}).operations
     assert operation.bytes == 4 * (16 + 16)
+
+
+def test_of_a_slice_in_a_fusion_within_a_fusion_only_the_slice_is_moved():
+    (operation,) = read_program(NESTED, {"data": 1}).operations
+    layer = 4 * 8 * 16
+    assert operation.bytes == layer + 4 * layer + layer  # read of x and of y, and written to x
 
 
 def test_a_convolution_counts_where_its_window_meets_inputs():

@@ -15,9 +15,10 @@ from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.ladder import stages, with_budget
 from tokenformer_jax.planning.fit import ACTIVATIONS, MOST_TRIES, changes, find_fit, meshes
-from tokenformer_jax.planning.plan import state_bytes
-from tokenformer_jax.planning.whole_run import bill, check_mesh, chips_of, describe_bill, run_stages
+from tokenformer_jax.planning.plan import state_bytes, step_on
+from tokenformer_jax.planning.whole_run import Since, bill, check_mesh, chips_of, describe_bill, run_stages
 from tokenformer_jax.training.step import make_step
+from tokenformer_jax.training.tasks import flops_per_token
 
 RUNGS = ({"step": 4, "model": {"ffn_tokens": 128}}, {"step": 6, "model": {"ffn_tokens": 192}, "batch_size": 16})
 NO_WARMUP = {"optimizer__warmup_steps": 0}
@@ -44,15 +45,37 @@ def test_the_papers_ladder_is_billed_rung_by_rung(mfu, chip, devices, chips):
 def test_steps_that_a_source_has_trained_are_not_billed():
     plan = stages(tiny_config(rungs=RUNGS, steps=10, **NO_WARMUP))
     steps = {
-        start: [row["steps"] for row in bill(plan, 1, 1, CHIPS["v5e"], 0.4, 0.0, start)["stages"]] for start in (0, 5)
+        start: [row["steps"] for row in bill(plan, 1, 1, CHIPS["v5e"], 0.4, 0.0, Since(start))["stages"]]
+        for start in (0, 5)
     }
     assert steps == {0: [4, 2, 4], 5: [0, 1, 4]}
     assert "cost" not in bill(plan, 1, 1, CHIPS["v5e"], 0.4)["total"]
 
 
+def test_a_rung_whose_new_tokens_learn_alone_takes_less_memory_and_fewer_flops():
+    for train in ("all", "new"):
+        rungs = ({**RUNGS[0], "grow": {"train": train}},)
+        plan = stages(tiny_config(rungs=rungs, steps=10, **NO_WARMUP))
+        step, row = step_on(plan[1], jax.devices()[:1], plan[0]), bill(plan, 1, 1, CHIPS["v5e"], 0.4)["stages"][1]
+        learn = 2 * 2 * 32 * 32 if train == "new" else row["parameters"]  # keys and values, 2 layers, width 32
+        assert state_bytes(step.abstract_state)["moments"] == pytest.approx(2 * 4 * learn, abs=16)
+        assert step.flops_per_token == flops_per_token(plan[1]) - 2 * (row["parameters"] - learn)
+        assert row["train_flops"] == 6 * 128 * step.flops_per_token
+
+
+def test_new_tokens_alone_are_planned_for_a_source():
+    cfg = tiny_config(model__ffn_tokens=128, grow__train="new", **NO_WARMUP)
+    with pytest.raises(UserError, match=r"^grow.train = 'new': .*; use --source=W, the run that grows$"):
+        run_stages(cfg, Since())
+    with pytest.raises(UserError, match=r"^--source: is at step 8 already; use more than config.steps = 8$"):
+        run_stages(cfg, Since(8, grows_from=tiny_config()))
+    with pytest.raises(UserError, match="ffn_tokens"):
+        run_stages(cfg, Since(2, grows_from=tiny_config(model__ffn_tokens=192)))
+
+
 def test_a_budget_is_billed_as_its_steps():
     budget, steps = (tiny_config(rungs=RUNGS, **NO_WARMUP, **end) for end in ({"train_tokens": 1791.0}, {"steps": 10}))
-    bills = [bill(run_stages(cfg, 0), 4, 4, CHIPS["v5e"], 0.4, 1.0) for cfg in (budget, steps)]
+    bills = [bill(run_stages(cfg, Since()), 4, 4, CHIPS["v5e"], 0.4, 1.0) for cfg in (budget, steps)]
     assert bills[0] == bills[1] and bills[0]["total"]["tokens"] == 6 * 128 + 4 * 256
 
 
@@ -125,12 +148,23 @@ def fake_compiler(limit, activations):
     return make, seen
 
 
+MANY = {"mesh__fsdp": 8, "batch_size": 1 << 15}  # 65,536 tokens a device
+
+
 @pytest.mark.parametrize(
     "overrides, limit, activations, expected",
     [
         ({"mesh__fsdp": 8}, 1.2e5, 1e5, "--config.model.remat=projections"),
         ({"mesh__fsdp": 8, "batch_size": 64}, 2e5, 1e5, "--config.model.remat=full --config.accumulation=2"),
         ({"mesh__fsdp": 8, "batch_size": 64}, 1.5e5, 3e5, "--config.model.remat=full --config.accumulation=8"),
+        ({"mesh__fsdp": 8, "batch_size": 1 << 15}, 4e8, 1e5, "--config.accumulation=2"),  # 2 x 32,768 tokens a device
+        ({"mesh__fsdp": 8, "batch_size": 1 << 15}, 1.2e8, 1e5, "--config.accumulation=4"),
+        (
+            {"mesh__fsdp": 8, "batch_size": 1 << 15},
+            1.01e8,
+            1e5,
+            "--config.model.remat=projections --config.accumulation=4",
+        ),
         ({"mesh__data": 8}, 2e5, 1e3, "--config.mesh.data=1 --config.mesh.fsdp=8"),
         ({"mesh__fsdp": 8}, 1e4, 1e3, None),
     ],

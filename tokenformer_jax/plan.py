@@ -18,9 +18,9 @@ from absl import flags
 from tokenformer_jax.cli import config_flag, run_command
 from tokenformer_jax.config import IndivisibleBatch
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import json_text, local_path, replace_file
+from tokenformer_jax.files import json_text, local_path, replace_file, run_path
 from tokenformer_jax.planning.plan import draw
-from tokenformer_jax.planning.whole_run import advise_division, describe_run, plan_run
+from tokenformer_jax.planning.whole_run import Since, advise_division, describe_run, plan_run, since_source
 
 
 def main() -> None:
@@ -29,9 +29,8 @@ def main() -> None:
     slices = flags.DEFINE_integer("slices", 1, "so many of it, connected by the slower network (mesh.slice)")
     mfu = flags.DEFINE_float("mfu", 0.4, "ASSUMED share of the peak FLOPs, for hours and cost (docs/accelerator.md)")
     price = flags.DEFINE_float("price", 0.0, "of a chip-hour, in any currency")
-    from_step = flags.DEFINE_integer(
-        "from_step", 0, "hours and cost from here on: the step of the source of a grown run"
-    )
+    source = flags.DEFINE_string("source", None, "the directory of the run that this one would grow from")
+    from_step = flags.DEFINE_integer("from_step", 0, "the step of the source where it cannot be read here")
     suggest = flags.DEFINE_bool("suggest", True, "where it does not fit, look for what would")
     folder = flags.DEFINE_string("out", ".", "directory for plan.json and plan.png")
 
@@ -43,7 +42,10 @@ def main() -> None:
             cfg, where = config(), topology.value
             if not where:
                 raise UserError("--topology is missing; use --topology=v5e:4x4")
-            found = plan_run(cfg, where, slices.value, mfu.value, price.value, from_step.value, suggest.value, say)
+            if source.value and from_step.value:
+                raise UserError(f"--from_step={from_step.value}: goes without --source, whose step is taken")
+            since = since_source(run_path(source.value, "--source"), cfg) if source.value else Since(from_step.value)
+            found = plan_run(cfg, where, slices.value, mfu.value, price.value, since, suggest.value, say)
         except IndivisibleBatch as error:
             if not (topology.value and suggest.value):
                 raise

@@ -8,11 +8,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.contributions import Measured, check_has_tokens, contributions, open_text
 from tokenformer_jax.evaluation.perplexity import own_split, summary
 from tokenformer_jax.files import write_with
-from tokenformer_jax.storage.trained import Trained
+from tokenformer_jax.storage.trained import PutOn, Trained
 from tokenformer_jax.training.tasks import task_of
 
 matplotlib.use("Agg")
@@ -46,7 +47,11 @@ def inspect_run(
         name: contributions(run.step, run.state, text, run.cfg, max_batches=max_batches, progress=True)
         for name, text in opened.items()
     }
-    cohorts = {name: cohorts_of(run.record.growth, name, count) for name, count in run.cfg.model.tokens.items()}
+    saved = ModelConfig(**run.record.model).tokens  # what runs may have an adapter's tokens, or only its first ones
+    cohorts = {
+        name: within(cohorts_of(run.record.growth, name, saved[name], run.adapters), count)
+        for name, count in run.cfg.model.tokens.items()
+    }
     return summary(run) | describe(domains, cohorts, dead_below)
 
 
@@ -55,17 +60,31 @@ def named_texts(given: Sequence[str]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for item in given:
         match = re.fullmatch(r"([\w-]+)=(.+)", item)
-        name, path = match.groups() if match else (pathlib.Path(item).stem, item)
+        name, path = match.groups() if match else (_name_of(item), item)
         if name in texts:
             raise UserError(f"--text={item}: another text is named {name!r}, too; use --text=NAME={path}")
         texts[name] = path
     return texts
 
 
-def cohorts_of(growth: Sequence[Mapping[str, Any]], projection: str, count: int) -> Cohorts:
-    """Which of a projection's tokens were there at first, and which each growth of a checkpoint's record appended.
+def _name_of(path: str) -> str:
+    """A file's or folder's name; of a glob that of the folder that it looks in."""
+    parts = [pathlib.PurePath(part).stem for part in pathlib.PurePath(path).parts if not set(part) & set("*?[")]
+    return parts[-1] if parts else path
+
+
+def cohorts_of(
+    growth: Sequence[Mapping[str, Any]], projection: str, count: int, adapters: Sequence[PutOn] = ()
+) -> Cohorts:
+    """Which of a projection's tokens were there at first, and which each growth and each adapter appended.
 
     Which ones a shrinking kept is not recorded: what was left counts as one cohort.
+
+    Args:
+      growth: of the checkpoint's record.
+      projection: its name.
+      count: its tokens in the checkpoint.
+      adapters: that were put on it.
     """
     first = growth[0]["from"][projection] if growth else count
     found = {"start": range(first)}
@@ -75,7 +94,17 @@ def cohorts_of(growth: Sequence[Mapping[str, Any]], projection: str, count: int)
             found[f"step {change['step']}"] = range(before, after)
         elif after < before:
             found = {f"left at step {change['step']}": range(after)}
+    for adapter in adapters:
+        if more := adapter.counts.get(projection, 0):
+            name = pathlib.PurePath(adapter.file).stem
+            found[f"{name} {len(found)}" if name in found else name] = range(count, count + more)
+            count += more
     return found
+
+
+def within(cohorts: Cohorts, count: int) -> Cohorts:
+    """What of cohorts is among so many first tokens."""
+    return {name: tokens[: count - tokens.start] for name, tokens in cohorts.items() if tokens.start < count}
 
 
 def describe(domains: Mapping[str, Measured], cohorts: Mapping[str, Cohorts], dead_below: float) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def summary(run: Trained) -> dict[str, Any]:
         "fingerprint": run.fingerprint,
         "trained_tokens": run.record.tokens,
         "train_flops": run.record.train_flops,
-    } | ({"adapters": list(run.adapters)} if run.adapters else {})
+    } | ({"adapters": [adapter.file for adapter in run.adapters]} if run.adapters else {})
 
 
 def write_result(result: dict[str, Any], workdir: pathlib.Path, out: pathlib.Path | None) -> None:

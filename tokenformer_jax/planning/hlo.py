@@ -102,7 +102,7 @@ def read_program(text: str, mesh_shape: dict[str, int]) -> Program:
             )
             where = re.search(r'op_name="([^"]*)"', instruction.rest)
             label = where[1] if where else instruction.name
-            operations.append(Operation(label, count, flops, _traffic(instruction, computation, called)))
+            operations.append(Operation(label, count, flops, _traffic(instruction, computation, computations)))
             if 'custom_call_target="tpu_custom_call"' in instruction.rest or "__cudnn$" in instruction.rest:
                 kernel = re.sub(r"[.\d]+$", "", instruction.name)
                 kernels[kernel] = kernels.get(kernel, 0) + count
@@ -220,36 +220,55 @@ def _window(text: str, axes: int) -> list[tuple[int, int, int, int, int]]:
     return [(size, stride, pad, a, b) for size, stride, a, b, pad in zip(*numbers, pads, strict=True)]
 
 
-def _traffic(instruction: Instruction, computation: Computation, called: Computation) -> float:
+def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
     """Bytes between a device and its main memory; of slices and of updates in place, what they touch."""
     if instruction.opcode == "slice-start":
         return float(instruction.arrays[1].bytes)
     if instruction.opcode.endswith("-start") and instruction.opcode != "copy-start":
         return 0.0  # of collectives, or of what is called and counted there
-    if not called:
-        called = {instruction.name: instruction}
-        parameters = {name: index for index, name in enumerate(instruction.operands)}
-    else:
-        parameters = {i.name: int(i.operands[0]) for i in called.values() if i.opcode == "parameter"}
-    total, updated = 0.0, 0
-    for inner in called.values():
-        if inner.opcode == "dynamic-update-slice" and len(inner.operands) > 1:
-            update = called.get(inner.operands[1]) or computation.get(inner.operands[1])
-            updated += inner.arrays[0].bytes - (update.arrays[0].bytes if update and update.arrays else 0)
-    for name, index in parameters.items():
-        operand = computation.get(instruction.operands[index]) if index < len(instruction.operands) else None
-        if operand is None or len(operand.arrays) != 1 or not operand.arrays[0].in_main_memory:
-            continue
-        users = [i for i in called.values() if name in i.operands and i.opcode != "parameter"]
-        slices = [i for i in users if i.opcode in ("dynamic-slice", "slice", "gather") and i.operands[0] == name]
-        in_place = [i for i in users if i.opcode == "dynamic-update-slice" and i.operands[0] == name]
-        if users and len(slices) + len(in_place) == len(users):
-            total += sum(i.arrays[0].bytes for i in slices)
-        else:
-            total += operand.arrays[0].bytes
+    alone = {instruction.name: instruction}
+    read = 0.0
+    for name in dict.fromkeys(instruction.operands):
+        operand = computation.get(name)
+        if operand and len(operand.arrays) == 1 and operand.arrays[0].in_main_memory:
+            read += min(_read(name, alone, computations), operand.arrays[0].bytes)
     results = instruction.arrays[:1] if instruction.opcode == "copy-start" else instruction.arrays
     written = sum(array.bytes for array in results if array.in_main_memory)
-    return total + max(written - updated, 0)
+    return read + max(written - _not_written(alone, computation, computations), 0)
+
+
+def _read(name: str, computation: Computation, computations: dict[str, Computation]) -> float:
+    """Bytes that are read of an array in a computation, and in those that are fused into it; infinite for all of it."""
+    total, users = 0.0, [i for i in computation.values() if name in i.operands and i.opcode != "parameter"]
+    for user in users:
+        if user.opcode == "fusion":
+            inner = computations[user.attribute("calls")]
+            total += sum(_read(each.name, inner, computations) for each in _given(user, name, inner))
+        elif user.opcode == "bitcast" and not user.is_root:
+            total += _read(user.name, computation, computations)
+        elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+            total += user.arrays[0].bytes
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+            return math.inf
+    return total if users else math.inf
+
+
+def _given(fusion: Instruction, name: str, inner: Computation) -> list[Instruction]:
+    """The parameters of a fused computation as which it gets an array."""
+    parameters = [i for i in inner.values() if i.opcode == "parameter"]
+    return [p for p in parameters if fusion.operands[int(p.operands[0]) :][:1] == (name,)]
+
+
+def _not_written(fused: Computation, computation: Computation, computations: dict[str, Computation]) -> int:
+    """Bytes of results that stay as they are, since a part of them is updated in place."""
+    total = 0
+    for inner in fused.values():
+        if inner.opcode == "fusion":
+            total += _not_written(computations[inner.attribute("calls")], fused, computations)
+        elif inner.opcode == "dynamic-update-slice" and len(inner.operands) > 1:
+            update = fused.get(inner.operands[1]) or computation.get(inner.operands[1])
+            total += inner.arrays[0].bytes - (update.arrays[0].bytes if update and update.arrays else 0)
+    return total
 
 
 def _kind(instruction: Instruction, computation: str) -> str:

@@ -21,9 +21,10 @@ from tokenformer_jax.devices.sharding import MESH_AXES, make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.planning.hlo import Program, read_program
+from tokenformer_jax.training.schedule import NewTokens, new_tokens
 from tokenformer_jax.training.state import TrainState
-from tokenformer_jax.training.step import make_step
-from tokenformer_jax.training.tasks import flops_per_token, task_of
+from tokenformer_jax.training.step import Step, make_step
+from tokenformer_jax.training.tasks import task_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -96,7 +97,22 @@ def _gpus(name: str, shape: str) -> list[Any]:
     return list(found.devices)
 
 
-def lower_step(cfg: Config, devices: list[Any]) -> tuple[jax.stages.Lowered, dict[str, float]]:
+def grown_tokens(cfg: Config, before: Config | None) -> NewTokens | None:
+    """The tokens of a stage that grows from the one before, if they learn in a way of their own."""
+    if not before:
+        return None
+    growth = {"step": 0, "from": before.model.tokens, "to": cfg.model.tokens, "train": cfg.grow.train}
+    return new_tokens(cfg, growth)
+
+
+def step_on(cfg: Config, devices: list[Any], before: Config | None = None) -> Step:
+    """The training step of a stage, which may grow from the one before."""
+    return make_step(cfg, make_mesh(cfg.mesh, devices), new_tokens=grown_tokens(cfg, before))
+
+
+def lower_step(
+    cfg: Config, devices: list[Any], before: Config | None = None
+) -> tuple[jax.stages.Lowered, dict[str, float]]:
     """The config's training step for those devices, and the bytes of its state on each.
 
     Raises:
@@ -108,7 +124,7 @@ def lower_step(cfg: Config, devices: list[Any]) -> tuple[jax.stages.Lowered, dic
             f"mesh: is of {size} devices, but the topology has {len(devices)}; "
             f"use --config.mesh.fsdp={len(devices)} and 1 for the others"
         )
-    step = make_step(cfg, make_mesh(cfg.mesh, devices))
+    step = step_on(cfg, devices, before)
     batch = task_of(cfg).abstract_batch(cfg, step.batch)
     return step.train.lower(step.abstract_state, batch), state_bytes(step.abstract_state)
 
@@ -135,8 +151,14 @@ def compile_step(lowered: jax.stages.Lowered) -> tuple[Any, str]:
         return compiled.memory_analysis(), path.read_text()
 
 
-def make_plan(cfg: Config, topology: str, slices: int = 1) -> dict[str, Any]:
+def make_plan(cfg: Config, topology: str, slices: int = 1, before: Config | None = None) -> dict[str, Any]:
     """Compiles a config's step for a topology, and reports what each device does in it.
+
+    Args:
+      cfg: of a run, or of one of its stages.
+      topology: as of `devices_of`.
+      slices: so many of it.
+      before: the stage that it grows from.
 
     Returns:
       What plan.json holds: bytes, FLOPs and seconds of one device and one step. Where the program does not fit into the
@@ -160,7 +182,7 @@ def make_plan(cfg: Config, topology: str, slices: int = 1) -> dict[str, Any]:
         "packages": _versions("jax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
         "chip": chip._asdict(),
     }
-    lowered, of_state = lower_step(cfg, devices)
+    lowered, of_state = lower_step(cfg, devices, before)
     held = dict(of_state)
     try:
         sizes, text = compile_step(lowered)
@@ -177,14 +199,14 @@ def make_plan(cfg: Config, topology: str, slices: int = 1) -> dict[str, Any]:
     )
     total = sum(held.values())
     program = read_program(text, plan["mesh"])
-    task = task_of(cfg)
-    model_flops = task.tokens_per_step(cfg) / len(devices) * flops_per_token(cfg)
+    step = step_on(cfg, devices, before)
+    model_flops = task_of(cfg).tokens_per_step(cfg) / len(devices) * step.flops_per_token
     return plan | {
         "compile_seconds": round(time.monotonic() - began, 1),
         "fits": total <= chip.memory,
         "memory": held | {"total": total, "limit": chip.memory},
         "model_flops": model_flops,
-        "model_parameters": count_params(make_step(cfg, make_mesh(cfg.mesh, devices)).abstract_state.params),
+        "model_parameters": count_params(step.abstract_state.params),
         **costs(program, cfg, chip, model_flops),
     }
 

@@ -1,25 +1,54 @@
 """A whole run on a pod: each of its stages compiled, and the hours and the price of all its steps."""
 
+import dataclasses
+import functools
 import math
+import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenformer_jax.config import Config, IndivisibleBatch
 from tokenformer_jax.devices.hardware import Chip
 from tokenformer_jax.devices.sharding import MESH_AXES
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.ladder import stages, with_budget
+from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.planning.fit import changes, find_fit, meshes
-from tokenformer_jax.planning.plan import describe, devices_of, make_plan
-from tokenformer_jax.training.tasks import flops_per_token, task_of
+from tokenformer_jax.planning.plan import describe, devices_of, grown_tokens, make_plan
+from tokenformer_jax.storage.trained import newest_good, open_checkpoint
+from tokenformer_jax.training.step import step_flops_per_token
+from tokenformer_jax.training.tasks import task_of
 
 Say = Callable[[str], None]
 MEASURED = "measured on one H100: 39% at 124M parameters, 43% at 1.4B; on TPUs and pods: not yet"
 
 
+class Since(NamedTuple):
+    """Where a run begins: at its birth, or as what a trained one grows into."""
+
+    step: int = 0
+    tokens: int = 0  # that were seen until there
+    flops: float = 0.0
+    grows_from: Config | None = None
+
+
+BIRTH = Since()
+
+
+def since_source(source: pathlib.Path, cfg: Config) -> Since:
+    """The newest checkpoint of a run, from which one of this config would grow."""
+
+    def read(number: int) -> Since:
+        old, _, record = open_checkpoint(source, number)
+        before = dataclasses.replace(cfg, model=old.model)
+        return Since(number, record.tokens, record.train_flops, before)
+
+    return newest_good(source, None, read)
+
+
 def plan_run(
-    cfg: Config, topology: str, slices: int, mfu: float, price: float, from_step: int, suggest: bool, say: Say
+    cfg: Config, topology: str, slices: int, mfu: float, price: float, since: Since, suggest: bool, say: Say
 ) -> dict[str, Any]:
     """Checks all stages of a run, says what it takes, and compiles the step of each.
 
@@ -34,20 +63,20 @@ def plan_run(
     if not 0 <= price < math.inf:
         raise UserError(f"--price={price:g}: must be 0 or above; use 2.0")
     devices, chip = devices_of(topology, slices)
-    plan = run_stages(cfg, from_step)
+    plan = run_stages(cfg, since)
     for number, stage in enumerate(plan):
         check_mesh(stage, len(devices), slices, number)
-    run = bill(plan, len(devices), chips_of(topology, slices), chip, mfu, price, from_step)
+    run = bill(plan, len(devices), chips_of(topology, slices), chip, mfu, price, since)
     say(describe_bill(run))
     found = []
     for number, stage in enumerate(plan):
         name = run["stages"][number]["stage"]
         say(f"compiling {number + 1} of {len(plan)}: {name}; it can take minutes")
-        report = make_plan(stage, topology, slices)
+        before = plan[number - 1] if number else since.grows_from
+        report = make_plan(stage, topology, slices, before)
         if not report["fits"] and suggest:
             say(f"{name} does not fit")
-            before = plan[number - 1] if number else None
-            make = lambda other: make_plan(other, topology, slices)  # noqa: E731
+            make = functools.partial(make_plan, topology=topology, slices=slices, before=before)
             other = find_fit(stage, devices, slices, make, say, report, before)
             if other:
                 report["would_fit"] = changes(stage, other, number)
@@ -56,15 +85,22 @@ def plan_run(
     return found[0] | {"rungs": found[1:], "run": run}
 
 
-def run_stages(cfg: Config, from_step: int) -> list[Config]:
-    plan = with_budget(stages(cfg))
-    if from_step and cfg.budget:
+def run_stages(cfg: Config, since: Since) -> list[Config]:
+    step, before = since.step, since.grows_from
+    plan = with_budget(stages(cfg), 0, step, since.tokens, since.flops) if before else with_budget(stages(cfg))
+    if step and cfg.budget and not before:
         raise UserError(
-            f"--from_step={from_step}: what was spent until there is not known, which config.{cfg.budget} counts; "
-            f"use config.steps and config.{cfg.budget} = 0"
+            f"--from_step={step}: what was spent until there is not known, which config.{cfg.budget} counts; "
+            f"use --source=W, or config.steps and config.{cfg.budget} = 0"
         )
-    if not 0 <= from_step < plan[-1].steps:
-        raise UserError(f"--from_step={from_step}: use 0 to {plan[-1].steps - 1}, as config.steps = {plan[-1].steps}")
+    if not 0 <= step < plan[-1].steps:
+        if before:
+            raise UserError(f"--source: is at step {step} already; use more than config.steps = {plan[-1].steps}")
+        raise UserError(f"--from_step={step}: use 0 to {plan[-1].steps - 1}, as config.steps = {plan[-1].steps}")
+    if before:
+        check_growth(before.model, plan[0].model, plan[0].grow.recipe)
+    elif plan[0].grow.train == "new":
+        raise UserError("grow.train = 'new': needs to know what does not learn; use --source=W, the run that grows")
     return plan
 
 
@@ -92,22 +128,23 @@ def chips_of(topology: str, slices: int) -> int:
 
 
 def bill(
-    plan: list[Config], devices: int, chips: int, chip: Chip, mfu: float, price: float = 0.0, from_step: int = 0
+    plan: list[Config], devices: int, chips: int, chip: Chip, mfu: float, price: float = 0.0, since: Since = BIRTH
 ) -> dict[str, Any]:
     """Hours, chip-hours and cost of each stage and of all, at an assumed MFU.
 
     Args:
       chip: of one device; a chip may be several.
       price: of a chip-hour, in any currency; 0: costs are left out.
-      from_step: steps that were trained before, by the source that `grow` makes this run of.
+      since: what was trained before, by the source that `grow` makes this run of.
     """
     rows: list[dict[str, Any]] = []
-    began = from_step
+    began, before = since.step, since.grows_from
     for number, stage in enumerate(plan):
         task = task_of(stage)
         steps = max(0, stage.steps - began)
         began = max(began, stage.steps)
-        step_flops = task.tokens_per_step(stage) * flops_per_token(stage)
+        step_flops = task.tokens_per_step(stage) * step_flops_per_token(stage, grown_tokens(stage, before))
+        before = stage
         step_seconds = step_flops / (devices * chip.flops * mfu)
         rows.append(
             {
@@ -124,7 +161,7 @@ def bill(
         row |= {"chip_hours": row["hours"] * chips} | ({"cost": row["hours"] * chips * price} if price else {})
     added = ("steps", "tokens", "train_flops", "hours", "chip_hours", *(["cost"] if price else []))
     total = {key: sum(row[key] for row in rows) for key in added}
-    return {"assumed_mfu": mfu, "price": price, "chips": chips, "from_step": from_step, "stages": rows, "total": total}
+    return {"assumed_mfu": mfu, "price": price, "chips": chips, "from_step": since.step, "stages": rows, "total": total}
 
 
 def describe_bill(run: dict[str, Any]) -> str:

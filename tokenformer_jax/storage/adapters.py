@@ -27,7 +27,7 @@ from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import make_folder, sealed, unsealed
 from tokenformer_jax.nn.layers import Params, count_params
 from tokenformer_jax.nn.transformer import initial_tau
-from tokenformer_jax.storage.trained import Trained, load_trained
+from tokenformer_jax.storage.trained import PutOn, Trained, load_trained
 from tokenformer_jax.training import nested
 from tokenformer_jax.training.state import TauRamp
 from tokenformer_jax.training.step import make_step
@@ -42,6 +42,11 @@ class Adapter(NamedTuple):
     base_tau: dict[str, float]
     tau: dict[str, float]  # of both together
     history: dict[str, Any]  # step, tokens seen, growth; for people
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many tokens it adds to each projection."""
+        return {name: part["keys"].shape[1] for name, part in self.tokens.items()}
 
 
 def export_adapter(workdir: pathlib.Path, path: pathlib.Path, step_number: int | None = None) -> tuple[int, int]:
@@ -142,7 +147,7 @@ def adapted_config(cfg: ModelConfig, adapters: Sequence[Adapter], multiple: int 
     cfg = cfg.padding_counted()
 
     def size(name: str, count: int) -> int:
-        total = count + sum(len(a.tokens[name]["keys"][0]) for a in adapters if name in a.tokens)
+        total = count + sum(a.counts.get(name, 0) for a in adapters)
         return -(-total // multiple) * multiple
 
     return dataclasses.replace(
@@ -198,7 +203,7 @@ def load_part(
         now = run.state.tau_values()
         join = functools.partial(append, counts=model.tokens)
         run = changed(run, model, adapted_tau(now, adapters), join, tokens)
-        return dataclasses.replace(run, adapters=tuple(adapter.source for adapter in adapters))
+        return dataclasses.replace(run, adapters=tuple(PutOn(adapter.source, adapter.counts) for adapter in adapters))
     if part is None or part == 1.0 in run.cfg.model.nested:
         return run
     model = nested.at(run.cfg.model, part)

@@ -5,6 +5,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
@@ -21,6 +22,13 @@ from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, make_step
 
 
+class PutOn(NamedTuple):
+    """An adapter that a model wears."""
+
+    file: str
+    counts: dict[str, int]  # projection -> tokens that it adds
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """The model of a workdir, loaded to be used."""
@@ -32,7 +40,7 @@ class Trained:
     step: Step
     state: TrainState  # without optimizer state; its parameters are the mean where the run has one
     num_params: int
-    adapters: tuple[str, ...] = ()  # names of their files
+    adapters: tuple[PutOn, ...] = ()  # in the order of their tokens
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

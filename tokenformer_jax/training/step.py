@@ -118,9 +118,6 @@ def make_step(
         batch_sharding(mesh),
         replicated(mesh),
     )
-    learns = jax.eval_shape(lambda params: learned(params, new_tokens), abstract.params)
-    flops = task.train_flops_per_token(cfg.model) if alone(new_tokens) else flops_per_token(cfg)
-    frozen = count_params(abstract.params) - count_params(learns)
     jitted_train = jax.jit(train, in_shardings=(of_state, batch), out_shardings=(of_state, whole), donate_argnums=0)
     return Step(
         abstract_state=with_shardings(abstract, of_state),
@@ -130,9 +127,18 @@ def make_step(
         batch=batch,
         mesh=mesh,
         new_tokens=new_tokens,
-        learned=learns,
-        flops_per_token=flops - 2.0 * frozen,  # their gradient's
+        learned=jax.eval_shape(lambda params: learned(params, new_tokens), abstract.params),
+        flops_per_token=step_flops_per_token(cfg, new_tokens),
     )
+
+
+def step_flops_per_token(cfg: Config, new_tokens: NewTokens | None) -> float:
+    """Model FLOPs of forward and backward, without those of gradients that nothing learns from."""
+    if not alone(new_tokens):
+        return flops_per_token(cfg)
+    params = task_of(cfg).abstract_model(cfg.model)[1]
+    frozen = count_params(params) - count_params(jax.eval_shape(lambda params: learned(params, new_tokens), params))
+    return task_of(cfg).train_flops_per_token(cfg.model) - 2.0 * frozen
 
 
 def state_shardings(

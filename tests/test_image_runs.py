@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from tests.helpers import (
 )
 from tokenformer_jax import TokenFormer, TokenFormerClassifier, UserError
 from tokenformer_jax.config import read_config
-from tokenformer_jax.evaluation.perplexity import evaluate_own
+from tokenformer_jax.evaluation.perplexity import evaluate_own, show_examples
 from tokenformer_jax.evaluation.predictions import (
     Prediction,
     describe,
@@ -39,6 +40,7 @@ from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.training.step import make_step
+from tokenformer_jax.training.tasks import task_of
 
 pytest.importorskip("sklearn")
 AUGMENT = {"smallest_crop": 0.5, "flip": True, "erasing": 0.3, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
@@ -228,6 +230,21 @@ def test_files_are_predicted_and_damaged_ones_named(run, tmp_path, capsys):
     assert f"{tmp_path}/b.png: cannot be read" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"--images: .*b.png cannot be read, nor any other"):
         predict_files(trained, [str(tmp_path / "b.png")], 1)
+
+
+def test_training_examples_can_be_looked_at(run, capsys):
+    trained = load_trained(run)
+    show_examples(trained, range(6))
+    lines = capsys.readouterr().out.splitlines()
+    task, cfg = task_of(trained.cfg), trained.cfg
+    data = task.prepare(cfg, trained.assets)
+    batch = next(task.train_batches(data, cfg, trained.step.mesh))
+    model = TokenFormerClassifier.load(run)
+    chances = model.probabilities(batch.images_BHWC)
+    for i in range(6):
+        label = batch.targets[i, 0]
+        assert lines[2 * i] == f"--- example {i}, loss {-np.log(chances[i, label]):.4f} nats"
+        assert re.fullmatch(rf"image \d+ \(is {label}\)", lines[2 * i + 1])
 
 
 def test_names_of_files_and_classes_are_shown_as_they_are(tmp_path):

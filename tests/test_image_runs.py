@@ -232,6 +232,19 @@ def test_files_are_predicted_and_damaged_ones_named(run, tmp_path, capsys):
         predict_files(trained, [str(tmp_path / "b.png")], 1)
 
 
+def test_a_model_is_saved_as_a_workdir_with_its_mean(run, tmp_path):
+    model = TokenFormerClassifier.load(run)
+    larger = model.grow(ffn_tokens=200)
+    larger.save(tmp_path / "larger", config())
+    loaded = TokenFormerClassifier.load(tmp_path / "larger")
+    assert_trees_equal(loaded.params, larger.params)
+    assert loaded.tau == pytest.approx(larger.tau) and loaded.class_names == larger.class_names
+    state = state_of(tmp_path / "larger", larger.fitted(config()), 0)
+    assert_trees_equal(state.average, state.params)
+    with pytest.raises(UserError, match="larger"):
+        larger.save(tmp_path / "larger", config())
+
+
 def test_training_examples_can_be_looked_at(run, capsys):
     trained = load_trained(run)
     show_examples(trained, range(6))

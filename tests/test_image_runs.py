@@ -204,8 +204,12 @@ def test_positions_are_interpolated_for_another_image_size(run, tmp_path):
     train(large, tmp_path / "large")
     with pytest.raises(UserError, match=r"model.image_size = 8: --interpolate makes a model for another size"):
         interpolate(run, config(steps=12), tmp_path / "same")
-    with pytest.raises(UserError, match=r"model.image_size = 16: the source has 8; growth changes token counts only"):
+    with pytest.raises(
+        UserError, match=r"image_size = 16: the source has 8, which growth keeps; use that, or --interpolate"
+    ):
         grow(run, large, tmp_path / "none")
+    with pytest.raises(UserError, match=r"model.num_layers = 3: the source has 2, which --interpolate keeps; use that"):
+        interpolate(run, dataclasses.replace(large, model=dataclasses.replace(large.model, num_layers=3)), tmp_path)
 
 
 def test_a_grid_of_positions_keeps_its_order():

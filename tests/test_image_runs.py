@@ -1,6 +1,7 @@
 """A run of images: trained, stopped, grown, shrunk, evaluated and shown, by the code that language models use."""
 
 import dataclasses
+import json
 import os
 import re
 
@@ -247,6 +248,15 @@ def test_a_model_is_saved_as_a_workdir_with_its_mean(run, tmp_path):
     assert_trees_equal(state.average, state.params)
     with pytest.raises(UserError, match="larger"):
         larger.save(tmp_path / "larger", config())
+
+
+def test_data_of_other_classes_are_not_evaluated(run):
+    trained = load_trained(run)
+    classes = json.dumps(["a", *map(str, range(9))])
+    trained = dataclasses.replace(trained, assets=trained.assets | {"classes": classes})
+    for use in (lambda: evaluate_own(trained, "validation"), lambda: predict_split(trained, 3, 1)):
+        with pytest.raises(UserError, match=r"classes that the model does not know: 9; use data of its own: a, 0, 1"):
+            use()
 
 
 def test_training_examples_can_be_looked_at(run, capsys):

@@ -70,6 +70,7 @@ def _prepared(run: Trained) -> Prepared:
     """The data of a run's config; says where they are not those that it was trained on."""
     task = task_of(run.cfg)
     corpus = task.prepare(run.cfg, run.assets)
+    task.check_assets(corpus.assets, run.assets)
     if task.identity(corpus, run.cfg) != run.record.data and jax.process_index() == 0:
         print(
             "warning: the data have changed since the run: its figures here are of others; if they were moved, use "

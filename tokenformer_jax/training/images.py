@@ -12,9 +12,10 @@ from tokenformer_jax.config import Config, ModelConfig
 from tokenformer_jax.data import image_batches
 from tokenformer_jax.data.augment import augment
 from tokenformer_jax.data.image_batches import ImageBatch
-from tokenformer_jax.data.images import ImageData, open_images
+from tokenformer_jax.data.images import ImageData, class_names, open_images
 from tokenformer_jax.data.pictures import Pictures
 from tokenformer_jax.devices.sharding import this_process
+from tokenformer_jax.errors import UserError, listed, shown
 from tokenformer_jax.image_config import UNCHANGED
 from tokenformer_jax.nn import vision
 from tokenformer_jax.nn.layers import subkey
@@ -54,6 +55,14 @@ class ImageClassification:
 
     def prepare(self, cfg: Config, assets: Mapping[str, str] | None = None) -> ImageData:
         return open_images(cfg)
+
+    def check_assets(self, found: Mapping[str, str], known: Mapping[str, str]) -> None:
+        others = sorted({*class_names(found)} - {*class_names(known)})
+        if others:
+            raise UserError(
+                f"data.path: has classes that the model does not know: {listed(list(map(shown, others)))}; use data of "
+                f"its own: {listed(list(map(shown, class_names(known))))}"
+            )
 
     def identity(self, data: ImageData, cfg: Config) -> str:
         return image_batches.data_identity(data.train, cfg)

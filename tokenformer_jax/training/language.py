@@ -41,6 +41,9 @@ class Language:
     def prepare(self, cfg: Config, assets: Mapping[str, str] | None = None) -> Corpus:
         return prepare(cfg, tokenizer_from_json(assets["tokenizer"]) if assets else None)
 
+    def check_assets(self, found: Mapping[str, str], known: Mapping[str, str]) -> None:
+        """They are the same: the data were prepared with what is known."""
+
     def identity(self, corpus: Corpus, cfg: Config) -> str:
         return batches.data_identity(corpus.train, cfg)
 

@@ -60,6 +60,9 @@ class Task(Protocol):
     def prepare(self, cfg: Config, assets: Mapping[str, str] | None = None) -> Prepared:
         """Opens the data, made before with these assets or made now. Raises a UserError where it cannot be used."""
 
+    def check_assets(self, found: Mapping[str, str], known: Mapping[str, str]) -> None:
+        """Raises a UserError where data with these assets are nothing for a model that knows others."""
+
     def identity(self, data: Any, cfg: Config) -> str:
         """What a position in the training data refers to."""
 

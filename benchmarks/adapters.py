@@ -12,10 +12,14 @@ No data are needed: tokens are random. Contenders, each a process of its own tha
 Where memory does not suffice, a row says so. Memory is the most that jax held of the device, or a process of a CPU; and
 what the compiler plans, arguments and temporaries. After every row FILE is whole; what --minutes leaves no time for is
 left out. On a CPU: --presets=quickstart:small --batch=4.
+
+With --topology=h100:1 (docs/gpu.md) nothing runs: each step is compiled for a device that need not be there, and a row
+says what it would hold, and the least times that it takes.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -28,6 +32,7 @@ from typing import Any
 
 CONTENDERS = ("full", "new", "plain", "lora")
 SECONDS = 3.0  # of steps that are timed, about
+ASKED = ("batch", "part", "dtype", "remat", "topology")
 
 
 def config(preset: str, linear: bool, args: argparse.Namespace) -> tuple[Any, Any]:
@@ -86,28 +91,25 @@ def tokenformer_step(args: argparse.Namespace) -> Any:
     return program, state, batch, count_params(step.abstract_state.params), count_params(step.learned)
 
 
-def lora_step(args: argparse.Namespace) -> Any:
-    """The same of a plain Transformer with LoRA; clipped AdamW, as ours."""
+def lora_parts(args: argparse.Namespace, devices: Any = None) -> Any:
+    """(config, plain step, init of a state, training step) of a plain Transformer with LoRA; clipped AdamW, as ours."""
     import jax
     import jax.numpy as jnp
     import optax
     from flax import nnx
 
     from benchmarks.lora import adapt, init_lora, rank
-    from benchmarks.step_time import random_batch
     from tokenformer_jax.devices.sharding import make_mesh
     from tokenformer_jax.nn.language import abstract_model, init_params
-    from tokenformer_jax.nn.layers import count_params
     from tokenformer_jax.training.schedule import learning_rate, make_optimizer
-    from tokenformer_jax.training.step import clipped_update, make_step, mean_gradients, put_batch
+    from tokenformer_jax.training.step import clipped_update, make_step, mean_gradients
 
     cfg, _ = config(args.preset, True, args)
-    plain = make_step(cfg, make_mesh(cfg.mesh))
+    plain = make_step(cfg, make_mesh(cfg.mesh, devices))
     graphdef = abstract_model(cfg.model)[0]
     optimizer = make_optimizer(cfg.optimizer, learning_rate(cfg.optimizer, cfg.steps))
     of_lora = rank(cfg.model, new_parameters(args))
 
-    @jax.jit
     def init(key: jax.Array) -> Any:
         lora = init_lora(cfg.model, of_lora, key)
         return init_params(cfg.model, key), lora, optimizer.init(lora)
@@ -123,10 +125,62 @@ def lora_step(args: argparse.Namespace) -> Any:
         learnt = clipped_update(optimizer, clip, None, norm, jnp.int32(0), lora, opt_state, grads)
         return (params, *learnt), {"loss": mean}
 
+    return cfg, plain, init, jax.jit(train, donate_argnums=0)
+
+
+def lora_step(args: argparse.Namespace) -> Any:
+    import jax
+
+    from benchmarks.step_time import random_batch
+    from tokenformer_jax.nn.layers import count_params
+    from tokenformer_jax.training.step import put_batch
+
+    cfg, plain, init, train = lora_parts(args)
     with jax.set_mesh(plain.mesh):
-        state, batch = init(jax.random.key(0)), put_batch(plain, random_batch(cfg))
-        program = jax.jit(train, donate_argnums=0).lower(state, batch).compile()
+        state, batch = jax.jit(init)(jax.random.key(0)), put_batch(plain, random_batch(cfg))
+        program = train.lower(state, batch).compile()
     return program, state, batch, count_params(state[:2]), count_params(state[1])
+
+
+def planned(args: argparse.Namespace) -> dict[str, Any]:
+    """A contender's row for a device that need not be there."""
+    import jax
+
+    from tokenformer_jax.devices.sharding import MESH_AXES, replicated, with_shardings
+    from tokenformer_jax.nn.layers import count_params
+    from tokenformer_jax.planning.hlo import read_program
+    from tokenformer_jax.planning.plan import compile_step, costs, devices_of, grown_tokens, lower_step
+    from tokenformer_jax.training.step import step_flops_per_token
+    from tokenformer_jax.training.tasks import task_of
+
+    jax.config.update("jax_platforms", "cpu")
+    devices, chip = devices_of(args.topology)
+    if args.work == "lora":
+        cfg, plain, init, train = lora_parts(args, devices)
+        state = jax.eval_shape(init, jax.random.key(0))
+        state = with_shardings(state, jax.tree.map(lambda _: replicated(plain.mesh), state))
+        with jax.set_mesh(plain.mesh):
+            lowered = train.lower(state, task_of(cfg).abstract_batch(cfg, plain.batch))
+        params, learn = count_params(state[:2]), count_params(state[1])
+        flops = task_of(cfg).train_flops_per_token(cfg.model) - 2 * (params - learn) + 4 * learn
+    else:
+        cfg, small = config(args.preset, args.work == "plain", args)
+        before = dataclasses.replace(cfg, model=small) if args.work == "new" else None
+        cfg = dataclasses.replace(cfg, grow=dataclasses.replace(cfg.grow, train="new" if before else "all"))
+        lowered, _ = lower_step(cfg, devices, before)
+        params = count_params(task_of(cfg).abstract_model(cfg.model)[1])
+        flops, learn = step_flops_per_token(cfg, grown_tokens(cfg, before)), new_parameters(args) if before else params
+    sizes, text = compile_step(lowered)
+    model_flops = task_of(cfg).tokens_per_step(cfg) / len(devices) * flops
+    found = costs(read_program(text, {axis: getattr(cfg.mesh, axis) for axis in MESH_AXES}), cfg, chip, model_flops)
+    return {
+        "params": params,
+        "learned_params": learn,
+        "planned_bytes": int(sizes.argument_size_in_bytes + sizes.temp_size_in_bytes),
+        "model_flops": model_flops,
+        "least_seconds": found["seconds"],
+        "device": args.topology,
+    }
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
@@ -169,7 +223,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 def row_of(preset: str, contender: str, args: argparse.Namespace, limit: float) -> dict[str, Any]:
     """What a process makes of it, or why there is nothing."""
-    said = [f"--{name}={getattr(args, name)}" for name in ("batch", "part", "dtype", "remat")]
+    said = [f"--{name}={getattr(args, name)}" for name in ASKED]
     command = [sys.executable, "-m", "benchmarks.adapters", f"--work={contender}", f"--preset={preset}", *said]
     env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     try:
@@ -191,13 +245,15 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             found.setdefault(row["preset"], {}).setdefault(row["contender"], []).append(row)
     for contenders in found.values():
         for name, each in contenders.items():
-            medians = {key: statistics.median(row[key] for row in each) for key in ("step_seconds", "peak_bytes")}
+            measured = [key for key in ("step_seconds", "peak_bytes") if key in each[0]]
+            medians = {key: statistics.median(row[key] for row in each) for key in measured}
             contenders[name] = {key: each[0][key] for key in ("params", "learned_params", "planned_bytes")} | medians
         for name, whole in (("new", "full"), ("lora", "plain"), ("full", "plain")):
             if name in contenders and whole in contenders:
                 contenders[f"{name}_over_{whole}"] = {
                     key: contenders[name][key] / contenders[whole][key]
                     for key in ("step_seconds", "peak_bytes", "planned_bytes")
+                    if key in contenders[name]
                 }
     return found
 
@@ -210,6 +266,7 @@ def main() -> None:
     parser.add_argument("--part", type=float, default=1 / 16, help="new tokens, as a part of each projection's")
     parser.add_argument("--dtype", default="", help="float32 or bfloat16; by default the preset's")
     parser.add_argument("--remat", default="", help="none, dots, projections or full; by default the preset's")
+    parser.add_argument("--topology", default="", help="plan for one such device, such as h100:1, and run nothing")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--out", default="adapters.json")
@@ -218,13 +275,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.work:
         with contextlib.redirect_stdout(sys.stderr):
-            row = work(args)
+            row = planned(args) if args.topology else work(args)
         return print(json.dumps(row))
 
     from tokenformer_jax.files import replace_file
 
     end = time.monotonic() + 60 * args.minutes
-    asked = {name: getattr(args, name) for name in ("presets", "batch", "part", "dtype", "remat", "rounds", "minutes")}
+    asked = {name: getattr(args, name) for name in (*ASKED, "presets", "rounds", "minutes")}
     result: dict[str, Any] = {"command": asked, "rows": [], "left_out": []}
     turns = [
         (round_number, preset, contender)

@@ -24,12 +24,9 @@ from tokenformer_jax.data.pictures import Box, center_box, decode, random_box
 from tokenformer_jax.image_config import UNCHANGED, AugmentConfig
 
 PHOTO = (500, 375)  # pixels of a common ImageNet photo
-RECIPE = AugmentConfig(
-    smallest_crop=0.08, flip=True, rand_augment_layers=2, erasing=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1
-)
+RECIPE = AugmentConfig(flip=True, rand_augment_layers=2, erasing=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
 PARTS = {
     "all": RECIPE,
-    "crop": dataclasses.replace(UNCHANGED, smallest_crop=0.08),
     "RandAugment": dataclasses.replace(UNCHANGED, rand_augment_layers=2),
     "erasing": dataclasses.replace(UNCHANGED, erasing=0.25),
     "Mixup and CutMix": dataclasses.replace(UNCHANGED, mixup=0.8, cutmix=1.0),
@@ -66,8 +63,7 @@ def decoded(file: bytes, size: int, smallest_crop: float) -> float:
 def augmented(cfg: AugmentConfig, size: int, rows: int) -> float:
     pixels = np.random.default_rng(0).integers(0, 256, (rows, size, size, 3)).astype(np.uint8)
     images, labels = jax.device_put((pixels, np.zeros(rows, np.int32)))
-    side = size if cfg.smallest_crop else None
-    made = jax.jit(lambda rng, images, labels: augment(rng, images, labels, cfg, 10, side))
+    made = jax.jit(lambda rng, images, labels: augment(rng, images, labels, cfg, 10))
     jax.block_until_ready(made(jax.random.key(0), images, labels))
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     return rate(rows, lambda: jax.block_until_ready(made(jax.random.key(1), images, labels)), clock)

@@ -30,7 +30,7 @@ from tokenformer_jax.storage.metrics_file import read_metrics
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.training.schedule import NewTokens
 from tokenformer_jax.training.state import new_state
-from tokenformer_jax.training.step import Step, make_step
+from tokenformer_jax.training.step import Step, make_step, put_batch
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -103,6 +103,16 @@ def random_images(cfg: Config, seed: int = 0) -> ImageBatch:
 def step_of(cfg: Config) -> Step:
     """The training step of a config on its mesh, compiled once for all tests of a process."""
     return make_step(cfg, make_mesh(cfg.mesh))
+
+
+def after_steps(cfg: Config, steps: int, state: Any = None) -> tuple[Any, list[dict[str, Any]]]:
+    """A state, at first a new one, after steps on random batches, and the metrics of each."""
+    step = step_of(cfg)
+    state, rows = step.init(jax.random.key(0)) if state is None else state, []
+    for i in range(steps):
+        state, metrics = step.train(state, put_batch(step, random_batch(cfg, i)))
+        rows.append(jax.device_get(metrics))
+    return state, rows
 
 
 # What no step depends on.

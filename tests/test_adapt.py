@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, rows_of, step_of, tiny_config
+from tests.helpers import after_steps, assert_trees_equal, corpus_overrides, random_batch, rows_of, step_of, tiny_config
 from tokenformer_jax.config import MeshConfig
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
@@ -33,10 +33,7 @@ NEW = NewTokens({"query": 24, "key": 24, "value": 24, "ffn": 96}, step=0, alone=
 def adapting(**overrides):
     """A trained model with new tokens, the step that trains those alone, and the one that trains all."""
     small, cfg = tiny_config(), tiny_config(**GROWN | overrides)
-    step = step_of(small)
-    state = step.init(jax.random.key(0))
-    for i in range(3):
-        state, _ = step.train(state, put_batch(step, random_batch(small, i)))
+    state, _ = after_steps(small, 3)
     alone, both = make_step(cfg, make_mesh(cfg.mesh), new_tokens=NEW), step_of(cfg)
     grown = grow_state(
         state._replace(opt_state=()), both.abstract_state, cfg.model, jax.random.key(5), "random_keys", ramp_steps=4

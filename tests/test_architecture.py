@@ -14,11 +14,11 @@ FLOORS = """
     image_config
     config
     configs: base quickstart pile ladder released tpu transformer zero_shot digits imagenet
-    devices: distributed hardware sharding
+    devices: distributed progress hardware sharding
     data: tokenizer units readers folders text published encode workers shards tokens mixture batches
     data: augment pictures images image_batches
     nn: backends layers row_kernels pattention_vjp pattention watch attention transformer loss language vision
-    training: metrics nested language images tasks state schedule learned non_finite step
+    training: profiler nested language images tasks state schedule learned non_finite step
     storage: fingerprint workdir in_bucket record arrays trackers metrics_file checkpoints trained adapters
     storage: state_dicts official hub card hub_format
     evaluation: perplexity contributions inspection sampling report slope advice settings
@@ -26,7 +26,7 @@ FLOORS = """
     growth: recipes ladder figures verify resize grow shrink positions
     planning: hlo plan fit whole_run
     running: signals run log loop branch
-    resizable
+    any_tokenformer
     api
     classifier
     pytorch

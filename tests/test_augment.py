@@ -21,18 +21,13 @@ from tokenformer_jax.data.augment import (
     affine,
     augment,
     beta,
-    crop,
     normalize,
-    preprocess,
-    random_box,
     recolor,
     warp,
 )
 from tokenformer_jax.image_config import AugmentConfig
 
-RECIPE = AugmentConfig(
-    smallest_crop=0.2, flip=True, rand_augment_layers=2, erasing=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1
-)
+RECIPE = AugmentConfig(flip=True, rand_augment_layers=2, erasing=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
 CLASSES = 7
 Sixth = tuple[float, float, float, float, float, float]
 
@@ -59,8 +54,8 @@ LABELS = np.arange(16, dtype=np.int32) % CLASSES
 
 
 @functools.cache
-def jitted(cfg: AugmentConfig = RECIPE, size: int | None = 20) -> Any:
-    return jax.jit(lambda rng, images, labels: augment(rng, images, labels, cfg, CLASSES, size))
+def jitted(cfg: AugmentConfig = RECIPE) -> Any:
+    return jax.jit(lambda rng, images, labels: augment(rng, images, labels, cfg, CLASSES))
 
 
 def key_of(seed: int, step: int) -> Any:
@@ -147,34 +142,6 @@ def test_two_geometric_operations_are_one_map():
     assert np.abs(both - one_by_one)[inside].mean() < 3
 
 
-@pytest.mark.parametrize("box", [(3.0, 5.0, 70.5, 64.25), (0.0, 0.0, 96.0, 96.0), (50.0, 20.0, 20.0, 28.0)])
-@pytest.mark.parametrize("size", [48, 96])
-def test_crops_are_resized_as_pil_does(box, size):
-    left, top, width, height = box
-    theirs = photo().resize((size, size), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
-    apart = np.abs(crop(array(photo()), jnp.array(box), size) - array(theirs))
-    assert np.mean(apart > 2) < 0.002 and apart.mean() < 0.25  # PIL rounds and clips between columns and rows
-
-
-def test_evaluation_sees_the_middle():
-    seen = preprocess(np.asarray(photo())[None], 224 / 256, 84)[0]
-    np.testing.assert_allclose(seen, normalize(np.asarray(photo())[6:90, 6:90]), atol=1e-6)
-    theirs = photo().resize((32, 32), Image.Resampling.BICUBIC, (6, 6, 90, 90))
-    apart = np.abs(preprocess(np.asarray(photo())[None], 224 / 256, 32)[0] - normalize(np.asarray(theirs)))
-    assert np.mean(apart > 2.01 / 127.5) < 0.005
-    assert (normalize(jnp.uint8(0)), normalize(jnp.uint8(255))) == (-1, 1)
-
-
-def test_boxes_lie_inside_and_have_the_area_that_is_asked():
-    boxes = jax.vmap(lambda rng: random_box(rng, 40, 0.3))(jax.random.split(jax.random.key(0), 2000))
-    left_top, sides = np.asarray(boxes[:, :2]), np.asarray(boxes[:, 2:])
-    part, ratio = sides.prod(1) / 40**2, sides[:, 0] / sides[:, 1]
-    assert left_top.min() >= 0 and (left_top + sides).max() <= 40.001
-    assert 0.299 < part.min() < 0.31 and part.max() > 0.95 and ratio.min() > 0.749 and ratio.max() < 1.334
-    assert abs(np.log(ratio).mean()) < 0.02 and np.ptp(left_top[:, 0]) > 15
-    np.testing.assert_allclose(random_box(jax.random.key(0), 40, 0.0, 0.5), [10, 10, 20, 20])
-
-
 # Laws of a batch.
 
 
@@ -182,7 +149,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
     first, again = (jitted()(key_of(0, 3), photos(), LABELS) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
-    assert first[0].shape == (16, 20, 20, 3) and first[0].dtype == first[1].dtype == jnp.float32
+    assert first[0].shape == (16, 24, 24, 3) and first[0].dtype == first[1].dtype == jnp.float32
     for key in (key_of(0, 4), key_of(1, 3)):
         assert np.abs(jitted()(key, photos(), LABELS)[0] - first[0]).mean() > 0.05
 
@@ -191,7 +158,7 @@ def test_rows_do_not_depend_on_the_batch():
     images, targets = jitted()(key_of(0, 0), photos(), LABELS)
     fewer_images, fewer_targets = jitted()(key_of(0, 0), photos()[:8], LABELS[:8])
     np.testing.assert_array_equal(images[:8], fewer_images)
-    np.testing.assert_array_equal(targets[:8], fewer_targets)
+    np.testing.assert_allclose(targets[:8], fewer_targets, atol=1e-5)  # shares are means, summed in another order
 
 
 def test_sharded_is_single_and_nothing_moves_between_devices():
@@ -199,9 +166,9 @@ def test_sharded_is_single_and_nothing_moves_between_devices():
     batch = jax.device_put((photos(), LABELS), sharding)
     compiled = jitted().lower(key_of(0, 5), *batch).compile()
     for one, sharded in zip(jitted()(key_of(0, 5), photos(), LABELS), compiled(key_of(0, 5), *batch), strict=True):
-        # Two programs differ in a number's last bit, which may round a level up or down.
+        # Two programs differ in last bits, which may round a level up or down, and sum pixels in another order.
         apart = np.abs(np.asarray(one) - np.asarray(sharded))
-        assert np.mean(apart > 1e-6) < 1e-3 and apart.max() < 1.01 / 127.5
+        assert np.mean(apart > 1e-5) < 1e-3 and apart.max() < 1.01 / 127.5
         assert sharded.sharding.is_equivalent_to(sharding, sharded.ndim)
     program = compiled.as_text()
     for moves in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
@@ -221,14 +188,14 @@ def test_targets_are_probabilities():
 
 def test_label_smoothing():
     cfg = AugmentConfig(label_smoothing=0.1)
-    images, targets = jitted(cfg, None)(key_of(0, 0), photos(), LABELS)
+    images, targets = jitted(cfg)(key_of(0, 0), photos(), LABELS)
     np.testing.assert_allclose(images, normalize(photos()), atol=1e-6)  # nothing else is changed
     np.testing.assert_allclose(targets, 0.9 * np.eye(CLASSES)[LABELS] + 0.1 / CLASSES, rtol=1e-6)
 
 
 def test_flips_half_of_the_pictures():
     rows = np.tile(photos(), (25, 1, 1, 1))
-    images, _ = jitted(AugmentConfig(flip=True), None)(key_of(0, 0), rows, np.tile(LABELS, 25))
+    images, _ = jitted(AugmentConfig(flip=True))(key_of(0, 0), rows, np.tile(LABELS, 25))
     is_kept, is_flipped = (
         np.all(np.abs(images - normalize(x)) < 1e-6, axis=(1, 2, 3))
         for x in (rows, np.ascontiguousarray(rows[:, :, ::-1]))
@@ -238,7 +205,7 @@ def test_flips_half_of_the_pictures():
 
 def test_erases_rectangles_with_noise():
     black = np.zeros((400, 24, 24, 3), np.uint8)
-    images, _ = jitted(AugmentConfig(erasing=0.25), None)(key_of(0, 0), black, np.zeros(400, np.int32))
+    images, _ = jitted(AugmentConfig(erasing=0.25))(key_of(0, 0), black, np.zeros(400, np.int32))
     is_erased = np.any(np.asarray(images) != -1, axis=3)
     part = is_erased.mean((1, 2))
     assert 70 < np.count_nonzero(part) < 130 and part.max() < 0.4 and part[part > 0].min() > 0.01
@@ -255,7 +222,7 @@ def test_mixup_and_cutmix_mix_neighbors(rows):
     odd = np.arange(rows) % 2
     images = np.broadcast_to(255 * odd[:, None, None, None], (rows, 24, 24, 1)).astype(np.uint8)
     cfg = dataclasses.replace(AugmentConfig(), mixup=0.8, cutmix=1.0)
-    mixed, targets = (np.asarray(x) for x in jitted(cfg, None)(key_of(0, 0), images, odd.astype(np.int32)))
+    mixed, targets = (np.asarray(x) for x in jitted(cfg)(key_of(0, 0), images, odd.astype(np.int32)))
     white = (mixed.mean((1, 2, 3)) + 1) / 2
     np.testing.assert_allclose(targets[:, 1], white, atol=1e-5)
     np.testing.assert_allclose(targets[:, :2].sum(1), 1, rtol=1e-6)
@@ -283,5 +250,5 @@ def test_shares_are_of_a_beta_distribution(alpha):
 def test_one_alone(key):
     images = np.broadcast_to(np.array([0, 255])[:, None, None, None], (2, 24, 24, 1)).astype(np.uint8)
     cfg = dataclasses.replace(AugmentConfig(), **{key: 1.0})
-    mixed, _ = jitted(cfg, None)(key_of(0, 2), np.tile(images, (20, 1, 1, 1)), np.tile([0, 1], 20))
+    mixed, _ = jitted(cfg)(key_of(0, 2), np.tile(images, (20, 1, 1, 1)), np.tile([0, 1], 20))
     assert (len(np.unique(np.round(np.asarray(mixed), 5))) == 2) == (key == "cutmix")

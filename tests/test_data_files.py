@@ -439,6 +439,8 @@ def test_a_url_in_a_flag_is_refused_and_nothing_made(tmp_path, command, args):
     before = set(os.listdir())
     line = complaint(call(command, *args.format(url="s3://bucket/x", f=tmp_path).split()))
     assert "s3://bucket/x" in line and ": is a URL; use a path" in line
+    may_be_in_a_bucket = any(key in line for key in ("--workdir=", "--source=", "--runs=", "cache_dir = "))
+    assert line.endswith(", or gs://BUCKET/FOLDER" if may_be_in_a_bucket else " (copy it there, or from there)")
     assert set(os.listdir()) == before and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_trees_equal, corpus_overrides, random_batch, step_of, tiny_config, tiny_linear_config
+from tests.helpers import (
+    after_steps,
+    assert_trees_equal,
+    corpus_overrides,
+    random_batch,
+    step_of,
+    tiny_config,
+    tiny_linear_config,
+)
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow, grow_state
 from tokenformer_jax.growth.recipes import check_growth
@@ -28,11 +36,7 @@ GROWN = {"model__qkv_tokens": 48, "model__out_tokens": 56, "model__ffn_tokens": 
 
 @functools.cache
 def trained(cfg, steps=4):
-    step = step_of(cfg)
-    state = step.init(jax.random.key(0))
-    for i in range(steps):
-        state, _ = step.train(state, put_batch(step, random_batch(cfg, i)))
-    return state
+    return after_steps(cfg, steps)[0]
 
 
 @functools.cache
@@ -101,8 +105,7 @@ def test_zero_values_are_dead_for_ever():
     verify(figures, "zero_padding")
     with pytest.raises(UserError, match="no gradient reaches the new tokens of"):
         verify(figures, "zero_keys")
-    for i in range(3):
-        state, _ = step.train(state, put_batch(step, random_batch(large, i)))
+    state, _ = after_steps(large, 3, state)
     ffn = state.params["blocks"]["ffn"]
     assert not jnp.any(ffn["keys"][:, 96:]) and not jnp.any(ffn["values"][:, 96:])
 
@@ -145,9 +148,8 @@ def test_growing_in_the_middle_of_a_ramp_holds_each_tau_where_it_is():
     """One kind grows again, the others' ramps go on."""
     small, middle = tiny_config(), tiny_config(**GROWN)
     large = tiny_config(**GROWN | {"model__ffn_tokens": 300})
-    step, _, state = grown(small, middle, ramp_steps=4)
-    for i in range(2):
-        state, _ = step.train(state, put_batch(step, random_batch(middle, i)))
+    _, _, state = grown(small, middle, ramp_steps=4)
+    state, _ = after_steps(middle, 2, state)
     now = {name: float(tau) for name, tau in state.tau_now().items()}
     assert 96**0.5 < now["ffn"] < 200**0.5
     step = step_of(large)

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import assert_trees_equal, image_config, random_images, shared_steps
-from tokenformer_jax import TokenFormerClassifier, UserError
+from tests.helpers import (
+    assert_trees_equal,
+    corpus_overrides,
+    image_config,
+    random_images,
+    shared_steps,
+    tiny_config,
+)
+from tokenformer_jax import TokenFormer, TokenFormerClassifier, UserError
 from tokenformer_jax.config import read_config
 from tokenformer_jax.evaluation.perplexity import evaluate_own
 from tokenformer_jax.evaluation.predictions import describe, draw, find_images, predict_files, predict_split
@@ -152,6 +159,23 @@ def test_evaluation_and_predictions_agree(run, tmp_path):
     draw(found[:9], tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_size > 1000
     assert f"{round(figures['top1'] * 359)} of 359 are right" in describe(found)
+
+
+def test_each_python_face_is_told_from_the_other(run, tmp_path):
+    images, text, there = config(), tiny_config(**corpus_overrides(tmp_path)), tmp_path / "w"
+    for make, message in (
+        (lambda: TokenFormer.load(run), "holds a model that sees images; use TokenFormerClassifier"),
+        (lambda: TokenFormer.init(images.model), "sees images; use TokenFormerClassifier"),
+        (lambda: TokenFormer.train(images, there), "sees images; use TokenFormerClassifier"),
+        (lambda: TokenFormerClassifier.init(text.model), "reads text; use TokenFormer"),
+        (lambda: TokenFormerClassifier.train(text, there), "reads text; use TokenFormer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make()
+    assert not there.exists()
+    model = TokenFormerClassifier.init(images.model)
+    assert model.class_names == tuple("0123456789")
+    assert repr(model).startswith("TokenFormerClassifier(") and "8 x 8 pixels in patches of 2, 10 cl" in repr(model)
 
 
 @pytest.mark.slow

@@ -44,6 +44,16 @@ def test_a_config_names_a_folder(folder):
     assert task_of(cfg).describe_data(data) == "12 training images of 2 classes"
 
 
+def test_a_config_names_the_splits_and_other_files_are_named_once(folder, capsys):
+    (folder / "train").rename(folder / "few")
+    (folder / "few" / "cat" / "notes.txt").write_text("")
+    (folder / "validation" / "dog" / "0.gif").write_text("")
+    data = open_images(folder_config(folder, data__train_split="validation", data__validation_split="few"))
+    assert (len(data.train), len(data.validation)) == (6, 12)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("skipped 2 files, not .jpg, .jpeg, .png or .webp: few/cat/notes.txt, validation/dog/0.gif")
+
+
 def test_damaged_images_are_named_once_and_weigh_nothing(folder, capsys):
     bad = folder / "train" / "cat" / "0.jpg"
     bad.write_bytes(bad.read_bytes()[:200])

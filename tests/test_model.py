@@ -106,6 +106,8 @@ def test_evaluate_gives_the_commands_figures(home, tmp_path):
         expected = json.loads((tmp_path / "eval.json").read_text())
         figures = model.evaluate(cfg, split)
         assert figures == {name: pytest.approx(expected[name], rel=1e-6) for name in figures}
+    averaged = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, average=0.9))
+    assert model.evaluate(averaged) == model.evaluate(cfg)
     sharded = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, fsdp=4, tensor=2))
     assert model.evaluate(sharded)["loss"] == pytest.approx(model.evaluate(cfg)["loss"], rel=1e-5)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.helpers import assert_trees_equal, random_batch, step_of, tiny_config, tiny_linear_config
+from tests.helpers import after_steps, assert_trees_equal, random_batch, step_of, tiny_config, tiny_linear_config
 from tokenformer_jax.api import TokenFormer
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow_state
@@ -23,16 +23,6 @@ from tokenformer_jax.training.step import masks_key, put_batch
 
 DROPPED = {"model__dropout": 0.2, "model__stochastic_depth": 0.3}
 SMALL = {"model__vocab_size": 64, "model__context_length": 8, "steps": 4}
-
-
-def train(cfg, steps=2):
-    step = step_of(cfg)
-    state = step.init(jax.random.key(0))
-    metrics = []
-    for i in range(steps):
-        state, row = step.train(state, put_batch(step, random_batch(cfg, i)))
-        metrics.append(jax.device_get(row))
-    return jax.device_get(state), metrics
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -185,8 +175,8 @@ TRAINED = tiny_config(**SMALL, **DROPPED, accumulation=2)
 
 
 def test_training_twice_gives_the_same_bits():
-    whole, metrics = train(TRAINED)
-    again, metrics_again = train(TRAINED)
+    whole, metrics = after_steps(TRAINED, 2)
+    again, metrics_again = after_steps(TRAINED, 2)
     assert_trees_equal(whole, again)
     assert_trees_equal(metrics, metrics_again)
 
@@ -207,10 +197,10 @@ def test_every_step_and_every_microbatch_has_its_own_masks():
 
 def test_masks_are_the_same_on_a_mesh_and_rematerialized():
     """A single device that keeps its activations against eight that compute each layer, and its masks, again."""
-    alone, expected = train(TRAINED)
+    alone, expected = after_steps(TRAINED, 2)
     mesh = dataclasses.replace(TRAINED.mesh, data=2, fsdp=2, tensor=2)
     remat = dataclasses.replace(TRAINED.model, remat="full")
-    sharded, metrics = train(dataclasses.replace(TRAINED, mesh=mesh, model=remat))
+    sharded, metrics = after_steps(dataclasses.replace(TRAINED, mesh=mesh, model=remat), 2)
     assert_trees_equal(metrics, expected, rtol=1e-4, atol=1e-6)
     assert_trees_equal(sharded.params, alone.params, atol=2e-4)
 

@@ -8,12 +8,14 @@ import pathlib
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
 
 from tests.commands import NAMES, ROOT, call, call_well, complaint, start
 from tests.helpers import corpus_overrides, tiny_config, write_config
+from tokenformer_jax.devices import progress
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.perplexity import evaluate_run
 from tokenformer_jax.evaluation.report import perplexity, summarise, table
@@ -122,6 +124,20 @@ def test_help_lists_a_commands_flags_with_an_example(command):
     assert {"train": "--workdir", "grow": "--recipe", "evaluate": "--out", "report": "--runs"}.get(
         command, "--distributed"
     ) in flags
+
+
+LAST = "4/4  x  ETA 00:00"
+
+
+@pytest.mark.parametrize("quiet, told", [(0, f"1/4  x|3/4  x  ETA 00:06|{LAST}"), (14, LAST), (40, "")])
+def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys, monkeypatch, quiet, told):
+    seconds = iter([0.0, 1.0, 7.0, 13.0, 19.0, 20.0])
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(seconds)))
+    bar = progress.Progress(0, 4, "MB of text", quiet)
+    for done in (1, 2, 3, 4, 4):
+        bar.update(done, "x")
+    bar.close()
+    assert capsys.readouterr().err.splitlines() == [f"MB of text {line}" for line in told.split("|") if line]
 
 
 # Figures first, then files

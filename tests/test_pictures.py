@@ -13,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tokenformer_jax.data.pictures import Pictures, center_box, decode, open_folder, open_published, random_box
+from tokenformer_jax.data.pictures import center_box, decode, open_folder, open_published, random_box
 from tokenformer_jax.errors import UserError
 
 SIZE = 16
@@ -63,7 +63,7 @@ def upright(item: Any, size: int = SIZE, channels: int = 3, part: float = 1.0) -
 
 
 def test_a_folder_of_classes(tmp_path):
-    found = open_folder(str(write_set(tmp_path / "set", "dog cat", 6)), "train", SIZE)
+    found, _ = open_folder(str(write_set(tmp_path / "set", "dog cat", 6)), SIZE)
     assert found.class_names == ["cat", "dog"] and len(found) == found.num_images == 10
     images, labels = found.read(range(10))
     assert images.shape == (10, SIZE, SIZE, 3) and images.dtype == np.uint8 and labels.dtype == np.int32
@@ -79,7 +79,7 @@ def test_a_folder_without_splits_is_split_by_seed(tmp_path):
     path = str(write_set(tmp_path / "set", each=45))
     names = {}
     for seed in (0, 0, 1):
-        train, validation = (open_folder(path, split, SIZE, seed=seed) for split in ("train", "validation"))
+        train, validation = open_folder(path, SIZE, seed=seed)
         assert (len(train), len(validation)) == (86, 4)  # 2 of 45 of each class
         own = [{x.name(i) for i in range(len(x))} for x in (train, validation)]
         assert not own[0] & own[1] and len(own[0] | own[1]) == 90
@@ -88,37 +88,56 @@ def test_a_folder_without_splits_is_split_by_seed(tmp_path):
     assert names[0] != names[1]
 
 
-@pytest.mark.parametrize("name", ["validation", "val"])
+@pytest.mark.parametrize("name", ["validation", "val", "test"])
 def test_a_folder_with_splits(tmp_path, name):
-    write_set(tmp_path / "train", "a b c", 3)
+    splits = ("part", name) if name == "test" else ("train", "validation")
+    write_set(tmp_path / splits[0], "a b c", 3)
     write_set(tmp_path / name, "a c", 2)
-    train, validation = (open_folder(str(tmp_path), split, SIZE) for split in ("train", "validation"))
+    train, validation = open_folder(str(tmp_path), SIZE, splits)
     assert (len(train), len(validation)) == (9, 4) and train.class_names == validation.class_names == ["a", "b", "c"]
     np.testing.assert_array_equal(validation.read(range(4))[1], [0, 0, 2, 2])
     write_set(tmp_path / name, "new", 1)
-    with pytest.raises(UserError, match=f"{name} has a class 'new', which train has not"):
-        open_folder(str(tmp_path), "validation", SIZE)
+    with pytest.raises(UserError, match=f"{name} has a class 'new', which {splits[0]} has not"):
+        open_folder(str(tmp_path), SIZE, splits)
 
 
-def test_which_files_are_pictures(tmp_path):
+@pytest.mark.parametrize("splits", [("a", "b"), ("train", "validation[:9]"), ("", "val"), ("..", "."), ("train", "b")])
+def test_a_split_that_is_not_there(tmp_path, splits):
+    for name in ("train", "val"):
+        write_set(tmp_path / name, each=2)
+    with pytest.raises(UserError) as error:
+        open_folder(str(tmp_path), SIZE, splits)
+    key, split = ("validation", splits[1]) if splits[0] == "train" else ("train", splits[0])
+    expected = f"{tmp_path} has no such folder, but train, val; use one of these, or {key!r} where these are classes"
+    assert str(error.value) == f"data.{key}_split = {split!r}: {expected}"
+    (tmp_path / "train").rename(tmp_path / "training")
+    with pytest.raises(
+        UserError, match=r"data\.train_split = 'train': .* folder, but training, val; use one of these$"
+    ):
+        open_folder(str(tmp_path), SIZE)
+
+
+def test_which_files_are_pictures(tmp_path, capsys):
     root = write_set(tmp_path / "set", each=2)
     for name in ("cat/A.JPG", "cat/b.Jpeg", "dog/deep/c.WEBP"):
         write(root / name, encoded(flat((9, 9, 9)), "WEBP" if name.endswith("WEBP") else "JPEG"))
     for name in ("cat/.hidden.png", ".git/x.png", "cat/notes.txt", "loose.png", "dog/._1.png"):
         write(root / name, encoded(flat(0)))
     (root / "dog" / "circle").symlink_to(root)
-    found = [open_folder(str(root), split, SIZE) for split in ("train", "validation")]
+    found = open_folder(str(root), SIZE)
     names = {pathlib.Path(x.name(i)).relative_to(root).as_posix() for x in found for i in range(len(x))}
     assert names == {"cat/0.png", "cat/1.png", "cat/A.JPG", "cat/b.Jpeg", "dog/0.png", "dog/1.png", "dog/deep/c.WEBP"}
-    assert found[0].skipped == ["cat/notes.txt", "loose.png"]
+    (line,) = capsys.readouterr().err.splitlines()
+    others = "skipped 2 files, not .jpg, .jpeg, .png or .webp: cat/notes.txt, loose.png"
+    assert line == f"warning: data.path = {str(root)!r}: {others}"
 
 
 def test_the_fingerprint_says_which_pictures(tmp_path):
     root = write_set(tmp_path / "set", each=4)
-    before = open_folder(str(root), "train", SIZE).fingerprint
-    assert open_folder(str(root), "train", 2 * SIZE).fingerprint == before
+    before = open_folder(str(root), SIZE)[0].fingerprint
+    assert open_folder(str(root), 2 * SIZE)[0].fingerprint == before
     (root / "cat").rename(root / "cow")
-    assert open_folder(str(root), "train", SIZE).fingerprint != before
+    assert open_folder(str(root), SIZE)[0].fingerprint != before
 
 
 # What a file becomes.
@@ -190,7 +209,7 @@ def test_random_crops_are_drawn_by_their_generators(tmp_path):
     write(tmp_path / "a" / "0.jpg", encoded(photo(), "JPEG"))
     write(tmp_path / "a" / "1.jpg", encoded(photo(), "JPEG"))
     write(tmp_path / "b" / "0.jpg", encoded(photo(), "JPEG"))
-    found = open_folder(str(tmp_path), "train", SIZE)
+    found, _ = open_folder(str(tmp_path), SIZE)
 
     def rngs(seed: int) -> list[np.random.Generator]:
         return [np.random.default_rng((seed, row)) for row in range(2)]
@@ -230,7 +249,7 @@ def test_damaged_files_are_named_and_skipped(tmp_path, capsys, item):
     root = write_set(tmp_path / "set", each=2)
     write(root / "dog" / "bad.jpg", item)
     write(root / "dog" / "z.jpg", encoded(flat((50, 0, 0)), "JPEG"))
-    found = [open_folder(str(root), split, SIZE) for split in ("train", "validation")]
+    found = open_folder(str(root), SIZE)
     labels = [found[0].read(range(len(found[0])))[1] for _ in range(2)] + [found[1].read(range(len(found[1])))[1]]
     bad = [x for x in found if any("bad.jpg" in x.name(i) for i in range(len(x)))]
     assert [len(x.damaged) for x in bad] == [1]
@@ -248,7 +267,7 @@ def test_many_damaged_files_are_counted(tmp_path, capsys):
     root = write_set(tmp_path / "set", each=2)
     for i in range(60):
         write(root / "cat" / f"bad{i}.png", b"x")
-    found = open_folder(str(root), "train", SIZE)
+    found, _ = open_folder(str(root), SIZE)
     found.read(range(len(found)))
     assert len(found.damaged) > 50
     said = capsys.readouterr().err.strip().split("\n")
@@ -259,7 +278,7 @@ def test_no_line_of_a_name_is_printed_raw(tmp_path, capsys):
     root = write_set(tmp_path / "set", each=2)
     for i in range(30):
         write(root / "cat" / f"two\nlines{i}.png", b"x")
-    found = open_folder(str(root), "train", SIZE)
+    found, _ = open_folder(str(root), SIZE)
     found.read(range(len(found)))
     assert all(line.startswith("warning: ") for line in capsys.readouterr().err.strip().split("\n"))
 
@@ -279,7 +298,7 @@ def test_wrong_folders(tmp_path, files, message):
     for name in files:
         write(tmp_path / "set" / name, encoded(flat(0)))
     with pytest.raises(UserError, match=message) as error:
-        open_folder(str(tmp_path / "set"), "validation", SIZE)
+        open_folder(str(tmp_path / "set"), SIZE)
     assert "\n" not in str(error.value)
 
 
@@ -287,31 +306,10 @@ def test_no_folder(tmp_path, monkeypatch):
     write(tmp_path / "file.png", b"")
     for name, what in (("nowhere", "not found"), ("file.png", "is a file")):
         with pytest.raises(UserError, match=f"{what}; use a folder of one subfolder per class"):
-            open_folder(str(tmp_path / name), "train", SIZE)
+            open_folder(str(tmp_path / name), SIZE)
     monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
     with pytest.raises(UserError, match=r"use pip install pillow"):
-        open_folder(str(tmp_path), "train", SIZE)
-
-
-# Kept decoded.
-
-
-def test_prepared_pictures_are_the_same(tmp_path, monkeypatch, capsys):
-    root = write_set(tmp_path / "set", each=4)
-    for i in range(20):
-        write(root / "cat" / f"bad{i}.png", b"x")
-    found = open_folder(str(root), "train", SIZE, center=0.875)
-    prepared = found.prepared(tmp_path / "cache")
-    assert [path.name for path in (tmp_path / "cache").glob("*.partial")] == []
-    capsys.readouterr()
-    monkeypatch.setattr(Pictures, "_write", None)  # a second time it is there
-    for kept in (prepared, found.prepared(tmp_path / "cache")):
-        for one, other in zip(found.read(range(len(found))), kept.read(range(len(found))), strict=True):
-            np.testing.assert_array_equal(one, other)
-        assert kept.fingerprint == found.fingerprint and len(kept.damaged) == len(found.damaged) > 10
-    write(tmp_path / "file", b"")
-    with pytest.raises(UserError, match="cannot be written"):
-        found.prepared(tmp_path / "file")
+        open_folder(str(tmp_path), SIZE)
 
 
 # Published sets.
@@ -352,17 +350,17 @@ def test_a_published_set_by_name(tmp_path, capsys):
     features = {"file_name": tfds.features.Text(), "image": tfds.features.Image(), "label": LABEL}
     folder = prepare_set(tmp_path, "animals", features, {"train": examples, "test": examples[:3]})
     capsys.readouterr()
-    found = open_published("animals", "train[:80%]", SIZE, folder)
+    found, test = open_published("animals", SIZE, ("train[:80%]", "test"), folder)
     assert not capsys.readouterr().out  # it belongs to the command
-    assert len(found) == 8 and found.class_names == ["cat", "dog", "owl"]
+    assert (len(found), len(test)) == (8, 3) and found.class_names == ["cat", "dog", "owl"]
     images, labels = found.read([7, 4, 0])
     np.testing.assert_array_equal(labels, [1, -1, 0])
     assert np.abs(images[:, 8, 8].astype(int) - [[70, 0, 0], [0, 0, 0], [0, 0, 0]]).max() <= 2
     assert capsys.readouterr().err.startswith("warning: animals, train[:80%], picture 4: skipped (")
-    assert found.fingerprint == open_published("animals", "train[:80%]", SIZE, folder).fingerprint
-    assert found.fingerprint != open_published("animals", "train", SIZE, folder).fingerprint
-    with pytest.raises(UserError, match=r"split 'validation' of animals: cannot be read .*; use "):
-        open_published("animals", "validation", SIZE, folder)
+    again, all_of_it = open_published("animals", SIZE, ("train[:80%]", "train"), folder)
+    assert found.fingerprint == again.fingerprint != all_of_it.fingerprint
+    with pytest.raises(UserError, match=r"data\.validation_split = 'validation': cannot be read .*; use train or test"):
+        open_published("animals", SIZE, data_dir=folder)
 
 
 def test_published_sets_of_arrays_and_without_pictures(tmp_path):
@@ -370,11 +368,11 @@ def test_published_sets_of_arrays_and_without_pictures(tmp_path):
     features = {"digit": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8), "label": LABEL}
     examples = [{"digit": pixels[i], "label": 2} for i in range(5)]
     folder = prepare_set(tmp_path, "figures", features, {"train": examples})
-    images, labels = open_published("figures", "train", 8, folder, channels=1).read(range(5))
+    images, labels = open_published("figures", 8, ("train", "train"), folder, channels=1)[0].read(range(5))
     np.testing.assert_array_equal(images, pixels)
     np.testing.assert_array_equal(labels, [2] * 5)
     prepare_set(tmp_path, "words", {"text": tfds.features.Text()}, {"train": [{"text": "a"}]})
     with pytest.raises(UserError, match="has no pictures with labels, but text; use another"):
-        open_published("words", "train", SIZE, folder)
+        open_published("words", SIZE, data_dir=folder)
     with pytest.raises(UserError, match=r"data\.dataset = 'nothing_like_it': cannot be loaded"):
-        open_published("nothing_like_it", "train", SIZE, folder)
+        open_published("nothing_like_it", SIZE, data_dir=folder)

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_trees_equal, random_batch, step_of, tiny_config
+from tests.helpers import after_steps, assert_trees_equal, random_batch, step_of, tiny_config
 from tokenformer_jax.config import RECIPE_NAMES
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.growth.recipes import RECIPES, check_growth
 from tokenformer_jax.growth.verify import measure, verify
-from tokenformer_jax.training.step import put_batch
 
 DOUBLED = {"model__qkv_tokens": 48, "model__out_tokens": 80, "model__ffn_tokens": 192, "steps": 16}
 UNEVEN = {"model__qkv_tokens": 48, "model__out_tokens": 100, "model__ffn_tokens": 128, "steps": 16}
@@ -27,11 +26,7 @@ ONLY_QKV = {"model__qkv_tokens": 96, "steps": 16}
 def trained():
     """A model of 32 dims with 24, 40 and 96 tokens: fewer than dims, and more."""
     cfg = tiny_config()
-    step = step_of(cfg)
-    state = step.init(jax.random.key(0))
-    for i in range(6):
-        state, _ = step.train(state, put_batch(step, random_batch(cfg, i)))
-    return cfg, state
+    return cfg, after_steps(cfg, 6)[0]
 
 
 def grown(trained, recipe, sizes, **mesh):

@@ -7,23 +7,12 @@ import optax
 import pytest
 from flax import nnx
 
-from tests.helpers import assert_trees_equal, random_batch, step_of, tiny_config, tiny_linear_config
+from tests.helpers import after_steps, assert_trees_equal, random_batch, step_of, tiny_config, tiny_linear_config
 from tokenformer_jax.nn.language import abstract_model
 from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.training.schedule import decayed, learning_rate
 from tokenformer_jax.training.state import TauRamp
 from tokenformer_jax.training.step import put_batch
-
-
-def train(cfg, steps=3):
-    """Final state and the metrics of a few steps on random batches."""
-    step = step_of(cfg)
-    state = step.init(jax.random.key(0))
-    metrics = []
-    for i in range(steps):
-        state, row = step.train(state, put_batch(step, random_batch(cfg, i)))
-        metrics.append(jax.device_get(row))
-    return state, metrics
 
 
 def test_parameters_and_moments_are_sharded_as_the_table_says():
@@ -37,16 +26,16 @@ def test_parameters_and_moments_are_sharded_as_the_table_says():
 
 
 def test_plain_transformer_shards_as_well():
-    alone, _ = train(tiny_linear_config())
-    sharded, _ = train(tiny_linear_config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
+    alone, _ = after_steps(tiny_linear_config(), 3)
+    sharded, _ = after_steps(tiny_linear_config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2), 3)
     assert_trees_equal(sharded.params, alone.params, atol=2e-4)
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 1)])
 def test_accumulated_step_equals_the_full_batch(mesh):
     meshes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh, strict=True))
-    whole, expected = train(tiny_config(**meshes))
-    parts, metrics = train(tiny_config(**meshes, accumulation=2))
+    whole, expected = after_steps(tiny_config(**meshes), 3)
+    parts, metrics = after_steps(tiny_config(**meshes, accumulation=2), 3)
     assert_trees_equal(metrics, expected, rtol=1e-5)
     assert_trees_equal(parts.params, whole.params, atol=1e-4)
 
@@ -64,7 +53,7 @@ def test_padding_has_no_weight():
 
 
 def test_loss_at_birth_is_that_of_a_uniform_guess():
-    _, metrics = train(tiny_config(), steps=1)
+    _, metrics = after_steps(tiny_config(), 1)
     assert metrics[0]["loss"] == pytest.approx(np.log(300), rel=0.02)
 
 

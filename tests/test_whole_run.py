@@ -148,12 +148,23 @@ def fake_compiler(limit, activations):
     return make, seen
 
 
+MANY = {"mesh__fsdp": 8, "batch_size": 1 << 15}  # 65,536 tokens a device
+
+
 @pytest.mark.parametrize(
     "overrides, limit, activations, expected",
     [
         ({"mesh__fsdp": 8}, 1.2e5, 1e5, "--config.model.remat=projections"),
         ({"mesh__fsdp": 8, "batch_size": 64}, 2e5, 1e5, "--config.model.remat=full --config.accumulation=2"),
         ({"mesh__fsdp": 8, "batch_size": 64}, 1.5e5, 3e5, "--config.model.remat=full --config.accumulation=8"),
+        ({"mesh__fsdp": 8, "batch_size": 1 << 15}, 4e8, 1e5, "--config.accumulation=2"),  # 2 x 32,768 tokens a device
+        ({"mesh__fsdp": 8, "batch_size": 1 << 15}, 1.2e8, 1e5, "--config.accumulation=4"),
+        (
+            {"mesh__fsdp": 8, "batch_size": 1 << 15},
+            1.01e8,
+            1e5,
+            "--config.model.remat=projections --config.accumulation=4",
+        ),
         ({"mesh__data": 8}, 2e5, 1e3, "--config.mesh.data=1 --config.mesh.fsdp=8"),
         ({"mesh__fsdp": 8}, 1e4, 1e3, None),
     ],

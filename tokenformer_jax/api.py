@@ -13,21 +13,17 @@ import numpy as np
 import optax
 from flax import nnx
 
+from tokenformer_jax.any_tokenformer import AnyTokenFormer, check_seed
 from tokenformer_jax.buckets import bucket_errors
 from tokenformer_jax.config import Config, ModelConfig, validate_model
-from tokenformer_jax.data.mixture import prepare
-from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer
-from tokenformer_jax.devices.sharding import make_mesh
+from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.evaluation.perplexity import choose_split, evaluate_split
 from tokenformer_jax.evaluation.sampling import Sampling, checked, generate
 from tokenformer_jax.files import local_path, run_path
 from tokenformer_jax.nn import language
-from tokenformer_jax.nn.language import abstract_model, init_params
-from tokenformer_jax.nn.layers import Params, count_params
+from tokenformer_jax.nn.language import abstract_model
+from tokenformer_jax.nn.layers import Params
 from tokenformer_jax.nn.transformer import initial_tau
-from tokenformer_jax.resizable import Resizable, check_config, check_model, check_seed
-from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.adapters import adapted_config, adapted_tau, append, check_base, read_adapter
 from tokenformer_jax.storage.fingerprint import model_fingerprint
 from tokenformer_jax.storage.hub import read_published
@@ -40,12 +36,10 @@ from tokenformer_jax.storage.official import (
     to_official,
 )
 from tokenformer_jax.storage.state_dicts import read_state_dict
-from tokenformer_jax.storage.trained import load_trained
-from tokenformer_jax.training.step import make_step
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class TokenFormer(Resizable):
+class TokenFormer(AnyTokenFormer):
     """A model: what it is, its parameters, and its τ. Methods compute; none changes it.
 
     `params` is a nested dict of float32 arrays; those of a block are stacked over layers. Paths may begin with `~`,
@@ -62,52 +56,16 @@ class TokenFormer(Resizable):
     def checked(self, inputs: Any) -> jax.Array:
         return self._ids("inputs", inputs)
 
-    def __repr__(self) -> str:
-        cfg, tokens = self.cfg, ", ".join(f"{name} {count}" for name, count in self.cfg.unpadded_tokens.items())
+    def reads(self) -> str:
         ids = f"tokenizer of {self.tokenizer.vocab_size} ids" if self.tokenizer else "no tokenizer"
-        return (
-            f"TokenFormer({count_params(self.params):,} parameters: {cfg.num_layers} layers of width {cfg.embed_dim}, "
-            f"parameter tokens {tokens or 'none'}, context {cfg.context_length}, {cfg.dtype}, {ids})"
-        )
+        return f"context {self.cfg.context_length}, {ids}"
 
-    @classmethod
-    def init(cls, cfg: ModelConfig, seed: int = 0) -> "TokenFormer":
-        """A new model with the authors' initialization.
+    def assets(self) -> dict[str, str] | None:
+        return {"tokenizer": self.tokenizer.to_json()} if self.tokenizer else None
 
-        >>> model = TokenFormer.init(read_config(pile.get_config("150m").to_dict()).model)
-        """
-        check_model(cfg)
-        check_seed(seed)
-        params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(seed))
-        return cls(cfg, params, initial_tau(cfg))
-
-    @classmethod
-    def load(cls, workdir: str | os.PathLike[str], step: int | None = None) -> "TokenFormer":
-        """The newest (or given) checkpoint of a workdir of train, grow or convert, with its tokenizer.
-
-        Raises UserError where there is none, or it cannot be read.
-
-        >>> model = TokenFormer.load("runs/quickstart/grown")
-        """
-        folder = run_path(workdir, "workdir")
-        with bucket_errors(folder):
-            run = load_trained(folder, step)
-        tau = run.state.tau_values()
-        return cls(run.cfg.model, run.state.params, tau, run.tokenizer)
-
-    @classmethod
-    def train(cls, cfg: Config, workdir: str | pathlib.Path) -> "TokenFormer":
-        """Trains as the command `train` does, or goes on with what the workdir holds; the model of its last step.
-
-        A signal (a notebook's "interrupt") or `cfg.max_minutes` saves and ends it early; the same call then goes on.
-
-        >>> model = TokenFormer.train(read_config(quickstart.get_config("small").to_dict()), "runs/mine")
-        """
-        check_config(cfg)
-        folder = run_path(workdir, "workdir")
-        with bucket_errors(folder):
-            train(cfg, folder)
-        return cls.load(folder)
+    @staticmethod
+    def fields_of(assets: Mapping[str, str]) -> tuple[Any, ...]:
+        return (tokenizer_from_json(assets["tokenizer"]),)
 
     def save(self, workdir: str | pathlib.Path, cfg: Config) -> None:
         """Makes a workdir at step 0 that `load`, `train` and the commands take; optimizer and data start anew.
@@ -124,19 +82,6 @@ class TokenFormer(Resizable):
         folder = run_path(workdir, "workdir")
         with bucket_errors(folder):
             make_workdir(self.params, self.tau, self.fitted(cfg), folder, self.tokenizer)
-
-    def evaluate(self, cfg: Config, split: str = "validation") -> dict[str, float]:
-        """Loss in nats a token, perplexity and bits per byte on a split of a config's data, every token once.
-
-        Raises UserError where the data cannot be used.
-
-        >>> model.evaluate(cfg)["bits_per_byte"]
-        """
-        cfg = self.fitted(cfg)
-        step = make_step(cfg, make_mesh(cfg.mesh))
-        abstract = step.abstract_state._replace(opt_state=())
-        state = jax.device_put(self.state(), jax.tree.map(lambda a: a.sharding, abstract))
-        return evaluate_split(step, state, choose_split(prepare(cfg, self.tokenizer), split), cfg)
 
     @classmethod
     def from_official(

@@ -2,34 +2,23 @@
 
 import dataclasses
 import functools
-import os
-import pathlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokenformer_jax.buckets import bucket_errors
-from tokenformer_jax.config import Config, ModelConfig
+from tokenformer_jax.any_tokenformer import AnyTokenFormer
+from tokenformer_jax.config import ModelConfig
 from tokenformer_jax.data.images import class_names
-from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.evaluation.perplexity import choose_split, evaluate_split
-from tokenformer_jax.files import run_path
 from tokenformer_jax.nn import vision
-from tokenformer_jax.nn.layers import count_params
-from tokenformer_jax.nn.transformer import initial_tau
-from tokenformer_jax.resizable import Resizable, check_config, check_model, check_seed
-from tokenformer_jax.running.loop import train
-from tokenformer_jax.storage.trained import load_trained
-from tokenformer_jax.training.step import make_step
-from tokenformer_jax.training.tasks import task_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class TokenFormerClassifier(Resizable):
+class TokenFormerClassifier(AnyTokenFormer):
     """An image classifier. Methods compute; none changes it.
 
     `params` is a nested dict of float32 arrays; those of a block are stacked over layers. A UserError names the
@@ -37,6 +26,7 @@ class TokenFormerClassifier(Resizable):
     """
 
     class_names: tuple[str, ...] = ()
+    sees_images: ClassVar[bool] = True
 
     @staticmethod
     def network() -> Any:
@@ -45,65 +35,22 @@ class TokenFormerClassifier(Resizable):
     def checked(self, inputs: Any) -> jax.Array:
         return self._images(inputs)
 
-    def __repr__(self) -> str:
-        cfg, tokens = self.cfg, ", ".join(f"{name} {count}" for name, count in self.cfg.unpadded_tokens.items())
-        return (
-            f"TokenFormerClassifier({count_params(self.params):,} parameters: {cfg.num_layers} layers of width "
-            f"{cfg.embed_dim}, parameter tokens {tokens or 'none'}, {cfg.image_size} x {cfg.image_size} pixels in "
-            f"patches of {cfg.patch_size}, {cfg.num_classes} classes, {cfg.dtype})"
-        )
+    def reads(self) -> str:
+        cfg = self.cfg
+        return f"{cfg.image_size} x {cfg.image_size} pixels in patches of {cfg.patch_size}, {cfg.num_classes} classes"
+
+    @staticmethod
+    def fields_of(assets: Mapping[str, str]) -> tuple[Any, ...]:
+        return (tuple(class_names(assets)),)
 
     @classmethod
-    def init(cls, cfg: ModelConfig, seed: int = 0) -> "TokenFormerClassifier":
-        """A new model.
+    def init(cls, cfg: ModelConfig, seed: int = 0) -> Self:
+        """A new model with the authors' initialization; its classes are called "0", "1", ….
 
         >>> model = TokenFormerClassifier.init(read_config(imagenet.get_config("b16").to_dict()).model)
         """
-        check_model(cfg)
-        if not cfg.image_size:
-            raise UserError("cfg.image_size = 0: this model reads text; use TokenFormer")
-        check_seed(seed)
-        params = jax.jit(vision.init_params, static_argnums=0)(cfg, jax.random.key(seed))
-        return cls(cfg, params, initial_tau(cfg), tuple(map(str, range(cfg.num_classes))))
-
-    @classmethod
-    def load(cls, workdir: str | os.PathLike[str], step: int | None = None) -> "TokenFormerClassifier":
-        """The newest (or given) checkpoint of a workdir of train or grow; the mean of its weights where it has one.
-
-        Raises UserError where there is none, or it cannot be read.
-
-        >>> model = TokenFormerClassifier.load("runs/digits/grown")
-        """
-        folder = run_path(workdir, "workdir")
-        with bucket_errors(folder):
-            run = load_trained(folder, step)
-        if not run.cfg.model.image_size:
-            raise UserError(f"workdir: {workdir} holds a model that reads text; use TokenFormer")
-        tau = run.state.tau_values()
-        return cls(run.cfg.model, run.state.params, tau, tuple(class_names(run.assets)))
-
-    @classmethod
-    def train(cls, cfg: Config, workdir: str | pathlib.Path) -> "TokenFormerClassifier":
-        """Trains as the command `train` does, or goes on with what the workdir holds; the model of its last step.
-
-        >>> model = TokenFormerClassifier.train(read_config(digits.get_config("small").to_dict()), "runs/mine")
-        """
-        check_config(cfg)
-        folder = run_path(workdir, "workdir")
-        with bucket_errors(folder):
-            train(cfg, folder)
-        return cls.load(folder)
-
-    def evaluate(self, cfg: Config, split: str = "validation") -> dict[str, float]:
-        """Loss in nats an image, top-1 and top-5 on a split of a config's data, every image once.
-
-        >>> model.evaluate(cfg)["top1"]
-        """
-        cfg = self.fitted(cfg)
-        step, data = make_step(cfg, make_mesh(cfg.mesh)), task_of(cfg).prepare(cfg)
-        abstract = step.abstract_state._replace(opt_state=(), average=())
-        state = jax.device_put(self.state(), jax.tree.map(lambda a: a.sharding, abstract))
-        return evaluate_split(step, state, choose_split(data, split), cfg)
+        model = super().init(cfg, seed)
+        return dataclasses.replace(model, class_names=tuple(map(str, range(cfg.num_classes))))
 
     def logits(self, images_BHWC: Any) -> jax.Array:
         """float32 [B, V] of V classes, of uint8 images [B, size, size, channels] (floats: in [-1, 1]).

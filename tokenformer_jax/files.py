@@ -53,8 +53,8 @@ def local_path(
     """
     given = _given(value, name)
     if is_url(value):
-        other = "or gs://BUCKET/FOLDER" if or_bucket else "such as that of a mounted bucket"
-        raise UserError(f"{given}: is a URL; use a path of this machine, {other}")
+        other = ", or gs://BUCKET/FOLDER" if or_bucket else " (copy it there, or from there)"
+        raise UserError(f"{given}: is a URL; use a path of this machine{other}")
     if "\0" in os.fspath(value):
         raise UserError(f"{given}: holds a zero byte, as no path does; leave it out")
     path = pathlib.Path(os.path.expanduser(value))

@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     data.sources = ()  # a mixture: (dict(name="web", weight=0.7, path="…"), dict(name="code", weight=0.3, path="…"))
     # whose other keys are as in data: dataset, path, text_key, train_split, validation_split
     data.train_examples = 0  # in an epoch, for train_epochs; images: checked against the data
-    data.train_split = "train"
+    data.train_split = "train"  # or a part of it, "train[:10%]"; image_folder: the name of a folder in data.path
     data.validation_split = "validation"
     data.tokenizer = ""  # a tokenizer.json; empty trains a byte-level BPE of model.vocab_size on the train split
     data.mask_documents = False  # True: attention stays within a document (the authors' does not)

@@ -1,10 +1,10 @@
-"""Augmentations of pictures, made on the device within the training step, and what evaluation does instead.
+"""Augmentations of pictures, made on the device within the training step; the host has cropped them before.
 
-Random resized crops, flips, RandAugment (arXiv 1909.13719), random erasing (1708.04896), Mixup (1710.09412), CutMix
-(1905.04899) and label smoothing. All are pure functions of an rng and a batch. What is drawn for a row depends on the
-rng and the row's number in the global batch alone, so a batch comes out the same on every mesh, and no picture leaves
-its device. Operations of RandAugment are PIL's, which published recipes are made of. Images hold whole numbers from 0
-to 255 until they are normalized.
+Flips, RandAugment (arXiv 1909.13719), random erasing (1708.04896), Mixup (1710.09412), CutMix (1905.04899) and label
+smoothing. All are pure functions of an rng and a batch. What is drawn for a row depends on the rng and the row's number
+in the global batch alone, so a batch comes out the same on every mesh, and no picture leaves its device. Operations of
+RandAugment are PIL's, which published recipes are made of. Images hold whole numbers from 0 to 255 until they are
+normalized.
 """
 
 import math
@@ -20,7 +20,7 @@ from tokenformer_jax.image_config import AugmentConfig
 FILL = 128.0  # gray, where a picture was turned or moved away from
 TRIES = 0.5  # probability that a layer of RandAugment does anything
 NOISE = 0.45  # standard deviation of erased pixels once normalized: about that of photos
-LOG_RATIO, LOG_ERASED = math.log(4 / 3), math.log(10 / 3)  # of width and height of crops, and of what is erased
+LOG_ERASED = math.log(10 / 3)  # of width and height of what is erased, at most
 GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 COLOR = tuple(
     "autocontrast equalize invert posterize solarize solarize_add color contrast brightness sharpness".split()
@@ -29,7 +29,7 @@ OPS = GEOMETRIC + COLOR
 
 
 def augment(
-    rng: Any, images_BHWC: jax.Array, labels_B: jax.Array, cfg: AugmentConfig, num_classes: int, size: int | None = None
+    rng: Any, images_BHWC: jax.Array, labels_B: jax.Array, cfg: AugmentConfig, num_classes: int
 ) -> tuple[jax.Array, jax.Array]:
     """A training batch as a model takes it.
 
@@ -39,29 +39,20 @@ def augment(
       labels_B: int32. A row whose label is negative holds no picture: its targets are 0, and no row is mixed with it.
       cfg: config.augment.
       num_classes: V, the number of classes.
-      size: pixels of a side of the crops that are made here; None: pictures were cropped before.
 
     Returns:
-      float32 images [B, size, size, C] in about [-1, 1], and float32 probabilities of the classes [B, V].
+      float32 images [B, H, W, C] in about [-1, 1], and float32 probabilities of the classes [B, V].
     """
     of_rows, of_pairs, of_noise = jax.random.split(rng, 3)
     rngs_B = row_rngs(of_rows, len(images_BHWC))
-    shape = (size or images_BHWC.shape[1],) * 2 + images_BHWC.shape[3:]
     # One picture of noise a batch: to draw one for each row costs more than everything else here.
-    noise_HWC = NOISE * jax.random.normal(of_noise, shape) if cfg.erasing else None
-    images_BHWC = jax.vmap(lambda rng, x_HWC: of_one(rng, x_HWC, noise_HWC, cfg, size))(rngs_B, images_BHWC)
+    noise_HWC = NOISE * jax.random.normal(of_noise, images_BHWC.shape[1:]) if cfg.erasing else None
+    images_BHWC = jax.vmap(lambda rng, x_HWC: of_one(rng, x_HWC, noise_HWC, cfg))(rngs_B, images_BHWC)
     targets_BV = (1 - cfg.label_smoothing) * jax.nn.one_hot(labels_B, num_classes) + cfg.label_smoothing / num_classes
     targets_BV = jnp.where(labels_B[:, None] >= 0, targets_BV, 0.0)
     if cfg.mixup or cfg.cutmix:
         images_BHWC, targets_BV = mix(of_pairs, images_BHWC, targets_BV, labels_B >= 0, cfg)
     return images_BHWC, targets_BV
-
-
-def preprocess(images_BHWC: jax.Array, center: float, size: int) -> jax.Array:
-    """Pictures for evaluation: `center`, a part of their side (224 / 256), of each at its middle, resized to `size`."""
-    side = images_BHWC.shape[1]
-    box_4 = jnp.array([side * (1 - center) / 2] * 2 + [side * center] * 2)
-    return normalize(jax.vmap(lambda x_HWC: crop(x_HWC.astype(jnp.float32), box_4, size))(images_BHWC))
 
 
 def normalize(pixels: jax.Array) -> jax.Array:
@@ -74,12 +65,10 @@ def row_rngs(rng: Any, rows: int) -> Any:
     return jax.vmap(lambda row: jax.random.fold_in(rng, row))(jnp.arange(rows))
 
 
-def of_one(rng: Any, x_HWC: jax.Array, noise_HWC: Any, cfg: AugmentConfig, size: int | None) -> jax.Array:
-    """A picture after crop, flip, RandAugment and erasing, normalized."""
-    of_crop, of_flip, of_ops, of_erasing = jax.random.split(rng, 4)
+def of_one(rng: Any, x_HWC: jax.Array, noise_HWC: Any, cfg: AugmentConfig) -> jax.Array:
+    """A picture after flip, RandAugment and erasing, normalized."""
+    _, of_flip, of_ops, of_erasing = jax.random.split(rng, 4)  # the first was that of crops: older runs go on alike
     x_HWC = x_HWC.astype(jnp.float32)
-    if size is not None:
-        x_HWC = crop(x_HWC, random_box(of_crop, x_HWC.shape[0], cfg.smallest_crop, cfg.center), size)
     if cfg.flip:
         x_HWC = jnp.where(jax.random.bernoulli(of_flip), x_HWC[:, ::-1], x_HWC)
     if cfg.rand_augment_layers:
@@ -88,30 +77,6 @@ def of_one(rng: Any, x_HWC: jax.Array, noise_HWC: Any, cfg: AugmentConfig, size:
     if cfg.erasing:
         x_HWC = jnp.where(erased(of_erasing, x_HWC.shape[:2], cfg.erasing)[:, :, None], noise_HWC, x_HWC)
     return x_HWC
-
-
-# Crops. A box is left, top, width and height, in pixels.
-
-
-def random_box(rng: Any, side: int, smallest: float, center: float = 1.0) -> jax.Array:
-    """A box of at least this part of a square's area, or the middle where `smallest` is 0."""
-    if not smallest:
-        return jnp.array([side * (1 - center) / 2] * 2 + [side * center] * 2)
-    of_area, of_ratio, of_place = jax.random.split(rng, 3)
-    area_T = jax.random.uniform(of_area, (10,), minval=smallest) * side**2  # ten tries
-    ratio_T = jnp.exp(jax.random.uniform(of_ratio, (10,), minval=-LOG_RATIO, maxval=LOG_RATIO))
-    shape_T2 = jnp.sqrt(jnp.stack([area_T * ratio_T, area_T / ratio_T], axis=1))
-    fits_T = jnp.all(shape_T2 <= side, axis=1)
-    shape_2 = jnp.where(jnp.any(fits_T), shape_T2[jnp.argmax(fits_T)], side)  # the first that fits, or all of it
-    return jnp.concatenate([jax.random.uniform(of_place, (2,)) * (side - shape_2), shape_2])
-
-
-def crop(x_HWC: jax.Array, box_4: jax.Array, size: int) -> jax.Array:
-    """A box of a picture, resized to `size` as PIL's BICUBIC does (antialiased)."""
-    scale_2 = size / box_4[2:]
-    scale, shift = scale_2[::-1], (-box_4[:2] * scale_2)[::-1]  # of rows, then of columns
-    x_HWC = jax.image.scale_and_translate(x_HWC, (size, size, x_HWC.shape[2]), (0, 1), scale, shift, "cubic")
-    return jnp.clip(jnp.round(x_HWC), 0, 255)
 
 
 # RandAugment. Under vmap every branch of a switch is computed for every picture. So the geometric operations of all

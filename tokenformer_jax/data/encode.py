@@ -63,7 +63,7 @@ class Job:
         return cls(**parse_json(path.read_text()))
 
 
-class Progress(NamedTuple):
+class Done(NamedTuple):
     """What was done since the last one."""
 
     documents: int
@@ -87,7 +87,7 @@ def token_type(tokenizer: Tokenizer) -> str:
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
-def encode_unit(job: Job, folder: pathlib.Path, tokenizer: Tokenizer, number: int) -> Iterator[Progress]:
+def encode_unit(job: Job, folder: pathlib.Path, tokenizer: Tokenizer, number: int) -> Iterator[Done]:
     """Tokenizes what is missing of a unit.
 
     Raises:
@@ -151,7 +151,7 @@ class _Part:
         self.made = {split.name: _Documents() for split in self.splits.values()}
         self.waiting: list[tuple[str, bool, str]] = []  # name, whether it ends its document, and a piece of text
         self.text = self.waiting_size = 0
-        self.done = Progress(0, 0, 0)  # since the last report
+        self.done = Done(0, 0, 0)  # since the last report
         self.skipped = Skipped()
 
     def add(self, name: str, key: int, text: str) -> None:
@@ -161,7 +161,7 @@ class _Part:
         made.keys += _order_key(name, key)
         made.sizes.append(size)
         self.text += size
-        self.done = Progress(self.done.documents + 1, self.done.text + size, 0)
+        self.done = Done(self.done.documents + 1, self.done.text + size, 0)
         for piece, is_last in pieces(text):
             self.waiting.append((name, is_last, piece))
             self.waiting_size += len(piece) + _PIECE // 4096  # so that there are not too many, however short they are
@@ -172,9 +172,9 @@ class _Part:
     def is_full(self) -> bool:
         return self.text >= self.job.part_size or max(len(made.tokens) for made in self.made.values()) >= _LARGEST_FILE
 
-    def progress(self, reading: Any) -> Progress:
+    def progress(self, reading: Any) -> Done:
         """What was done since it was asked last."""
-        done, self.done = self.done._replace(position=reading.position), Progress(0, 0, 0)
+        done, self.done = self.done._replace(position=reading.position), Done(0, 0, 0)
         reading.position = 0
         return done
 

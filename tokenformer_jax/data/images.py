@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ class ImageData:
         return {"classes": json.dumps(self.train.class_names)}
 
 
-def class_names(assets: dict[str, str]) -> list[str]:
+def class_names(assets: Mapping[str, str]) -> list[str]:
     """The classes of a run, from what its checkpoint holds."""
     return json.loads(assets["classes"])
 
@@ -38,16 +38,16 @@ def open_images(cfg: Config) -> ImageData:
       UserError: they cannot be read, or are of another number of classes, or not as many as the config says.
     """
     data, model, size = cfg.data, cfg.model, cfg.model.image_size
+    splits = data.train_split, data.validation_split
     how: Any = {"channels": model.image_channels, "center": cfg.augment.center}
     if data.dataset in EMBEDDED:
         found = _embedded(data.dataset, size, **how)
     elif data.dataset == "image_folder":
         if not data.path:
             raise UserError("data.path is missing: data.dataset = 'image_folder' needs a folder of one folder a class")
-        found = [open_folder(data.path, split, size, **how) for split in ("train", "validation")]
+        found = open_folder(data.path, size, splits, **how)
     else:
-        splits = data.train_split, data.validation_split
-        found = [open_published(data.dataset, split, size, data.path or None, **how) for split in splits]
+        found = open_published(data.dataset, size, splits, data.path or None, **how)
     train, validation = found
     classes, images, said = len(train.class_names), len(train), data.train_examples
     if classes != model.num_classes:

@@ -3,7 +3,6 @@
 Files are opened as JPEG, PNG or WebP alone, whatever they are called, and decoded in threads.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -11,7 +10,6 @@ import io
 import math
 import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from tokenformer_jax.data.published import cause
+from tokenformer_jax.data.published import cause, open_builder, open_split
 from tokenformer_jax.data.workers import cores
-from tokenformer_jax.errors import UserError, shown
-from tokenformer_jax.files import local_path, locked, make_folder
+from tokenformer_jax.devices.distributed import this_pod
+from tokenformer_jax.errors import UserError, listed, shown
+from tokenformer_jax.files import local_path
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+KINDS = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
 FORMATS = ("JPEG", "PNG", "WEBP")  # PIL's decoders; of all others none is ever started
 # Of a picture: 8192 x 8192, which takes 200 MB to decode. A file of few bytes may claim any number.
 MOST_PIXELS = 1 << 26
@@ -48,7 +48,6 @@ class Pictures:
       channels: 3 (RGB) or 1 (gray).
       center: part of the shorter side that is seen where no crop is drawn.
       damaged: number -> why it cannot be read, of those that were read so far.
-      skipped: files that are no pictures by their endings.
     """
 
     num_images: int
@@ -60,7 +59,6 @@ class Pictures:
     channels: int = 3
     center: float = 1.0
     damaged: dict[int, str] = dataclasses.field(default_factory=dict)
-    skipped: list[str] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
         return self.num_images
@@ -105,42 +103,6 @@ class Pictures:
         if len(self.damaged) <= SAY:
             more = "; more are not named" if len(self.damaged) == SAY else ""
             print(f"warning: {shown(self.name(number))}: skipped ({shown(why)}){more}", file=sys.stderr)
-
-    def prepared(self, folder: str | os.PathLike[str]) -> "Pictures":
-        """The same, decoded once and kept in `folder`: num_images * size**2 * channels bytes, read without decoding.
-
-        Raises:
-          UserError: it cannot be written.
-        """
-        kind = f"{self.fingerprint} {self.size} {self.channels} {self.center}"
-        place = local_path(folder, "data.cache_dir") / f"pictures-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"
-        try:
-            make_folder(place.parent)
-            with locked(place.with_suffix(".lock")):
-                if not place.exists():
-                    self._write(place)
-        except OSError as error:
-            raise UserError(f"{shown(place)}: cannot be written ({error.strerror or error})") from None
-        images, labels = (np.load(place / name, mmap_mode="r") for name in ("images.npy", "labels.npy"))
-
-        def items(numbers: Sequence[int]) -> list[tuple[Any, int]]:
-            return [(images[number] if labels[number] >= 0 else b"", int(labels[number])) for number in numbers]
-
-        return dataclasses.replace(self, items=items, center=1.0, damaged={})
-
-    def _write(self, place: pathlib.Path) -> None:
-        partial = place.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        shape = (self.num_images, self.size, self.size, self.channels)
-        images = np.lib.format.open_memmap(partial / "images.npy", "w+", np.uint8, shape)
-        labels = np.zeros(self.num_images, np.int32)
-        for begin in range(0, self.num_images, 256):
-            some = range(begin, min(begin + 256, self.num_images))
-            images[some.start : some.stop], labels[some.start : some.stop] = self.read(some)
-        images.flush()
-        np.save(partial / "labels.npy", labels)
-        os.replace(partial, place)
 
 
 @functools.cache
@@ -233,13 +195,25 @@ def random_box(shape: tuple[int, int], smallest: float, rng: np.random.Generator
 # Folders.
 
 
-def open_folder(path: str, split: str, size: int, *, channels: int = 3, center: float = 1.0, seed: int = 0) -> Pictures:
-    """Pictures of a folder with one subfolder per class, or with such folders as train and validation (or val).
+def open_folder(
+    path: str,
+    size: int,
+    splits: tuple[str, str] = ("train", "validation"),
+    *,
+    channels: int = 3,
+    center: float = 1.0,
+    seed: int = 0,
+) -> list[Pictures]:
+    """Pictures to train and to validate on, of a folder with one subfolder per class, or with such folders as splits.
 
-    Where there is none for validation, one picture of 20 of each class is, by a hash of its name and the seed.
+    Where there is none for validation, one picture of 20 of each class is, by a hash of its name and the seed. Files
+    that are no pictures by their endings are named.
+
+    Args:
+      splits: the names of their folders; val does for validation.
 
     Raises:
-      UserError: there are no pictures in it, or of one class alone.
+      UserError: there is no such split, no pictures in it, or of one class alone.
     """
     need_pil()
     key = f"data.path = {path!r}"
@@ -248,39 +222,64 @@ def open_folder(path: str, split: str, size: int, *, channels: int = 3, center: 
         raise UserError(
             f"{key}: {'is a file' if root.is_file() else 'not found'}; use a folder of one subfolder per class"
         )
-    held_out = next((root / name for name in ("validation", "val") if (root / name).is_dir()), None)
-    train = root / "train" if (root / "train").is_dir() else root
+    train, held_out = folders_of(root, splits)
     names, skipped = files_below(train, key)
     class_names = sorted({class_of(name) for name in names})
     if not names:
-        endings = f"{', '.join(ENDINGS[:-1])} and {ENDINGS[-1]}"
         raise UserError(
-            f"{key}: no pictures in subfolders of {shown(train)}; use one subfolder per class, of {endings} files"
+            f"{key}: no pictures in subfolders of {shown(train)}; use one subfolder per class, of {KINDS} files"
         )
     if len(class_names) < 2:
         raise UserError(f"{key}: all pictures are of one class, {class_names[0]!r}; use one subfolder per class")
-    if held_out is None or train == root:
+    if held_out is None:
         chosen = held_out_of(names, seed)
-        names = [name for name in names if (name in chosen) == (split == "validation")]
-    elif split == "validation":
-        train = held_out
-        names, skipped = files_below(held_out, key)
-        if unknown := sorted({class_of(name) for name in names} - set(class_names)):
+        each = [(train, [name for name in names if name not in chosen]), (train, sorted(chosen))]
+    else:
+        others, more = files_below(held_out, key)
+        each, skipped = [(train, names), (held_out, others)], sorted({*skipped, *more})
+        if unknown := sorted({class_of(name) for name in others} - set(class_names)):
             raise UserError(
-                f"{key}: {held_out.name} has a class {unknown[0]!r}, which train has not; use the same classes"
+                f"{key}: {held_out.name} has a class {unknown[0]!r}, which {train.name} has not; use the same classes"
             )
-    if not names:
-        raise UserError(f"{key}: no pictures for {split}; use two pictures or more of a class")
+    if skipped and not this_pod().index:
+        some = listed([shown(os.path.relpath(name, root)) for name in skipped])
+        print(f"warning: {key}: skipped {len(skipped)} files, not {KINDS}: {some}", file=sys.stderr)
+
     numbers = {name: label for label, name in enumerate(class_names)}
-    labels = [numbers[class_of(name)] for name in names]
-    content = hashlib.sha256(b"\0".join(map(os.fsencode, [*class_names, "", *names]))).hexdigest()[:16]
-    paths = [os.path.join(train, name) for name in names]
-    items = functools.partial(pairs_of, paths, labels)
-    return Pictures(len(names), class_names, content, size, items, paths.__getitem__, channels, center, skipped=skipped)
+
+    def pictures(split: str, folder: pathlib.Path, names: list[str]) -> Pictures:
+        if not names:
+            raise UserError(f"{key}: no pictures for {split}; use two pictures or more of a class")
+        labels = [numbers[class_of(name)] for name in names]
+        content = hashlib.sha256(b"\0".join(map(os.fsencode, [*class_names, "", *names]))).hexdigest()[:16]
+        paths = [os.path.join(folder, name) for name in names]
+
+        def items(numbers: Sequence[int]) -> list[tuple[Any, int]]:
+            return [(paths[number], labels[number]) for number in numbers]
+
+        return Pictures(len(names), class_names, content, size, items, paths.__getitem__, channels, center)
+
+    return [pictures(split, *where) for split, where in zip(("training", "validation"), each, strict=True)]
 
 
-def pairs_of(paths: list[str], labels: list[int], numbers: Sequence[int]) -> list[tuple[Any, int]]:
-    return [(paths[number], labels[number]) for number in numbers]
+def folders_of(root: pathlib.Path, splits: tuple[str, str]) -> tuple[pathlib.Path, pathlib.Path | None]:
+    """The folders to train on and to validate on: all of it, and none, where it has no splits.
+
+    Raises:
+      UserError: it has not the split that is named.
+    """
+    there = sorted(name for name in next(os.walk(root), ("", [], []))[1] if not name.startswith("."))
+    names = [("val" if split == "validation" and split not in there else split) for split in splits]
+    is_there = [name in there for name in names]
+    for key, split, found in zip(("train", "validation"), splits, is_there, strict=True):
+        if not found and (split != key or (key == "train" and any(is_there))):
+            or_none = f", or {key!r} where these are classes" * (split != key)
+            raise UserError(
+                f"data.{key}_split = {split!r}: {shown(root)} has no such folder, but "
+                f"{listed(list(map(shown, there))) or 'none at all'}; use one of these{or_none}"
+            )
+    train, held_out = (root / name if found else None for name, found in zip(names, is_there, strict=True))
+    return train or root, held_out
 
 
 def class_of(name: str) -> str:
@@ -288,7 +287,7 @@ def class_of(name: str) -> str:
 
 
 def files_below(root: pathlib.Path, key: str) -> tuple[list[str], list[str]]:
-    """Pictures in the subfolders of a folder, and other files, as paths below it; hidden ones are left out."""
+    """Pictures in the subfolders of a folder, as paths below it, and paths of other files; hidden ones are left out."""
 
     def fail(error: OSError) -> None:
         raise UserError(f"{key}: {shown(error.filename)} cannot be listed ({error.strerror})")
@@ -305,8 +304,10 @@ def files_below(root: pathlib.Path, key: str) -> tuple[list[str], list[str]]:
         inside = os.path.relpath(folder, root).replace(os.sep, "/")
         for name in files:
             if not name.startswith("."):
-                is_picture = inside != "." and name.lower().endswith(ENDINGS)
-                (pictures if is_picture else others).append(name if inside == "." else f"{inside}/{name}")
+                if inside != "." and name.lower().endswith(ENDINGS):
+                    pictures.append(f"{inside}/{name}")
+                else:
+                    others.append(os.path.join(folder, name))
     return sorted(pictures), sorted(others)
 
 
@@ -327,57 +328,53 @@ def held_out_of(names: Iterable[str], seed: int) -> set[str]:
 
 
 def open_published(
-    name: str, split: str, size: int, data_dir: str | None = None, *, channels: int = 3, center: float = 1.0
-) -> Pictures:
-    """Pictures of a set of TensorFlow Datasets, such as "imagenet2012" or "cifar10", read without TensorFlow.
+    name: str,
+    size: int,
+    splits: tuple[str, str] = ("train", "validation"),
+    data_dir: str | None = None,
+    *,
+    channels: int = 3,
+    center: float = 1.0,
+) -> list[Pictures]:
+    """Pictures to train and to validate on, of a set of TensorFlow Datasets, such as "imagenet2012" or "cifar10".
+
+    TensorFlow is not needed.
 
     Raises:
-      UserError: it cannot be loaded, or has no pictures with labels.
+      UserError: it cannot be loaded, has no pictures with labels, or has not the split that is named.
     """
     need_pil()
     import tensorflow_datasets as tfds
 
-    key = f"data.dataset = {name!r}"
     folder = str(local_path(data_dir, "data.path").resolve()) if data_dir else None
-    try:
-        builder = tfds.builder(name, data_dir=folder)
-        with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the command
-            builder.download_and_prepare(file_format="array_record")
-    except Exception as error:  # whatever the set's own code, its download or a missing package of it raises
-        raise UserError(
-            f"{key}: cannot be loaded ({cause(error)}); use image_folder, or a tfds set that is prepared as "
-            "array_record in the folder data.path"
-        ) from None
+    builder = open_builder(name, folder, "image_folder")
     features: Any = builder.info.features
     image = next((key for key, kind in features.items() if is_picture(kind)), None)
     label = next((key for key, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)), None)
     if image is None or label is None:
-        raise UserError(f"{key}: has no pictures with labels, but {', '.join(features)}; use another")
+        raise UserError(f"data.dataset = {name!r}: has no pictures with labels, but {', '.join(features)}; use another")
     images = [key for key, kind in features.items() if isinstance(kind, tfds.features.Image)]
     skip = {key: tfds.decode.SkipDecoding() for key in images}  # also of masks and the like, which nobody reads
-    try:
-        source = builder.as_data_source(split, decoders=skip)
-        count = len(source)
-    except NotImplementedError as error:
-        raise UserError(f"{key}: {cause(error)}; use array_record") from None
-    except Exception as error:  # tfds raises ValueError and AssertionError, array_record its own
-        use = " or ".join(builder.info.splits) or "another data.dataset"
-        raise UserError(f"split {split!r} of {name}: cannot be read ({cause(error)}); use {use}") from None
-    content = f"{builder.info.full_name} {split} {count} {builder.info.dataset_size}"
 
-    def items(numbers: Sequence[int]) -> list[tuple[Any, int]]:
-        return [(record[image], int(record[label])) for record in source.__getitems__(numbers)]
+    def pictures(split: str, key: str) -> Pictures:
+        source = open_split(builder, split, key, decoders=skip)
+        content = f"{builder.info.full_name} {split} {len(source)} {builder.info.dataset_size}"
 
-    return Pictures(
-        count,
-        list(features[label].names),
-        hashlib.sha256(content.encode()).hexdigest()[:16],
-        size,
-        items,
-        lambda number: f"{name}, {split}, picture {number}",
-        channels,
-        center,
-    )
+        def items(numbers: Sequence[int]) -> list[tuple[Any, int]]:
+            return [(record[image], int(record[label])) for record in source.__getitems__(numbers)]
+
+        return Pictures(
+            len(source),
+            list(features[label].names),
+            hashlib.sha256(content.encode()).hexdigest()[:16],
+            size,
+            items,
+            lambda number: f"{name}, {split}, picture {number}",
+            channels,
+            center,
+        )
+
+    return [pictures(split, f"data.{key}_split") for split, key in zip(splits, ("train", "validation"), strict=True)]
 
 
 def is_picture(kind: Any) -> bool:

@@ -86,16 +86,8 @@ class PublishedSet:
         units: list[Examples] = []
         for name in ("train", "validation"):
             split = getattr(self.data, f"{name}_split")
-            try:
-                count = len(builder.as_data_source(split))
-                size = max(1, builder.info.splits[split].num_bytes)
-            except NotImplementedError as error:
-                raise UserError(f"{self.reading.label}: {cause(error)}; use array_record") from None
-            except Exception as error:  # tfds raises ValueError and AssertionError, array_record its own
-                raise UserError(
-                    f"data.{name}_split = {split!r}: cannot be read ({cause(error)}); "
-                    f"use {' or '.join(builder.info.splits) or 'another data.dataset'}"
-                ) from None
+            count = len(open_split(builder, split, f"data.{name}_split"))
+            size = max(1, builder.info.splits[split].num_bytes)
             parts = max(1, min(count, -(-size // UNIT)))
             edges = [count * i // parts for i in range(parts + 1)]
             units += [Examples(split, name, a, b, size // parts) for a, b in itertools.pairwise(edges) if a < b]
@@ -105,23 +97,43 @@ class PublishedSet:
         import tensorflow_datasets as tfds
         import tensorflow_datasets.text  # registers c4, wiki40b and others, which tfds alone does not
 
-        if not sys.stderr.isatty():
-            tfds.disable_progress_bar()
-        try:
-            builder = tfds.builder(self.name, data_dir=self.data_dir)
-            with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the command
-                builder.download_and_prepare(file_format="array_record")
-        except Exception as error:  # whatever the set's own code, its download or a missing package of it raises
-            raise UserError(
-                f"{self.reading.label}: cannot be loaded ({cause(error)}); use python_source, text_files, "
-                "or a tfds set that is prepared as array_record in the folder data.path"
-                f"{_moved(self.data_dir)}"
-            ) from None
+        builder = open_builder(self.name, self.data_dir, "python_source, text_files")
         texts = [name for name, kind in builder.info.features.items() if isinstance(kind, tfds.features.Text)]
         if self.data.text_key not in texts:
             use = f"use {' or '.join(texts)}" if texts else "it has none"
             raise UserError(f"data.text_key = {self.data.text_key!r}: no text of {self.name}; {use}")
         return builder
+
+
+def open_builder(name: str, data_dir: str | None, others: str) -> Any:
+    """A set of tfds, which is downloaded if its data_dir lacks it. Raises a UserError, which tells of other sets."""
+    import tensorflow_datasets as tfds
+
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the command
+            builder.download_and_prepare(file_format="array_record")
+    except Exception as error:  # whatever the set's own code, its download or a missing package of it raises
+        raise UserError(
+            f"data.dataset = {name!r}: cannot be loaded ({cause(error)}); use {others}, or a tfds set that is prepared "
+            f"as array_record in the folder data.path{_moved(data_dir)}"
+        ) from None
+    return builder
+
+
+def open_split(builder: Any, split: str, key: str, **how: Any) -> Any:
+    """The examples of a split by number. Raises a UserError, which names the key."""
+    try:
+        source = builder.as_data_source(split, **how)
+        len(source)
+    except NotImplementedError as error:
+        raise UserError(f"{key} = {split!r}: {cause(error)}; use array_record") from None
+    except Exception as error:  # tfds raises ValueError and AssertionError, array_record its own
+        use = " or ".join(builder.info.splits) or "another data.dataset"
+        raise UserError(f"{key} = {split!r}: cannot be read ({cause(error)}); use {use}") from None
+    return source
 
 
 def _moved(folder: str | None) -> str:

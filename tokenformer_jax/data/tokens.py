@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from tokenformer_jax.buckets import Lease, is_bucket, remove_folder
@@ -35,7 +34,7 @@ from tokenformer_jax.data.shards import InMemory, RemoteShard, Shard, copy_missi
 from tokenformer_jax.data.text import Skipped
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from tokenformer_jax.data.workers import parts_of, run_units
-from tokenformer_jax.devices.distributed import ALONE, Pod
+from tokenformer_jax.devices.distributed import ALONE, Pod, this_pod
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import locked, make_folder, replace_file, run_path, sealed, unsealed
 
@@ -130,7 +129,7 @@ def prepare(cfg: Config, tokenizer: Tokenizer | None = None, pod: Pod = ALONE) -
     if tokenizer:
         _check_vocabulary(tokenizer, cfg)
     dataset = open_set(cfg.data)
-    if not (jax.distributed.is_initialized() and jax.process_index()):
+    if not this_pod().index:
         dataset.report_skipped()
     cache = run_path(cfg.data.cache_dir, "data.cache_dir")
     folder = cache / f"{cfg.data.dataset.replace('/', '-')}-{digest(dataset.identity)}"

@@ -1,5 +1,6 @@
 """Tokenizing on all cores: a process for each, which is given units as it gets done with them."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -11,13 +12,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from tqdm import tqdm
-
-from tokenformer_jax.data.encode import Job, Progress, encode_unit, part_record
+from tokenformer_jax.data.encode import Done, Job, encode_unit, part_record
 from tokenformer_jax.data.tokenizer import Tokenizer
+from tokenformer_jax.devices.progress import EVERY, Progress
 from tokenformer_jax.errors import UserError
 
-_SAY_EVERY = 60.0  # seconds, where no terminal shows a bar
+MB = 10**6
 
 
 def cores() -> int:
@@ -36,7 +36,8 @@ def run_units(
     """
     left = [number for number in mine if not parts_of(path.parent, number)]
     available = max(1, cores() // share)
-    with Report(sum(job.units[number]["size"] for number in left), doing, is_shown) as report:
+    report = Report(sum(job.units[number]["size"] for number in left), doing, is_shown)
+    with contextlib.closing(report.bar):
         if len(left) < 2:
             for number in left:
                 for progress in encode_unit(job, path.parent, tokenizer, number):
@@ -111,7 +112,7 @@ class _Work:
             if "done" in message:
                 return
             with self.lock:
-                self.report.add(Progress(*message["progress"]))
+                self.report.add(Done(*message["progress"]))
         raise UserError(
             f"a process that tokenizes ended (exit code {process.wait()}), perhaps for want of memory; the same "
             "command goes on, with fewer cores (taskset) if need be"
@@ -119,45 +120,14 @@ class _Work:
 
 
 class Report:
-    """Documents and MB a second, and how long it will take: a bar, or a line a minute where there is no terminal."""
+    """MB that were read, and documents and MB of text a second."""
 
-    def __init__(self, size: int, doing: str, is_shown: bool = True):
-        self.size, self.doing, self.is_shown = size, doing, is_shown
-        self.documents = self.text = self.position = 0
-        self.began = self.said = time.monotonic()
-        form = "{desc}: {percentage:3.0f}%, {postfix}, {elapsed} and {remaining} to go"
-        hidden = None if is_shown else True  # None: where there is no terminal
-        self.bar = tqdm(total=size, desc=doing, disable=hidden, bar_format=form, postfix="0 documents")
+    def __init__(self, size: int, doing: str, is_shown: bool):
+        self.bar = Progress(0, -(-size // MB), f"MB for {doing}", quiet=2 * EVERY, is_shown=is_shown)
+        self.done, self.began = Done(0, 0, 0), time.monotonic()
 
-    def __enter__(self) -> "Report":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        if self.said > self.began:
-            self._say(time.monotonic())
-
-    def add(self, done: Progress) -> None:
-        self.documents += done.documents
-        self.text += done.text
-        self.position += done.position
-        now = time.monotonic()
-        self.bar.set_postfix_str(self._speed(now), refresh=False)
-        self.bar.update(min(done.position, max(0, self.size - self.bar.n)))
-        if self.is_shown and self.bar.disable and now - self.said > _SAY_EVERY:
-            self.said = now
-            self._say(now)
-
-    def _speed(self, now: float) -> str:
-        seconds = max(now - self.began, 1e-3)
-        return f"{self.documents / seconds:,.0f} documents/s, {self.text / 1e6 / seconds:.1f} MB/s"
-
-    def _say(self, now: float) -> None:
-        part = min(1.0, self.position / max(1, self.size))
-        left = (now - self.began) * (1 - part) / part if part else 0.0
-        print(f"{self.doing}: {part:.0%}, {self._speed(now)}, {_time(left)} to go", file=sys.stderr, flush=True)
-
-
-def _time(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+    def add(self, new: Done) -> None:
+        self.done = Done(*map(sum, zip(self.done, new, strict=True)))
+        seconds = max(time.monotonic() - self.began, 1e-3)
+        speed = f"{self.done.documents / seconds:,.0f} documents/s, {self.done.text / MB / seconds:.1f} MB/s of text"
+        self.bar.update(min(-(-self.done.position // MB), self.bar.total), speed)

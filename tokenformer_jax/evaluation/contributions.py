@@ -15,12 +15,12 @@ import numpy as np
 from flax import nnx
 
 from tokenformer_jax.config import Config, ModelConfig
+from tokenformer_jax.devices.progress import Progress
 from tokenformer_jax.devices.sharding import replicated
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.nn.layers import Params
 from tokenformer_jax.nn.transformer import Tau
 from tokenformer_jax.nn.watch import Seen, seen, watch
-from tokenformer_jax.training.metrics import Progress
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import OnMesh, Step, put_batch
 from tokenformer_jax.training.tasks import Prepared, task_of

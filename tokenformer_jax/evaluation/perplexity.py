@@ -10,11 +10,11 @@ import jax
 from tokenformer_jax.config import Config
 from tokenformer_jax.data.batches import training_examples
 from tokenformer_jax.data.tokens import TokenSplit
+from tokenformer_jax.devices.progress import Progress
 from tokenformer_jax.devices.sharding import this_process
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import json_text, replace_file
 from tokenformer_jax.storage.trained import Trained
-from tokenformer_jax.training.metrics import Progress
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, put_batch
 from tokenformer_jax.training.tasks import Prepared, task_of

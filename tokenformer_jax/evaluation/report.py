@@ -47,7 +47,7 @@ def _named(item: str) -> tuple[str, pathlib.Path]:
 
 
 def _path(text: str) -> pathlib.Path:
-    return run_path(text, "--runs") if is_bucket(text) else local_path(text, "--runs", any_bytes=True)
+    return run_path(text, "--runs") if is_bucket(text) else local_path(text, "--runs", any_bytes=True, or_bucket=True)
 
 
 def perplexity(value: float) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from tokenformer_jax.config import ModelConfig
+from tokenformer_jax.devices.progress import Progress
 from tokenformer_jax.devices.sharding import batch_sharding, replicated
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.sampling import BROKEN_MODEL, Sampling, checked, generate
@@ -18,7 +19,6 @@ from tokenformer_jax.nn.language import abstract_model
 from tokenformer_jax.nn.layers import Params
 from tokenformer_jax.nn.transformer import Tau
 from tokenformer_jax.storage.trained import Trained
-from tokenformer_jax.training.metrics import Progress
 
 SHORTEST = 16  # length of a batch
 

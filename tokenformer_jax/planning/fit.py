@@ -11,6 +11,8 @@ from tokenformer_jax.errors import UserError
 from tokenformer_jax.planning.plan import state_bytes, step_on
 
 MOST_TRIES = 6  # compilations; each takes up to minutes
+# Tokens of a part on a device with which parts cost next to nothing: parameters are exchanged anew for each of them.
+LARGE_PART = 1 << 14
 STRONGER_REMAT = {"none": "projections", "dots": "projections", "projections": "full"}
 ACTIVATIONS = "activations, gradients, buffers"
 
@@ -51,8 +53,9 @@ def find_fit(
 ) -> Config | None:
     """Changes of mesh, remat and accumulation with which a step fits; None where none of MOST_TRIES does.
 
-    Gentle ones come first: more remat, then smaller parts, then another mesh. A mesh whose parameters and moments
-    alone are too large is not compiled, nor are parts that can't fit by what larger ones need.
+    Gentle ones come first: parts that stay large, then more remat, then small parts, then another mesh. A mesh
+    whose parameters and moments alone are too large is not compiled, nor are parts that can't fit by what larger
+    ones need.
 
     Args:
       make: compiles a config; `plan.make_plan`'s report.
@@ -84,17 +87,18 @@ def find_fit(
             limit = memory["limit"] - (memory["total"] - memory[ACTIVATIONS])
             if limit <= 0:
                 break
-            if other.model.remat in STRONGER_REMAT:
-                remat = STRONGER_REMAT[other.model.remat]
-                other = dataclasses.replace(other, model=dataclasses.replace(other.model, remat=remat))
-                continue
             needed = other.accumulation * memory[ACTIVATIONS] / limit  # as activations shrink with the parts
             rows = other.batch_size // other.mesh.batch_shards
             finer = [n for n in _divisors(rows) if n > other.accumulation]
             parts = next((n for n in finer if n >= needed), 0)
-            if not parts:
+            is_large = parts and rows * other.model.positions >= parts * LARGE_PART
+            if other.model.remat in STRONGER_REMAT and not is_large:
+                remat = STRONGER_REMAT[other.model.remat]
+                other = dataclasses.replace(other, model=dataclasses.replace(other.model, remat=remat))
+            elif parts:
+                other = dataclasses.replace(other, accumulation=parts)
+            else:
                 break
-            other = dataclasses.replace(other, accumulation=parts)
     return None
 
 

@@ -9,10 +9,10 @@ import jax
 
 from tokenformer_jax.buckets import Unreachable
 from tokenformer_jax.devices.hardware import peak_flops
+from tokenformer_jax.devices.progress import Progress
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.running.run import Run
 from tokenformer_jax.storage.metrics_file import MetricsWriter, Row
-from tokenformer_jax.training.metrics import Progress
 from tokenformer_jax.training.non_finite import BadStep
 from tokenformer_jax.training.tasks import task_of
 
@@ -59,8 +59,8 @@ class Log:
         peak = peak_flops(self.run.step.mesh.size)
         utilisation = {"mfu": speed * self.run.step.flops_per_token / peak} if peak else {}
         self.writer.write(self.run.figures(n) | figures | {"tokens_per_second": speed} | utilisation)
-        shown = {name: figures[name] for name in ("loss", "learning_rate")}
-        self.progress.update(n, **shown, tokens_per_second=speed, **utilisation)
+        shown = {name: figures[name] for name in ("loss", "learning_rate")} | {"tokens_per_second": speed} | utilisation
+        self.progress.update(n, "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 
     def skipped(self, bad: BadStep) -> None:
         self.writer.write(self.run.figures(bad.step) | {"skipped": {"examples": bad.examples, "why": bad.why}})

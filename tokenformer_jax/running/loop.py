@@ -13,8 +13,8 @@ from tokenformer_jax.running.run import Run, check_workdir, next_rung, open_run,
 from tokenformer_jax.running.signals import StopSignals
 from tokenformer_jax.storage.arrays import by_name
 from tokenformer_jax.storage.workdir import only_writer
-from tokenformer_jax.training.metrics import Profiler
 from tokenformer_jax.training.non_finite import BadStep, what_is_bad
+from tokenformer_jax.training.profiler import Profiler
 from tokenformer_jax.training.step import Metrics, put_batch
 
 

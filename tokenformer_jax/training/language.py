@@ -123,8 +123,12 @@ def train_flops_per_token(cfg: ModelConfig) -> float:
 
     The attention's L × L product is counted whole, as is customary; rematerialization is not counted.
     """
+    return block_flops(cfg) + 6.0 * cfg.embed_dim * cfg.vocab_size
+
+
+def block_flops(cfg: ModelConfig) -> float:
+    """Those of the blocks, for one position of a text or an image."""
     per_layer = 4 * cfg.embed_dim + 2 * cfg.ffn_tokens  # a plain Transformer's rows of width D
     if cfg.projection == "pattention":
         per_layer = 2 * sum(cfg.tokens.values())  # a key and a value each
-    weights = cfg.embed_dim * (cfg.num_layers * per_layer + cfg.vocab_size)
-    return 6.0 * weights + 12.0 * cfg.num_layers * cfg.context_length * cfg.embed_dim
+    return 6.0 * cfg.embed_dim * cfg.num_layers * (per_layer + 2 * cfg.positions)

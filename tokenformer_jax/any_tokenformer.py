@@ -1,44 +1,141 @@
-"""What the Python faces of all kinds of models share: parameters that grow and shrink by tokens."""
+"""What the Python faces of all kinds of models share: training, evaluating, and parameters that grow and shrink."""
 
 import dataclasses
 import functools
 import numbers
-from typing import Any, Self
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tokenformer_jax.buckets import bucket_errors
 from tokenformer_jax.config import Config, ModelConfig, validate, validate_model
+from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.contributions import Measured, check_has_tokens, measured, value_lengths
+from tokenformer_jax.evaluation.perplexity import choose_split, evaluate_split
+from tokenformer_jax.files import run_path
 from tokenformer_jax.growth.grow import grow_state
 from tokenformer_jax.growth.recipes import RECIPES, check_growth
 from tokenformer_jax.growth.shrink import Use, check_shrinking, shrink_state
-from tokenformer_jax.nn.layers import Params
+from tokenformer_jax.nn.layers import Params, count_params
 from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.nn.watch import Seen, seen, watch
+from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.training import nested
 from tokenformer_jax.training.state import TauRamp, TrainState
+from tokenformer_jax.training.step import make_step
+from tokenformer_jax.training.tasks import task_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Resizable:
+class AnyTokenFormer:
     """A model: what it is, its parameters, and its τ. Methods compute; none changes it."""
 
     cfg: ModelConfig
     params: Params
     tau: dict[str, float]
+    sees_images: ClassVar[bool] = False
+
+    # A kind of model says the following of itself.
 
     @staticmethod
     def network() -> Any:
         """The module of the network, which has `abstract_model` and `init_params`."""
         raise NotImplementedError
 
+    @staticmethod
+    def fields_of(assets: Mapping[str, str]) -> tuple[Any, ...]:
+        """The fields beside these, of the assets in a checkpoint."""
+        raise NotImplementedError
+
+    def assets(self) -> dict[str, str] | None:
+        """The assets with which data are prepared; None for those that the data themselves make."""
+        return None
+
     def checked(self, inputs: Any) -> jax.Array:
         """What the network reads, as an array. Raises a UserError where it is nothing for this model."""
         raise NotImplementedError
+
+    def reads(self) -> str:
+        """What it reads, for `repr`."""
+        raise NotImplementedError
+
+    # The rest is the same for all.
+
+    def __repr__(self) -> str:
+        cfg, tokens = self.cfg, ", ".join(f"{name} {count}" for name, count in self.cfg.unpadded_tokens.items())
+        return (
+            f"{type(self).__name__}({count_params(self.params):,} parameters: {cfg.num_layers} layers of width "
+            f"{cfg.embed_dim}, parameter tokens {tokens or 'none'}, {self.reads()}, {cfg.dtype})"
+        )
+
+    @classmethod
+    def init(cls, cfg: ModelConfig, seed: int = 0) -> Self:
+        """A new model with the authors' initialization.
+
+        >>> model = TokenFormer.init(read_config(pile.get_config("150m").to_dict()).model)
+        """
+        check_model(cfg)
+        cls._check_kind(cfg, "cfg: is of a model")
+        check_seed(seed)
+        params = jax.jit(cls.network().init_params, static_argnums=0)(cfg, jax.random.key(seed))
+        return cls(cfg, params, initial_tau(cfg))
+
+    @classmethod
+    def load(cls, workdir: str | os.PathLike[str], step: int | None = None) -> Self:
+        """The newest (or given) checkpoint of a workdir of train, grow or convert; of a mean of the weights, that.
+
+        Raises UserError where there is none, or it cannot be read.
+
+        >>> model = TokenFormer.load("runs/quickstart/grown")
+        >>> model = TokenFormerClassifier.load("runs/digits/grown")
+        """
+        folder = run_path(workdir, "workdir")
+        with bucket_errors(folder):
+            run = load_trained(folder, step)
+        cls._check_kind(run.cfg.model, f"workdir: {workdir} holds a model")
+        return cls(run.cfg.model, run.state.params, run.state.tau_values(), *cls.fields_of(run.assets))
+
+    @classmethod
+    def train(cls, cfg: Config, workdir: str | os.PathLike[str]) -> Self:
+        """Trains as the command `train` does, or goes on with what the workdir holds; the model of its last step.
+
+        A signal (a notebook's "interrupt") or `cfg.max_minutes` saves and ends it early; the same call then goes on.
+
+        >>> model = TokenFormer.train(read_config(quickstart.get_config("small").to_dict()), "runs/mine")
+        """
+        check_config(cfg)
+        cls._check_kind(cfg.model, "cfg: is of a model")
+        folder = run_path(workdir, "workdir")
+        with bucket_errors(folder):
+            train(cfg, folder)
+        return cls.load(folder)
+
+    def evaluate(self, cfg: Config, split: str = "validation") -> dict[str, float]:
+        """The figures of a split of a config's data, all of it once: `loss` in nats a token or an image, and others.
+
+        Those are `perplexity` and `bits_per_byte` of texts, `top1` and `top5` of images. Raises UserError where the
+        data cannot be used.
+
+        >>> model.evaluate(cfg)["loss"]
+        """
+        cfg = self.fitted(cfg)
+        step, data = make_step(cfg, make_mesh(cfg.mesh)), task_of(cfg).prepare(cfg, self.assets())
+        abstract = step.abstract_state._replace(opt_state=(), average=())
+        state = jax.device_put(self.state(), jax.tree.map(lambda a: a.sharding, abstract))
+        return evaluate_split(step, state, choose_split(data, split), cfg)
+
+    @classmethod
+    def _check_kind(cls, cfg: ModelConfig, what: str) -> None:
+        if bool(cfg.image_size) != cls.sees_images:
+            use = "sees images; use TokenFormerClassifier" if cfg.image_size else "reads text; use TokenFormer"
+            raise UserError(f"{what} that {use}")
 
     def fitted(self, cfg: Config) -> Config:
         """The config with this model in place of its own."""

@@ -96,7 +96,7 @@ def get_config() -> ConfigDict:
     augment.rand_augment_magnitude = 9.0  # of 10, and its standard deviation
     augment.rand_augment_deviation = 0.5
     augment.erasing = 0.0  # probability that a rectangle is replaced by noise
-    augment.mixup = 0.0  # alpha of Mixup, and of CutMix; each batch has one of them; 0: not
+    augment.mixup = 0.0  # alpha of Mixup, and of CutMix; each pair of images has one of them; 0: not
     augment.cutmix = 0.0
     augment.label_smoothing = 0.0
 

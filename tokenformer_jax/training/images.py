@@ -1,6 +1,6 @@
 """The task of an image classifier: to name the class of an image. `tasks.Task` says what each part is for."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -72,6 +72,11 @@ class ImageClassification:
         stride: int = 0,
     ) -> image_batches.EvalImages:
         return image_batches.eval_batches(split, rows, max_batches=max_batches, **this_process(mesh))
+
+    def training_examples(
+        self, data: ImageData, cfg: Config, mesh: Mesh, examples: Sequence[int]
+    ) -> Iterator[tuple[ImageBatch, str]]:
+        yield from image_batches.training_examples(data.train, cfg, examples, **this_process(mesh))
 
     def tokens_per_step(self, cfg: Config) -> int:
         return cfg.batch_size * cfg.model.positions

@@ -1,7 +1,7 @@
 """The task of a language model: to predict each next token of a text. `tasks.Task` says what each part is for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,6 +60,15 @@ class Language:
         length = min(length or cfg.model.context_length, cfg.model.context_length)
         here = this_process(mesh)
         return batches.eval_batches(split, rows, length, max_batches=max_batches, stride=stride, **here)
+
+    def training_examples(
+        self, corpus: Corpus, cfg: Config, mesh: Mesh, examples: Sequence[int]
+    ) -> Iterator[tuple[Batch, str]]:
+        for batch in batches.training_examples(corpus.train, cfg, examples, **this_process(mesh)):
+            yield (
+                batch,
+                corpus.tokenizer.decode(batch.tokens_BL[0].tolist()),
+            )  # on process 0 its row is the first
 
     def tokens_per_step(self, cfg: Config) -> int:
         return cfg.batch_size * cfg.model.context_length

@@ -204,8 +204,12 @@ def test_positions_are_interpolated_for_another_image_size(run, tmp_path):
     train(large, tmp_path / "large")
     with pytest.raises(UserError, match=r"model.image_size = 8: --interpolate makes a model for another size"):
         interpolate(run, config(steps=12), tmp_path / "same")
-    with pytest.raises(UserError, match=r"model.image_size = 16: the source has 8; growth changes token counts only"):
+    with pytest.raises(
+        UserError, match=r"image_size = 16: the source has 8, which growth keeps; use that, or --interpolate"
+    ):
         grow(run, large, tmp_path / "none")
+    with pytest.raises(UserError, match=r"model.num_layers = 3: the source has 2, which --interpolate keeps; use that"):
+        interpolate(run, dataclasses.replace(large, model=dataclasses.replace(large.model, num_layers=3)), tmp_path)
 
 
 def test_a_grid_of_positions_keeps_its_order():
@@ -230,6 +234,19 @@ def test_files_are_predicted_and_damaged_ones_named(run, tmp_path, capsys):
     assert f"{tmp_path}/b.png: cannot be read" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"--images: .*b.png cannot be read, nor any other"):
         predict_files(trained, [str(tmp_path / "b.png")], 1)
+
+
+def test_a_model_is_saved_as_a_workdir_with_its_mean(run, tmp_path):
+    model = TokenFormerClassifier.load(run)
+    larger = model.grow(ffn_tokens=200)
+    larger.save(tmp_path / "larger", config())
+    loaded = TokenFormerClassifier.load(tmp_path / "larger")
+    assert_trees_equal(loaded.params, larger.params)
+    assert loaded.tau == pytest.approx(larger.tau) and loaded.class_names == larger.class_names
+    state = state_of(tmp_path / "larger", larger.fitted(config()), 0)
+    assert_trees_equal(state.average, state.params)
+    with pytest.raises(UserError, match="larger"):
+        larger.save(tmp_path / "larger", config())
 
 
 def test_training_examples_can_be_looked_at(run, capsys):

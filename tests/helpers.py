@@ -116,7 +116,7 @@ def after_steps(cfg: Config, steps: int, state: Any = None) -> tuple[Any, list[d
 
 
 # What no step depends on.
-NOT_OF_A_STEP = {
+NOT_OF_A_STEP: dict[str, Any] = {
     **dict.fromkeys(("log_every", "checkpoints_kept", "non_finite_limit"), 1),
     **dict.fromkeys(("eval_every", "eval_batches", "checkpoint_every", "profile_at"), 0),
     **dict.fromkeys(("loss_spike", "max_minutes", "train_tokens", "train_flops", "train_epochs"), 0.0),

@@ -12,7 +12,9 @@ from tokenformer_jax.api import TokenFormer
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow
 from tokenformer_jax.growth.recipes import check_growth
+from tokenformer_jax.growth.shrink import check_shrinking
 from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage.adapters import Adapter, adapted_config
 from tokenformer_jax.training.language import train_flops_per_token
 from tokenformer_jax.training.nested import at, cut, sizes
 from tokenformer_jax.training.step import put_batch
@@ -88,6 +90,30 @@ def test_a_size_is_used_by_its_part_of_the_tokens(run):
     call_well("generate", f"--workdir={folder}/W", "--mesh=1,1,1", "--tokens=0.25", "--prompt=key", "--max_tokens=3")
     line = complaint(call("generate", f"--workdir={folder}/W", "--tokens=0.3"))
     assert "--tokens=0.3: the model's sizes are 0.25, 0.5, 1" in line
+
+
+def test_python_grows_and_shrinks_them():
+    model = TokenFormer.init(tiny_config(**SIZES).model)
+    counts = {size: getattr(model.cfg, size) for size in ("qkv_tokens", "out_tokens", "ffn_tokens")}
+    larger = model.grow(**{size: 3 * count // 2 for size, count in counts.items()})
+    assert larger.cfg.nested == pytest.approx((1 / 6, 1 / 3, 2 / 3, 1.0), rel=1e-6)
+    assert_trees_equal(larger.at(0.333333).params, model.at(0.5).params)  # as many digits as a message has
+    with pytest.raises(UserError, match="counts that grow alike"):
+        model.grow(ffn_tokens=2 * model.cfg.ffn_tokens)
+    for fewer in (0, model.cfg.ffn_tokens // 2):
+        with pytest.raises(UserError, match=r"model\.ffn_tokens = \d+: the source has \d+ already"):
+            model.grow(ffn_tokens=fewer)
+    assert model.shrink(ffn_tokens=model.cfg.ffn_tokens // 2).cfg.nested == ()
+    half = {size: count // 2 for size, count in counts.items()}
+    with pytest.raises(UserError, match=r"model\.nested = .*--shrink drops tokens of every size.*set it to \(\)"):
+        check_shrinking(model.cfg, dataclasses.replace(model.cfg, **half))
+
+
+def test_with_an_adapter_a_model_has_no_smaller_sizes():
+    cfg = tiny_config(**SIZES).model
+    tokens = {"ffn": {"keys": np.zeros((1, 3, 1)), "values": np.zeros((1, 3, 1))}}
+    assert adapted_config(cfg, [Adapter("a", tokens, "", {}, {}, {})]).nested == ()
+    assert adapted_config(cfg, []) == cfg
 
 
 def test_mistakes_are_named():

@@ -181,6 +181,7 @@ class AnyTokenFormer:
             raise UserError(f"recipe = {recipe!r}: must be one of {', '.join(RECIPES)}")
         check_seed(seed)
         cfg = self._resized(qkv_tokens, out_tokens, ffn_tokens)
+        cfg = dataclasses.replace(cfg, nested=nested.grown_parts(self.cfg, cfg))
         check_growth(self.cfg, cfg, recipe)
         state = self.state()
         network = self.network()
@@ -205,7 +206,7 @@ class AnyTokenFormer:
         >>> smaller = model.shrink(ffn_tokens=model.cfg.ffn_tokens // 2)
         >>> smaller = model.shrink(ffn_tokens=model.cfg.ffn_tokens // 2, inputs=ids)
         """
-        cfg = self._resized(qkv_tokens, out_tokens, ffn_tokens)
+        cfg = dataclasses.replace(self._resized(qkv_tokens, out_tokens, ffn_tokens), nested=())
         check_shrinking(self.cfg, cfg)
         use = None
         if inputs is not None:

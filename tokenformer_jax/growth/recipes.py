@@ -153,7 +153,6 @@ RECIPES = {
 def check_growth(old: ModelConfig, new: ModelConfig, recipe: str) -> None:
     """Raises a UserError unless `new` is `old` with more parameter tokens (or as many), which the recipe can append."""
     check_same_but_sizes(old, new, "growth")
-    nested.check_growth(old, new)
     old_padded, new_padded = old.padding_counted(), new.padding_counted()
     for size in SIZES:
         named, count = getattr(old, size), getattr(new, size)
@@ -162,6 +161,7 @@ def check_growth(old: ModelConfig, new: ModelConfig, recipe: str) -> None:
             raise UserError(f"model.{size} = {count}: the source has {before} already; growing takes that or more")
         if count != named and after == before:
             raise UserError(f"model.{size} = {count}: the source's {named} are padded to {before}; use more")
+    nested.check_growth(old, new)
     if all(getattr(old_padded, size) == getattr(new_padded, size) for size in SIZES):
         return
     if new.projection == "linear":

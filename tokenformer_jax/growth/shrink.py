@@ -32,6 +32,7 @@ from tokenformer_jax.growth.recipes import check_same_but_sizes
 from tokenformer_jax.growth.resize import Resize, Source, resize_run
 from tokenformer_jax.nn.layers import Params
 from tokenformer_jax.nn.transformer import initial_tau
+from tokenformer_jax.training import nested
 from tokenformer_jax.training.state import TauRamp, TrainState
 from tokenformer_jax.training.tasks import Prepared
 
@@ -107,6 +108,7 @@ class Shrinking:
 def check_shrinking(old: ModelConfig, new: ModelConfig) -> None:
     """Raises a UserError unless `new` is `old` with fewer parameter tokens."""
     check_same_but_sizes(old, new, "shrinking")
+    nested.check_shrinking(new)
     if new.projection == "linear":
         raise UserError("model.projection = 'linear': a plain Transformer has no parameter tokens to drop")
     if new.normalizer == "softmax":

@@ -143,7 +143,7 @@ def check_base(adapters: Sequence[Adapter], fingerprint: str, source: str) -> No
 
 
 def adapted_config(cfg: ModelConfig, adapters: Sequence[Adapter], multiple: int = 1) -> ModelConfig:
-    """The config of a model with adapters, whose token counts are rounded up."""
+    """The config of a model with adapters, whose token counts are rounded up; it has no smaller sizes."""
     cfg = cfg.padding_counted()
 
     def size(name: str, count: int) -> int:
@@ -155,6 +155,7 @@ def adapted_config(cfg: ModelConfig, adapters: Sequence[Adapter], multiple: int 
         qkv_tokens=size("query", cfg.qkv_tokens),
         out_tokens=size("out", cfg.out_tokens),
         ffn_tokens=size("ffn", cfg.ffn_tokens),
+        nested=() if adapters else cfg.nested,
     )
 
 

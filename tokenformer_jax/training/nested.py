@@ -17,7 +17,8 @@ from tokenformer_jax.nn.transformer import initial_tau
 
 def at(cfg: ModelConfig, part: float) -> ModelConfig:
     """The model of a size. Raises a UserError where the model has no such size."""
-    if part not in cfg.nested:
+    # The message below prints six digits of a size, and those must do.
+    if not any(math.isclose(part, size, rel_tol=1e-5) for size in cfg.nested):
         if not cfg.nested:
             raise UserError(
                 f"--tokens={part:g}: the model has one size (model.nested = ()); grow --shrink makes a smaller one"
@@ -67,11 +68,26 @@ def check_tau(cfg: ModelConfig, tau: Mapping[str, Any]) -> None:
 def check_growth(old: ModelConfig, new: ModelConfig) -> None:
     """Raises a UserError where a model would lose a size that it had."""
     there = [size.tokens for size in sizes(new)]
-    former = sizes(old) if old.nested else []
-    if all(size.tokens in there for size in former):
+    if not old.nested or all(size.tokens in there for size in sizes(old)):
         return
-    parts = sorted({1.0, *(round(size.ffn_tokens / new.ffn_tokens, 9) for size in former)})
     raise UserError(
         f"model.nested = {new.nested}: the source's sizes must stay, the largest of them too; use "
-        f"{tuple(parts)}, and counts that grow alike"
+        f"{grown_parts(old, new)}, and counts that grow alike"
     )
+
+
+def grown_parts(old: ModelConfig, new: ModelConfig) -> tuple[float, ...]:
+    """The sizes of a model that has grown from a nested one, whose sizes stay; none of a model that is not nested."""
+    former = sizes(old) if old.nested else []
+    return (
+        tuple(sorted({round(size.ffn_tokens / max(new.ffn_tokens, 1), 9) for size in former} | {1.0})) if former else ()
+    )
+
+
+def check_shrinking(new: ModelConfig) -> None:
+    """Raises a UserError where a model that lost tokens would have sizes: those that stay are not the first ones."""
+    if new.nested:
+        raise UserError(
+            f"model.nested = {new.nested}: --shrink drops tokens of every size, so none of them would be left; "
+            "set it to ()"
+        )

@@ -24,7 +24,7 @@ from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.training.nested import cut
 from tokenformer_jax.training.state import TauRamp, TrainState
 
-RATES = (1e-3, 2e-3, 4e-3, 1.2e-2)
+RATES = (1e-3, 2e-3, 4e-3, 7e-3, 1.2e-2)
 COUNTS = (16, 32, 64)  # parameter tokens of an attention's projection
 
 

@@ -1,6 +1,7 @@
 """Small configs and the golden models, shared by the tests."""
 
 import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from tokenformer_jax.running import run
 from tokenformer_jax.storage import official, trained
 from tokenformer_jax.storage.metrics_file import read_metrics
 from tokenformer_jax.storage.record import Record
+from tokenformer_jax.training.schedule import NewTokens
 from tokenformer_jax.training.state import new_state
 from tokenformer_jax.training.step import Step, make_step, put_batch
 
@@ -113,16 +115,30 @@ def after_steps(cfg: Config, steps: int, state: Any = None) -> tuple[Any, list[d
     return state, rows
 
 
+# What no step depends on.
+NOT_OF_A_STEP: dict[str, Any] = {
+    **dict.fromkeys(("log_every", "checkpoints_kept", "non_finite_limit"), 1),
+    **dict.fromkeys(("eval_every", "eval_batches", "checkpoint_every", "profile_at"), 0),
+    **dict.fromkeys(("loss_spike", "max_minutes", "train_tokens", "train_flops", "train_epochs"), 0.0),
+    "rungs": (),
+    "non_finite": "raise",
+    "track": "none",
+}
+_STEPS: dict[tuple[Mesh, str], Step] = {}
+
+
 @contextlib.contextmanager
 def shared_steps() -> Iterator[None]:
-    """Within it, runs that are resumed, repeated or read do not compile a step that one before them compiled."""
-    made: dict[tuple[Any, str], Step] = {}
+    """Within it, no run compiles a step that one before it in this process compiled, on whatever data."""
 
-    def shared(cfg: Config, mesh: Mesh, *others: Any, **named: Any) -> Step:
-        key = mesh, repr((cfg, others, named))
-        if key not in made:
-            made[key] = make_step(cfg, mesh, *others, **named)
-        return made[key]
+    def shared(cfg: Config, mesh: Mesh, start: int = 0, end: int = 0, new_tokens: NewTokens | None = None) -> Step:
+        end = end or cfg.steps
+        data = dataclasses.replace(cfg.data, path="", cache_dir="", tokenizer="", sources=())
+        cfg = dataclasses.replace(cfg, data=data, grow=tiny_config().grow, steps=end, **NOT_OF_A_STEP)
+        key = mesh, repr((cfg, start, end, new_tokens))
+        if key not in _STEPS:
+            _STEPS[key] = make_step(cfg, mesh, start, end, new_tokens)
+        return _STEPS[key]
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (run, resize, trained, official):

@@ -11,10 +11,12 @@ import pytest
 
 from tests.helpers import after_steps, assert_trees_equal, corpus_overrides, random_batch, rows_of, step_of, tiny_config
 from tokenformer_jax.config import MeshConfig
+from tokenformer_jax.devices.hardware import CHIPS
 from tokenformer_jax.devices.sharding import make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.growth.grow import grow, grow_state
 from tokenformer_jax.growth.shrink import shrink
+from tokenformer_jax.planning.whole_run import beginning, bill, run_stages
 from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.trained import load_trained
@@ -187,3 +189,15 @@ def test_mistakes_are_named(runs, tmp_path):
 
 def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_a_plan_begins_where_the_source_is(runs):
+    folder, cfg = runs
+    since, new = beginning(f"{folder}/base", 0, cfg), load_trained(folder / "new", mesh=(1, 1, 1, 1))
+    base = load_trained(folder / "base", mesh=(1, 1, 1, 1))
+    assert (since.step, since.tokens, since.flops) == (8, base.record.tokens, base.record.train_flops)
+    (row,) = bill(run_stages(cfg, since), 1, 1, CHIPS["v5e"], 0.4, since=since)["stages"]
+    assert row["steps"] == 8 and row["parameters"] == new.num_params
+    assert row["train_flops"] == pytest.approx(new.record.train_flops - base.record.train_flops)
+    with pytest.raises(UserError, match=r"^--from_step=3: goes without --source"):
+        beginning(f"{folder}/base", 3, cfg)

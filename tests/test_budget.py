@@ -17,6 +17,8 @@ from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.training.language import train_flops_per_token
 
+pytestmark = pytest.mark.usefixtures("steps_are_shared")
+
 TOKENS = 8 * 16  # of a step
 RUNGS = (
     {"step": 4, "model": {"ffn_tokens": 128}},

@@ -369,13 +369,10 @@ WRONG = [
     ("report", "--runs={f}/small,{f}/x/small", "two runs are named 'small'"),
     ("report", "--runs=", "--runs is missing"),
     ("report", "--runs=a={f}/none", "none"),
-    ("train", "--config={f}/config.py --workdir=gs://bucket/run", "gs://bucket/run"),
     ("train", "--config={f}/config.py --config.data.cache_dir=s3://bucket/c --workdir={f}/w", "data.cache_dir"),
     ("train", "--config={f}/config.py --config.data.path=hf://datasets/x --workdir={f}/w", "data.path"),
     ("grow", "--source=s3://bucket/run --config={f}/config.py:grown --workdir={f}/w", "--source=s3://"),
     ("evaluate", "--workdir=s3://bucket/run", "--workdir=s3://"),
-    ("evaluate", "--workdir={f}/small --config.data.path=gs://bucket/x", "data.path"),
-    ("report", "--runs=a=gs://bucket/run", "gs://bucket/run"),
     ("convert", "--from_torch=hf://x/y.safetensors --config={f}/config.py --workdir={f}/w", "--from_torch=hf://"),
     ("train", "--config={f}/small/config.json --workdir={f}/w", "not a Python file"),
     ("train", "--config={f}/text --workdir={f}/w", "is a folder"),
@@ -423,3 +420,18 @@ def test_a_mistake_gives_one_line_and_exit_code_2(folder, command, args, names):
     (folder / "notrun" / "config.json").write_text('{"steps": "x"')
     assert names in complaint(call(command, *args.format(f=folder).split()))
     assert not (folder / "w").exists()
+
+
+@pytest.mark.parametrize(
+    "command, args, names",
+    [
+        ("train", "--config={f}/config.py --workdir=gs://bucket/run", "gs://bucket/run: the bucket is out of reach"),
+        ("evaluate", "--workdir={f}/small --config.data.path=gs://bucket/x", "data.path = 'gs://bucket/x': "),
+        ("report", "--runs=a=gs://bucket/run", "gs://bucket/run: the bucket is out of reach"),
+    ],
+    ids=["train", "evaluate", "report"],
+)
+def test_a_bucket_out_of_reach_gives_one_line_and_exit_code_2(folder, command, args, names):
+    pytest.importorskip("gcsfs")
+    nobody = {"STORAGE_EMULATOR_HOST": "http://localhost:1", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    assert names in complaint(call(command, *args.format(f=folder).split(), bucket_pauses=False, **nobody))

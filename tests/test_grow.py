@@ -29,6 +29,8 @@ from tokenformer_jax.storage.workdir import load_config
 from tokenformer_jax.training.schedule import learning_rate
 from tokenformer_jax.training.step import put_batch
 
+pytestmark = pytest.mark.usefixtures("steps_are_shared")
+
 GROWN = {"model__qkv_tokens": 48, "model__out_tokens": 56, "model__ffn_tokens": 200, "steps": 16}
 
 

@@ -1,6 +1,8 @@
 """A run of images: trained, stopped, grown, shrunk, evaluated and shown, by the code that language models use."""
 
 import dataclasses
+import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +20,15 @@ from tests.helpers import (
 )
 from tokenformer_jax import TokenFormer, TokenFormerClassifier, UserError
 from tokenformer_jax.config import read_config
-from tokenformer_jax.evaluation.perplexity import evaluate_own
-from tokenformer_jax.evaluation.predictions import describe, draw, find_images, predict_files, predict_split
+from tokenformer_jax.evaluation.perplexity import evaluate_own, show_examples
+from tokenformer_jax.evaluation.predictions import (
+    Prediction,
+    describe,
+    draw,
+    find_images,
+    predict_files,
+    predict_split,
+)
 from tokenformer_jax.evaluation.report import summarise, table
 from tokenformer_jax.growth.grow import grow
 from tokenformer_jax.growth.ladder import stages, with_budget
@@ -31,6 +40,7 @@ from tokenformer_jax.running.loop import train
 from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.training.step import make_step
+from tokenformer_jax.training.tasks import task_of
 
 pytest.importorskip("sklearn")
 AUGMENT = {"smallest_crop": 0.5, "flip": True, "erasing": 0.3, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
@@ -194,8 +204,12 @@ def test_positions_are_interpolated_for_another_image_size(run, tmp_path):
     train(large, tmp_path / "large")
     with pytest.raises(UserError, match=r"model.image_size = 8: --interpolate makes a model for another size"):
         interpolate(run, config(steps=12), tmp_path / "same")
-    with pytest.raises(UserError, match=r"model.image_size = 16: the source has 8; growth changes token counts only"):
+    with pytest.raises(
+        UserError, match=r"image_size = 16: the source has 8, which growth keeps; use that, or --interpolate"
+    ):
         grow(run, large, tmp_path / "none")
+    with pytest.raises(UserError, match=r"model.num_layers = 3: the source has 2, which --interpolate keeps; use that"):
+        interpolate(run, dataclasses.replace(large, model=dataclasses.replace(large.model, num_layers=3)), tmp_path)
 
 
 def test_a_grid_of_positions_keeps_its_order():
@@ -220,6 +234,60 @@ def test_files_are_predicted_and_damaged_ones_named(run, tmp_path, capsys):
     assert f"{tmp_path}/b.png: cannot be read" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"--images: .*b.png cannot be read, nor any other"):
         predict_files(trained, [str(tmp_path / "b.png")], 1)
+
+
+def test_a_model_is_saved_as_a_workdir_with_its_mean(run, tmp_path):
+    model = TokenFormerClassifier.load(run)
+    larger = model.grow(ffn_tokens=200)
+    larger.save(tmp_path / "larger", config())
+    loaded = TokenFormerClassifier.load(tmp_path / "larger")
+    assert_trees_equal(loaded.params, larger.params)
+    assert loaded.tau == pytest.approx(larger.tau) and loaded.class_names == larger.class_names
+    state = state_of(tmp_path / "larger", larger.fitted(config()), 0)
+    assert_trees_equal(state.average, state.params)
+    with pytest.raises(UserError, match="larger"):
+        larger.save(tmp_path / "larger", config())
+
+
+def test_training_examples_can_be_looked_at(run, capsys):
+    trained = load_trained(run)
+    show_examples(trained, range(6))
+    lines = capsys.readouterr().out.splitlines()
+    task, cfg = task_of(trained.cfg), trained.cfg
+    data = task.prepare(cfg, trained.assets)
+    batch = next(task.train_batches(data, cfg, trained.step.mesh))
+    model = TokenFormerClassifier.load(run)
+    chances = model.probabilities(batch.images_BHWC)
+    for i in range(6):
+        label = batch.targets[i, 0]
+        assert lines[2 * i] == f"--- example {i}, loss {-np.log(chances[i, label]):.4f} nats"
+        assert re.fullmatch(rf"image \d+ \(is {label}\)", lines[2 * i + 1])
+
+
+def test_names_of_files_and_classes_are_shown_as_they_are(tmp_path):
+    odd = Prediction("new\nline.png", np.zeros((8, 8, 1), np.uint8), ["$x_{$", "b\n"], [0.6, 0.4], "b\n")
+    assert describe([odd]).splitlines() == [r"new\nline.png: $x_{$ 60.0%, b\n 40.0% (is b\n)", "0 of 1 are right"]
+    draw([odd, odd._replace(label=os.fsdecode(b"\xe9"))], tmp_path / "sheet.png")
+
+
+def test_hidden_files_are_no_images_of_a_folder(tmp_path):
+    for name in ("a.png", "._a.png", ".cache/b.png", "[x]/c.JPG"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_images(str(tmp_path)) == [f"{tmp_path}/[x]/c.JPG", f"{tmp_path}/a.png"]
+    assert find_images(f"{tmp_path}/._a.png") == [f"{tmp_path}/._a.png"]
+    with pytest.raises(UserError, match=r"--images=: names no images; use a file, folder or glob of .jpg, .* or .webp"):
+        find_images("")
+
+
+def test_floats_are_normalized_pixels():
+    model = TokenFormerClassifier.init(config().model)
+    pixels = random_images(config()).images_BHWC
+    scaled = (pixels / 127.5 - 1).astype(np.float32)
+    np.testing.assert_allclose(model.logits(scaled), model.logits(pixels), atol=1e-5)
+    for wrong in (pixels.astype(np.float32), np.full_like(scaled, np.nan)):
+        with pytest.raises(UserError, match=r"images_BHWC: has floats beyond \[-1, 1\]; use uint8, or pixels / 127.5"):
+            model.classify(wrong)
 
 
 def test_epochs_say_where_a_run_ends(tmp_path):

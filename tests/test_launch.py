@@ -15,6 +15,8 @@ import time
 
 import pytest
 
+from tests.commands import forked_python
+
 ROOT = pathlib.Path(__file__).parents[1]
 FLAGS = ["--config=configs/quickstart.py:small", "--config.data.path=a 'b' $c *"]
 TRAIN = [*FLAGS, "--workdir=/mnt/shared/my run"]
@@ -579,8 +581,8 @@ WRONG_CONFIGS = {
 
 @pytest.fixture
 def checked(cloud):
-    cloud.environment["PYTHON"] = sys.executable
-    return cloud
+    with forked_python(cloud.folder / "forked") as cloud.environment["PYTHON"]:
+        yield cloud
 
 
 def refused(checked, ended):
@@ -599,6 +601,7 @@ def test_a_wrong_config_is_found_before_anything_is_paid_for(checked, config):
 
 @pytest.mark.parametrize("launcher", ["tpu_vm", "multislice", "gpu_slurm", "local_pod"])
 def test_every_launcher_checks_the_config(checked, launcher):
+    checked.environment["PYTHON"] = sys.executable  # as a user's
     line = ["--config=quickstart:smal", "--workdir=/mnt/shared/run"]
     ended = {
         "tpu_vm": lambda: checked.vm("run", "--dry_run", "--", *line),

@@ -3,6 +3,7 @@
 import functools
 import io
 import pathlib
+import re
 import struct
 import zlib
 from typing import Any
@@ -99,6 +100,15 @@ def test_a_folder_with_splits(tmp_path, name):
     write_set(tmp_path / name, "new", 1)
     with pytest.raises(UserError, match=f"{name} has a class 'new', which {splits[0]} has not"):
         open_folder(str(tmp_path), SIZE, splits)
+
+
+def test_a_split_that_nothing_reads_is_said(tmp_path, capsys):
+    write_set(tmp_path / "train", "a b", 3)
+    assert len(open_folder(str(tmp_path), SIZE)[1]) == 2 and not capsys.readouterr().err
+    write_set(tmp_path / "test", "a b", 2)
+    assert len(open_folder(str(tmp_path), SIZE)[1]) == 2
+    assert re.search("no folder 'validation', .* and test for nothing; .* use data.valid", capsys.readouterr().err)
+    assert len(open_folder(str(tmp_path), SIZE, ("train", "test"))[1]) == 4 and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("splits", [("a", "b"), ("train", "validation[:9]"), ("", "val"), ("..", "."), ("train", "b")])

@@ -21,6 +21,8 @@ from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.training.schedule import NewTokens, learning_rate
 from tokenformer_jax.training.step import make_step, put_batch
 
+pytestmark = pytest.mark.usefixtures("steps_are_shared")
+
 PEAK, FINAL = 1e-2, 1e-3
 
 

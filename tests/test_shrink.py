@@ -19,6 +19,8 @@ from tokenformer_jax.storage.checkpoints import Checkpoints
 from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.training.state import TauRamp, TrainState
 
+pytestmark = pytest.mark.usefixtures("steps_are_shared")
+
 SIZES = {"model__qkv_tokens": 64, "model__out_tokens": 80, "model__ffn_tokens": 192}
 
 

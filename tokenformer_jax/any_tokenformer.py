@@ -26,6 +26,7 @@ from tokenformer_jax.nn.layers import Params, count_params
 from tokenformer_jax.nn.transformer import initial_tau
 from tokenformer_jax.nn.watch import Seen, seen, watch
 from tokenformer_jax.running.loop import train
+from tokenformer_jax.storage.official import make_workdir
 from tokenformer_jax.storage.trained import load_trained
 from tokenformer_jax.training import nested
 from tokenformer_jax.training.state import TauRamp, TrainState
@@ -116,6 +117,22 @@ class AnyTokenFormer:
         with bucket_errors(folder):
             train(cfg, folder)
         return cls.load(folder)
+
+    def save(self, workdir: str | os.PathLike[str], cfg: Config) -> None:
+        """Makes a workdir at step 0 that `load`, `train` and the commands take; optimizer and data start anew.
+
+        Args:
+          workdir: a new or an empty folder.
+          cfg: how training goes on, and on which data, which are prepared with a text model's own tokenizer; its
+            `model` is replaced by this one's.
+
+        Raises UserError where the data cannot be used, or the workdir is taken.
+
+        >>> larger.save("runs/larger", cfg)
+        """
+        folder = run_path(workdir, "workdir")
+        with bucket_errors(folder):
+            make_workdir(self.params, self.tau, self.fitted(cfg), folder, self.assets())
 
     def evaluate(self, cfg: Config, split: str = "validation") -> dict[str, float]:
         """The figures of a split of a config's data, all of it once: `loss` in nats a token or an image, and others.

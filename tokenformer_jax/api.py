@@ -14,12 +14,11 @@ import optax
 from flax import nnx
 
 from tokenformer_jax.any_tokenformer import AnyTokenFormer, check_seed
-from tokenformer_jax.buckets import bucket_errors
-from tokenformer_jax.config import Config, ModelConfig, validate_model
+from tokenformer_jax.config import ModelConfig, validate_model
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.evaluation.sampling import Sampling, checked, generate
-from tokenformer_jax.files import local_path, run_path
+from tokenformer_jax.files import local_path
 from tokenformer_jax.nn import language
 from tokenformer_jax.nn.language import abstract_model
 from tokenformer_jax.nn.layers import Params
@@ -31,7 +30,6 @@ from tokenformer_jax.storage.official import (
     check_tau,
     check_tokenizer,
     from_official,
-    make_workdir,
     model_config,
     to_official,
 )
@@ -66,22 +64,6 @@ class TokenFormer(AnyTokenFormer):
     @staticmethod
     def fields_of(assets: Mapping[str, str]) -> tuple[Any, ...]:
         return (tokenizer_from_json(assets["tokenizer"]),)
-
-    def save(self, workdir: str | pathlib.Path, cfg: Config) -> None:
-        """Makes a workdir at step 0 that `load`, `train` and the commands take; optimizer and data start anew.
-
-        Args:
-          workdir: a new or an empty folder.
-          cfg: how training goes on, and on which data, which are prepared with the model's tokenizer; its `model` is
-            replaced by this one's.
-
-        Raises UserError where the data cannot be used, or the workdir is taken.
-
-        >>> larger.save("runs/larger", cfg)
-        """
-        folder = run_path(workdir, "workdir")
-        with bucket_errors(folder):
-            make_workdir(self.params, self.tau, self.fitted(cfg), folder, self.tokenizer)
 
     @classmethod
     def from_official(

@@ -81,8 +81,11 @@ class TokenFormerClassifier(AnyTokenFormer):
             raise UserError("images_BHWC: must be an array of images, all of the same size") from None
         if array.ndim != 4 or array.shape[1:] != (size, size, channels) or not len(array):
             raise UserError(f"images_BHWC: has shape {list(array.shape)}; use [B, {size}, {size}, {channels}]")
-        if array.dtype != jnp.uint8 and not jnp.issubdtype(array.dtype, jnp.floating):
+        is_float = jnp.issubdtype(array.dtype, jnp.floating)
+        if array.dtype != jnp.uint8 and not is_float:
             raise UserError(f"images_BHWC: is {array.dtype}; use uint8, or floats in [-1, 1]")
+        if is_float and not (jnp.abs(array) <= 1).all():
+            raise UserError("images_BHWC: has floats beyond [-1, 1]; use uint8, or pixels / 127.5 - 1")
         return array
 
 

@@ -6,7 +6,7 @@ python -m tokenformer_jax.evaluate --workdir=W --config=configs/zero_shot.py:pap
 python -m tokenformer_jax.evaluate --workdir=W --config=zero_shot:data --config.datasets.data.path=books
 python -m tokenformer_jax.evaluate --workdir=W --out=eval.json   # where W cannot be written
 python -m tokenformer_jax.evaluate --workdir=W --adapter=F   # of convert --to_adapter; or --tokens=0.5, of model.nested
-python -m tokenformer_jax.evaluate --workdir=W --examples=96:104   # of training, by their order: each text and its loss
+python -m tokenformer_jax.evaluate --workdir=W --examples=96:104   # of training, in their order: text or image, loss
 python -m tokenformer_jax.evaluate --workdir=W --config.data.path=PLACE   # where the run's own data were moved
 """
 

@@ -18,9 +18,9 @@ from absl import flags
 from tokenformer_jax.cli import config_flag, run_command
 from tokenformer_jax.config import IndivisibleBatch
 from tokenformer_jax.errors import UserError
-from tokenformer_jax.files import json_text, local_path, replace_file, run_path
+from tokenformer_jax.files import json_text, local_path, replace_file
 from tokenformer_jax.planning.plan import draw
-from tokenformer_jax.planning.whole_run import Since, advise_division, describe_run, plan_run, since_source
+from tokenformer_jax.planning.whole_run import advise_division, beginning, describe_run, plan_run
 
 
 def main() -> None:
@@ -42,9 +42,7 @@ def main() -> None:
             cfg, where = config(), topology.value
             if not where:
                 raise UserError("--topology is missing; use --topology=v5e:4x4")
-            if source.value and from_step.value:
-                raise UserError(f"--from_step={from_step.value}: goes without --source, whose step is taken")
-            since = since_source(run_path(source.value, "--source"), cfg) if source.value else Since(from_step.value)
+            since = beginning(source.value, from_step.value, cfg)
             found = plan_run(cfg, where, slices.value, mfu.value, price.value, since, suggest.value, say)
         except IndivisibleBatch as error:
             if not (topology.value and suggest.value):

@@ -28,7 +28,7 @@ def main() -> None:
         for name, flag in (("count", count), ("top", top)):
             if flag.value < 1:
                 raise UserError(f"--{name}={flag.value}: must be 1 or above")
-        files = find_images(images.value) if images.value else []
+        files = [] if images.value is None else find_images(images.value)
         run = load_trained(workdir(), step.value, mesh())
         found = predict_files(run, files, top.value) if files else predict_split(run, count.value, top.value)
         print_once(describe(found))

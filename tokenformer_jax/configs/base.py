@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     data.sources = ()  # a mixture: (dict(name="web", weight=0.7, path="…"), dict(name="code", weight=0.3, path="…"))
     # whose other keys are as in data: dataset, path, text_key, train_split, validation_split
     data.train_examples = 0  # in an epoch, for train_epochs; images: checked against the data
-    data.train_split = "train"
+    data.train_split = "train"  # or a part of it, "train[:10%]"; image_folder: the name of a folder in data.path
     data.validation_split = "validation"
     data.tokenizer = ""  # a tokenizer.json; empty trains a byte-level BPE of model.vocab_size on the train split
     data.mask_documents = False  # True: attention stays within a document (the authors' does not)
@@ -96,7 +96,7 @@ def get_config() -> ConfigDict:
     augment.rand_augment_magnitude = 9.0  # of 10, and its standard deviation
     augment.rand_augment_deviation = 0.5
     augment.erasing = 0.0  # probability that a rectangle is replaced by noise
-    augment.mixup = 0.0  # alpha of Mixup, and of CutMix; each batch has one of them; 0: not
+    augment.mixup = 0.0  # alpha of Mixup, and of CutMix; each pair of images has one of them; 0: not
     augment.cutmix = 0.0
     augment.label_smoothing = 0.0
 

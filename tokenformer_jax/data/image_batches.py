@@ -5,7 +5,7 @@ What a device does faster than a host (all but that) is `augment`'s, within the 
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -14,6 +14,7 @@ import numpy as np
 from tokenformer_jax.config import Config
 from tokenformer_jax.data.batches import process_rows
 from tokenformer_jax.data.pictures import Pictures
+from tokenformer_jax.errors import shown
 
 
 class ImageBatch(NamedTuple):
@@ -34,17 +35,33 @@ def train_batches(
     split: Pictures, cfg: Config, *, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
     """Endless batches of all images, shuffled anew in each epoch by cfg.seed; as `batches.train_batches`."""
-    rows, order = process_rows(cfg.batch_size, process_index, process_count), shuffled(split, cfg)
-
-    def read(step: int) -> ImageBatch:
-        examples = [step * cfg.batch_size + row for row in rows]
-        crop, rngs = cfg.augment.smallest_crop, None
-        if crop:
-            rngs = [np.random.default_rng((cfg.seed, example)) for example in examples]
-        return as_batch(*split.read([order[example] for example in examples], rngs, crop))
-
-    steps = grain.MapDataset.range(sys.maxsize // cfg.batch_size).map(read)
+    rows, read = process_rows(cfg.batch_size, process_index, process_count), reader(split, cfg)
+    steps = grain.MapDataset.range(sys.maxsize // cfg.batch_size)
+    steps = steps.map(lambda step: read([step * cfg.batch_size + row for row in rows]))
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def reader(split: Pictures, cfg: Config) -> Callable[[Sequence[int]], ImageBatch]:
+    """What reads images by their number in the order of training, -1 for none, with their crops."""
+    order, crop = shuffled(split, cfg), cfg.augment.smallest_crop
+
+    def read(examples: Sequence[int]) -> ImageBatch:
+        rngs = [np.random.default_rng((cfg.seed, max(example, 0))) for example in examples] if crop else None
+        return as_batch(*split.read([order[example] if example >= 0 else -1 for example in examples], rngs, crop))
+
+    return read
+
+
+def training_examples(
+    split: Pictures, cfg: Config, examples: Sequence[int], *, process_index: int = 0, process_count: int = 1
+) -> Iterator[tuple[ImageBatch, str]]:
+    """Each in a batch whose other rows are padding, and its name and class."""
+    rows, order = process_rows(cfg.batch_size, process_index, process_count), shuffled(split, cfg)
+    read = reader(split, cfg)
+    for example in examples:
+        batch, number = read([-1 if row else example for row in rows]), order[example]
+        [(_, label)] = split.items([number])
+        yield batch, f"{shown(split.name(number))} (is {shown(split.class_names[label])})"
 
 
 def shuffled(split: Pictures, cfg: Config) -> grain.MapDataset:

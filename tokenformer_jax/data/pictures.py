@@ -278,6 +278,13 @@ def folders_of(root: pathlib.Path, splits: tuple[str, str]) -> tuple[pathlib.Pat
                 f"data.{key}_split = {split!r}: {shown(root)} has no such folder, but "
                 f"{listed(list(map(shown, there))) or 'none at all'}; use one of these{or_none}"
             )
+    others = [shown(name) for name in there if name != names[0]]
+    if is_there == [True, False] and others and not this_pod().index:
+        print(
+            f"warning: {shown(root)} has no folder {splits[1]!r}, so a part of {names[0]!r} is for validation, and "
+            f"{listed(others)} for nothing; if that is wrong, use data.validation_split",
+            file=sys.stderr,
+        )
     train, held_out = (root / name if found else None for name, found in zip(names, is_there, strict=True))
     return train or root, held_out
 

@@ -8,10 +8,8 @@ from typing import Any
 import jax
 
 from tokenformer_jax.config import Config
-from tokenformer_jax.data.batches import training_examples
 from tokenformer_jax.data.tokens import TokenSplit
 from tokenformer_jax.devices.progress import Progress
-from tokenformer_jax.devices.sharding import this_process
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import json_text, replace_file
 from tokenformer_jax.storage.trained import Trained
@@ -129,11 +127,10 @@ def evaluate_own(run: Trained, split_name: str, **how: int) -> dict[str, float]:
 
 
 def show_examples(run: Trained, examples: range) -> None:
-    """Prints the loss and the text of training examples, such as those of a step whose loss was not finite."""
-    tokenizer, split = run.tokenizer, _prepared(run).train
-    batches = training_examples(split, run.cfg, examples, **this_process(run.step.mesh))
-    for example, batch in zip(examples, batches, strict=True):
+    """Prints training examples, such as those of a step whose loss was not finite: each loss, and text or image."""
+    found = task_of(run.cfg).training_examples(_prepared(run), run.cfg, run.step.mesh, examples)
+    for example, (batch, told) in zip(examples, found, strict=True):
         sums = jax.device_get(run.step.evaluate(run.state, put_batch(run.step, batch)))
-        if jax.process_index() == 0:  # the first row is its own
-            print(f"--- example {example}, loss {sums['nll'] / sums['weights']:.4f} nats")
-            print(tokenizer.decode(batch.tokens_BL[0].tolist()), flush=True)
+        if jax.process_index() == 0:
+            loss = f"loss {sums['nll'] / sums['weights']:.4f} nats" if sums["weights"] else "damaged: weighs nothing"
+            print(f"--- example {example}, {loss}\n{told}", flush=True)

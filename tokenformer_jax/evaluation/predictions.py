@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 
 from tokenformer_jax.data.images import class_names
-from tokenformer_jax.data.pictures import ENDINGS, Pictures, center_box, decode
-from tokenformer_jax.errors import UserError
+from tokenformer_jax.data.pictures import ENDINGS, KINDS, Pictures, center_box, decode
+from tokenformer_jax.errors import UserError, shown
+from tokenformer_jax.evaluation.perplexity import own_split
 from tokenformer_jax.files import write_with
 from tokenformer_jax.storage.trained import Trained
 from tokenformer_jax.training.tasks import task_of
@@ -33,15 +34,19 @@ class Prediction(NamedTuple):
 
 
 def find_images(pattern: str) -> list[str]:
-    """The images that a file, a folder (with those in it) or a glob names. Raises a UserError where there are none."""
+    """The images that a file, a folder (with those in it, but hidden ones) or a glob names.
+
+    Raises a UserError where there are none.
+    """
     path = os.path.expanduser(pattern)
     if os.path.isdir(path):
-        names = [str(p) for p in pathlib.Path(path).rglob("*")]
+        below = (p.relative_to(path) for p in pathlib.Path(path).rglob("*"))
+        names = [os.path.join(path, p) for p in below if not any(part.startswith(".") for part in p.parts)]
     else:
         names = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
     found = sorted(name for name in names if name.lower().endswith(ENDINGS) and os.path.isfile(name))
     if not found:
-        raise UserError(f"--images={pattern}: names no images; use a file, folder or glob of {', '.join(ENDINGS)}")
+        raise UserError(f"--images={shown(pattern)}: names no images; use a file, folder or glob of {KINDS}")
     return found
 
 
@@ -53,16 +58,16 @@ def predict_files(run: Trained, names: list[str], top: int) -> list[Prediction]:
         try:
             seen.append((name, pixels_of(run, name)))
         except Exception as error:  # of a damaged file PIL raises OSError, SyntaxError, ValueError, IndexError, …
-            print(f"warning: {name}: cannot be read ({error}), and is skipped", file=sys.stderr)
+            print(f"warning: {shown(name)}: cannot be read ({shown(error)}), and is skipped", file=sys.stderr)
     if not seen:
-        raise UserError(f"--images: {names[0]} cannot be read, nor any other; use images")
+        raise UserError(f"--images: {shown(names[0])} cannot be read, nor any other; use images")
     return predictions(run, seen, top)
 
 
 def predict_split(run: Trained, count: int, top: int) -> list[Prediction]:
     """Of so many images spread over the validation split of the run's own data, less damaged ones."""
     require_images(run)
-    split: Pictures = task_of(run.cfg).prepare(run.cfg, run.assets).validation
+    split: Pictures = own_split(run, "validation")
     chosen = np.arange(min(count, len(split))) * len(split) // min(count, len(split))
     images_BHWC, labels_B = split.read(chosen.tolist())
     kept = np.flatnonzero(labels_B >= 0)
@@ -109,8 +114,8 @@ def describe(found: list[Prediction]) -> str:
     """A line an image and, where labels are known, how many are right."""
     lines = []
     for p in found:
-        each = ", ".join(f"{name} {part:.1%}" for name, part in zip(p.classes, p.probabilities, strict=True))
-        lines.append(f"{p.name}: {each}{f' (is {p.label})' if p.label else ''}")
+        each = ", ".join(f"{shown(name)} {part:.1%}" for name, part in zip(p.classes, p.probabilities, strict=True))
+        lines.append(f"{shown(p.name)}: {each}{f' (is {shown(p.label)})' if p.label else ''}")
     if any(p.label for p in found):
         right = sum(p.classes[0] == p.label for p in found)
         lines.append(f"{right} of {len(found)} are right")
@@ -128,8 +133,8 @@ def draw(found: list[Prediction], path: pathlib.Path) -> None:
         gray = p.pixels_HWC.shape[2] == 1
         axis.imshow(p.pixels_HWC[:, :, 0] if gray else p.pixels_HWC, cmap="gray" if gray else None, vmin=0, vmax=255)
         wrong = p.label and p.label != p.classes[0]
-        title = f"{p.classes[0]} {p.probabilities[0]:.0%}" + (f" (is {p.label})" if wrong else "")
-        axis.set_title(title, fontsize=8, color="red" if wrong else "black")
+        title = f"{shown(p.classes[0])} {p.probabilities[0]:.0%}" + (f" (is {shown(p.label)})" if wrong else "")
+        axis.set_title(title, fontsize=8, color="red" if wrong else "black", parse_math=False)
     try:
         write_with(path, lambda file: figure.savefig(file, dpi=120))
     except OSError as error:

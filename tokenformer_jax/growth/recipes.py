@@ -187,6 +187,5 @@ def check_same_but_sizes(old: ModelConfig, new: ModelConfig, what: str) -> None:
     for field in dataclasses.fields(ModelConfig):
         before, after = getattr(old, field.name), getattr(new, field.name)
         if field.name not in (*SIZES, "pad_tokens_to", "nested", *FREE_MODEL_KEYS) and after != before:
-            raise UserError(
-                f"model.{field.name} = {after!r}: the source has {before!r}; {what} changes token counts only"
-            )
+            use = "use that" + ", or --interpolate" * (field.name == "image_size" and what == "growth")
+            raise UserError(f"model.{field.name} = {after!r}: the source has {before!r}, which {what} keeps; {use}")

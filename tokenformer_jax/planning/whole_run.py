@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from tokenformer_jax.config import Config, IndivisibleBatch
 from tokenformer_jax.devices.hardware import Chip
 from tokenformer_jax.devices.sharding import MESH_AXES
 from tokenformer_jax.errors import UserError
+from tokenformer_jax.files import run_path
 from tokenformer_jax.growth.ladder import stages, with_budget
 from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.nn.layers import count_params
@@ -36,15 +36,20 @@ class Since(NamedTuple):
 BIRTH = Since()
 
 
-def since_source(source: pathlib.Path, cfg: Config) -> Since:
-    """The newest checkpoint of a run, from which one of this config would grow."""
+def beginning(source: str | None, from_step: int, cfg: Config) -> Since:
+    """Where a run of this config begins that grows from the newest checkpoint of a workdir, or from a step."""
+    if source is None:
+        return Since(from_step)
+    if from_step:
+        raise UserError(f"--from_step={from_step}: goes without --source, whose step is taken")
 
     def read(number: int) -> Since:
-        old, _, record = open_checkpoint(source, number)
+        old, _, record = open_checkpoint(workdir, number)
         before = dataclasses.replace(cfg, model=old.model)
         return Since(number, record.tokens, record.train_flops, before)
 
-    return newest_good(source, None, read)
+    workdir = run_path(source, "--source")
+    return newest_good(workdir, None, read)
 
 
 def plan_run(

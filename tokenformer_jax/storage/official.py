@@ -15,10 +15,8 @@ from jax.experimental import multihost_utils
 
 from tokenformer_jax.config import SIZES, Config, ModelConfig, read_config
 from tokenformer_jax.configs import base
-from tokenformer_jax.data.batches import data_identity, train_batches
-from tokenformer_jax.data.mixture import prepare
 from tokenformer_jax.data.tokenizer import Tokenizer, load_tokenizer
-from tokenformer_jax.devices.sharding import make_mesh, replicated, this_process
+from tokenformer_jax.devices.sharding import make_mesh, replicated
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.files import replace_file
 from tokenformer_jax.nn.language import abstract_model
@@ -31,6 +29,7 @@ from tokenformer_jax.storage.trained import Trained, load_trained
 from tokenformer_jax.storage.workdir import load_config, new_workdir, require_empty
 from tokenformer_jax.training.state import TauRamp
 from tokenformer_jax.training.step import make_step
+from tokenformer_jax.training.tasks import task_of
 
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, jnp.bfloat16)))
 PROJECTIONS = {
@@ -239,26 +238,33 @@ def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig, name: str, source:
 
 
 def make_workdir(
-    params: Params, tau: Mapping[str, float], cfg: Config, workdir: pathlib.Path, tokenizer: Tokenizer | None = None
+    params: Params,
+    tau: Mapping[str, float],
+    cfg: Config,
+    workdir: pathlib.Path,
+    assets: Mapping[str, str] | None = None,
 ) -> None:
     """Makes a workdir at step 0 with these parameters and a constant τ; optimizer and data start anew.
 
-    Without a tokenizer it is the config's.
+    Without assets, such as a tokenizer, they are those that the data make.
 
     Raises:
       UserError: the data cannot be used, or the workdir is taken.
     """
     require_empty(workdir, "holds something already")
     step = make_step(cfg, make_mesh(cfg.mesh))
-    corpus = prepare(cfg, tokenizer)
-    data = train_batches(corpus.train, cfg, **this_process(step.mesh))
+    task = task_of(cfg)
+    prepared = task.prepare(cfg, assets)
+    data = task.train_batches(prepared, cfg, step.mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state.params)
     state = step.init(jax.random.key(cfg.seed))._replace(params=jax.device_put(params, shardings))
+    if state.average:
+        state = state._replace(average=state.params)
     ramps = jax.device_get({name: TauRamp.constant(value) for name, value in tau.items()})
     state = state._replace(tau=jax.device_put(ramps, replicated(step.mesh)))
-    record = Record(dataclasses.asdict(cfg.model), data_identity(corpus.train, cfg), cfg.batch_size)
+    record = Record(dataclasses.asdict(cfg.model), task.identity(prepared, cfg), cfg.batch_size)
     with new_workdir(workdir) as folder:
-        save_one(folder / "checkpoints", 0, state, data, corpus.assets, record)
+        save_one(folder / "checkpoints", 0, state, data, prepared.assets, record)
         if jax.process_index() == 0:
             replace_file(folder / "config.json", cfg.to_json())
 

@@ -1,6 +1,6 @@
 """The task of an image classifier: to name the class of an image. `tasks.Task` says what each part is for."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from tokenformer_jax.devices.sharding import this_process
 from tokenformer_jax.image_config import UNCHANGED
 from tokenformer_jax.nn import vision
 from tokenformer_jax.nn.layers import subkey
+from tokenformer_jax.training.language import block_flops
 
 AUGMENTS = 2**31 + 1  # folded into the seed; see `step.MASKS`
 
@@ -72,6 +73,11 @@ class ImageClassification:
     ) -> image_batches.EvalImages:
         return image_batches.eval_batches(split, rows, max_batches=max_batches, **this_process(mesh))
 
+    def training_examples(
+        self, data: ImageData, cfg: Config, mesh: Mesh, examples: Sequence[int]
+    ) -> Iterator[tuple[ImageBatch, str]]:
+        yield from image_batches.training_examples(data.train, cfg, examples, **this_process(mesh))
+
     def tokens_per_step(self, cfg: Config) -> int:
         return cfg.batch_size * cfg.model.positions
 
@@ -115,9 +121,5 @@ def train_flops_per_image(cfg: ModelConfig) -> float:
 
     The gradient to the pixels, which nothing needs, is not counted; nor is rematerialization.
     """
-    per_layer = 4 * cfg.embed_dim + 2 * cfg.ffn_tokens  # a plain ViT's rows of width D
-    if cfg.projection == "pattention":
-        per_layer = 2 * sum(cfg.tokens.values())  # a key and a value each
-    of_blocks = 6.0 * cfg.positions * cfg.embed_dim * cfg.num_layers * (per_layer + 2 * cfg.positions)
     of_patches = 4.0 * cfg.num_patches * cfg.patch_size**2 * cfg.image_channels * cfg.embed_dim
-    return of_blocks + of_patches + 6.0 * cfg.num_classes * cfg.embed_dim
+    return cfg.positions * block_flops(cfg) + of_patches + 6.0 * cfg.num_classes * cfg.embed_dim

@@ -1,7 +1,7 @@
 """The task of a language model: to predict each next token of a text. `tasks.Task` says what each part is for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,6 +60,15 @@ class Language:
         length = min(length or cfg.model.context_length, cfg.model.context_length)
         here = this_process(mesh)
         return batches.eval_batches(split, rows, length, max_batches=max_batches, stride=stride, **here)
+
+    def training_examples(
+        self, corpus: Corpus, cfg: Config, mesh: Mesh, examples: Sequence[int]
+    ) -> Iterator[tuple[Batch, str]]:
+        for batch in batches.training_examples(corpus.train, cfg, examples, **this_process(mesh)):
+            yield (
+                batch,
+                corpus.tokenizer.decode(batch.tokens_BL[0].tolist()),
+            )  # on process 0 its row is the first
 
     def tokens_per_step(self, cfg: Config) -> int:
         return cfg.batch_size * cfg.model.context_length
@@ -123,8 +132,12 @@ def train_flops_per_token(cfg: ModelConfig) -> float:
 
     The attention's L × L product is counted whole, as is customary; rematerialization is not counted.
     """
+    return block_flops(cfg) + 6.0 * cfg.embed_dim * cfg.vocab_size
+
+
+def block_flops(cfg: ModelConfig) -> float:
+    """Those of the blocks, for one position of a text or an image."""
     per_layer = 4 * cfg.embed_dim + 2 * cfg.ffn_tokens  # a plain Transformer's rows of width D
     if cfg.projection == "pattention":
         per_layer = 2 * sum(cfg.tokens.values())  # a key and a value each
-    weights = cfg.embed_dim * (cfg.num_layers * per_layer + cfg.vocab_size)
-    return 6.0 * weights + 12.0 * cfg.num_layers * cfg.context_length * cfg.embed_dim
+    return 6.0 * cfg.embed_dim * cfg.num_layers * (per_layer + 2 * cfg.positions)

@@ -4,7 +4,7 @@ Step, loop, checkpoints, growth and plan know a model by its task alone. A new t
 in a file of its own, an entry of TASKS, and a name in the config's choices.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -73,6 +73,11 @@ class Task(Protocol):
 
         With a stride, a text's windows overlap by the rest of the length.
         """
+
+    def training_examples(
+        self, data: Any, cfg: Config, mesh: Mesh, examples: Sequence[int]
+    ) -> Iterator[tuple[Any, str]]:
+        """By number in the order of training: each in a batch padded otherwise, and what it is, in words."""
 
     # The figures.
 

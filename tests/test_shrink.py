@@ -175,7 +175,7 @@ def test_a_taken_target_and_an_earlier_end_are_refused(runs, tmp_path):
     [
         ("model.ffn_tokens = 97: the source has 96", tiny_config(), tiny_config(model__ffn_tokens=97)),
         ("model.ffn_tokens = 96: --shrink drops none", tiny_config(), tiny_config()),
-        ("model.num_layers = 3: .*shrinking changes", tiny_config(), tiny_config(model__num_layers=3)),
+        ("model.num_layers = 3: .*which shrinking keeps", tiny_config(), tiny_config(model__num_layers=3)),
         ("plain Transformer", tiny_linear_config(), tiny_linear_config(model__ffn_tokens=32)),
         (
             "softmax",

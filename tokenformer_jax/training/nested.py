@@ -78,10 +78,9 @@ def check_growth(old: ModelConfig, new: ModelConfig) -> None:
 
 def grown_parts(old: ModelConfig, new: ModelConfig) -> tuple[float, ...]:
     """The sizes of a model that has grown from a nested one, whose sizes stay; none of a model that is not nested."""
-    former = sizes(old) if old.nested else []
-    return (
-        tuple(sorted({round(size.ffn_tokens / max(new.ffn_tokens, 1), 9) for size in former} | {1.0})) if former else ()
-    )
+    if not old.nested:
+        return ()
+    return tuple(sorted({1.0, *(round(size.ffn_tokens / max(new.ffn_tokens, 1), 9) for size in sizes(old))}))
 
 
 def check_shrinking(new: ModelConfig) -> None:

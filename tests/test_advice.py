@@ -128,9 +128,9 @@ def test_a_ladder_that_changed_is_told_what_it_was(config, tmp_path):
     "overrides, settings",
     [
         ({}, {"mesh.data": "8"}),
-        ({"mesh__tensor": 2}, {"mesh.data": "4"}),
-        ({"mesh__fsdp": 2, "mesh__data": 2}, {"mesh.data": "4"}),
-        ({"batch_size": 6}, {"mesh.data": "8", "batch_size": "8"}),
+        pytest.param({"mesh__tensor": 2}, {"mesh.data": "4"}, marks=pytest.mark.slow),
+        pytest.param({"mesh__fsdp": 2, "mesh__data": 2}, {"mesh.data": "4"}, marks=pytest.mark.slow),
+        pytest.param({"batch_size": 6}, {"mesh.data": "8", "batch_size": "8"}, marks=pytest.mark.slow),
         ({"batch_size": 20, "accumulation": 2, "mesh__tensor": 2}, {"mesh.data": "4", "batch_size": "24"}),
     ],
 )

@@ -151,6 +151,7 @@ def test_a_grown_run_counts_what_the_small_one_spent(whole, tmp_path, capsys):
         grow(source, dataclasses.replace(cfg, model=larger, train_tokens=1025.0), tmp_path / "less")
 
 
+@pytest.mark.slow
 def test_a_rung_that_begins_early_leaves_more_to_the_last(whole, tmp_path, monkeypatch):
     cfg, _ = whole
     patient = dataclasses.replace(cfg.grow, patience=1, min_improvement=100.0)  # nothing ever improves

@@ -171,7 +171,9 @@ def test_growth_by_nothing_goes_on_with_the_same_model(folder):
     assert Checkpoints(workdir / "checkpoints").steps[-1] == 9
 
 
-@pytest.mark.parametrize("name, command", [("train", "train"), ("validation", "evaluate")])
+@pytest.mark.parametrize(
+    "name, command", [("train", "train"), pytest.param("validation", "evaluate", marks=pytest.mark.slow)]
+)
 def test_prepared_tokens_that_changed_are_never_read(folder, tmp_path, name, command):
     config = (folder / "config.py").read_text().replace(str(folder / "cache"), str(tmp_path / "cache"))
     (tmp_path / "config.py").write_text(config)
@@ -249,6 +251,7 @@ def test_growth_killed_at_any_moment_leaves_nothing_or_a_whole_workdir(folder, t
     assert kept == {path: path.read_bytes() for path in (folder / "small").rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_profile_is_written_where_tensorboard_looks(folder, tmp_path):
     call_well("train", f"--config={folder}/config.py", "--config.profile_at=2", f"--workdir={tmp_path}")
     assert list((tmp_path / "tensorboard").rglob("*.xplane.pb"))

@@ -198,7 +198,7 @@ def source(tmp_path_factory):
     return cfg, folder / "small"
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_command_writes_a_whole_workdir_that_train_goes_on_with(source, tmp_path, mesh):
     small, workdir = source
     sizes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh, strict=True))

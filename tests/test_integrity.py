@@ -118,12 +118,11 @@ def whole(cfg, run, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flipped_bit_is_caught_or_changes_nothing(cfg, run, whole, tmp_path, kind):
     rng = np.random.default_rng(KINDS.index(kind))
-    for number in range(2):
-        workdir = tmp_path / str(number)
-        shutil.copytree(run, workdir)
-        path = rng.choice(files_of(workdir)[kind])
-        caught = check_flip(cfg, whole, workdir, path, rng.integers(path.stat().st_size), rng.integers(8))
-        assert caught or kind != "record/record.json"
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    path = rng.choice(files_of(workdir)[kind])
+    caught = check_flip(cfg, whole, workdir, path, rng.integers(path.stat().st_size), rng.integers(8))
+    assert caught or kind != "record/record.json"
 
 
 @pytest.mark.slow

@@ -156,6 +156,7 @@ def test_the_slope_is_what_the_last_doubling_of_flops_brought():
     assert Plateau(**json.loads(json.dumps(dataclasses.asdict(plateau)))).slope == plateau.slope  # as a record has it
 
 
+@pytest.mark.slow
 def test_a_slope_brings_the_next_rung_early(ladder, tmp_path):
     """Every fall is less than 100 nats, so a rung ends as soon as it has seen a doubling."""
     cfg, _ = ladder

@@ -117,28 +117,15 @@ def test_two_processes_compute_what_one_does(folder):
         np.testing.assert_allclose(*pair, rtol=tolerance, err_msg=name)
 
 
-@pytest.fixture(scope="module")
-def deaths(folder):
-    """Of a process's death, for each of the two: seconds until both had ended, the exit code, and what they said."""
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_when_a_process_dies_the_other_says_which_and_ends_within_30_seconds(folder, index):
     folder, _ = folder
-    pods = {index: start(folder, f"death{index}", "--config.steps=100000") for index in (0, 1)}
-    died = {}
-    for index, pod in pods.items():
-        wait_for(pod, folder / f"death{index}", 1)
-        os.kill(worker(pod, index), signal.SIGKILL)
-        died[index] = time.monotonic()
-    ended = {}
-    while len(ended) < 2:
-        assert time.monotonic() < max(died.values()) + 100
-        ended |= {index: time.monotonic() for index, pod in pods.items() if index not in ended and pod.poll()}
-        time.sleep(0.05)
-    logs = {index: (folder / f"death{index}.log").read_text() for index in pods}
-    return {index: (ended[index] - died[index], pods[index].returncode, logs[index]) for index in pods}
-
-
-@pytest.mark.parametrize("index", [0, 1])
-def test_when_a_process_dies_the_other_says_which_and_ends_within_30_seconds(deaths, index):
-    seconds, code, log = deaths[index]
+    pod = start(folder, f"death{index}", "--config.steps=100000")
+    wait_for(pod, folder / f"death{index}", 1)
+    os.kill(worker(pod, index), signal.SIGKILL)
+    died = time.monotonic()
+    code = finish(pod, 100)
+    seconds, log = time.monotonic() - died, (folder / f"death{index}.log").read_text()
     print(f"ended {seconds:.1f} s after the death of process {index}")
     assert seconds < 30
     assert code not in (0, 2)

@@ -13,8 +13,8 @@ Where memory does not suffice, a row says so. Memory is the most that jax held o
 what the compiler plans, arguments and temporaries. After every row FILE is whole; what --minutes leaves no time for is
 left out. On a CPU: --presets=quickstart:small --batch=4.
 
-With --topology=h100:1 (docs/gpu.md) nothing runs: each step is compiled for a device that need not be there, and a row
-says what it would hold, and the least times that it takes.
+With --topology=h100:1 (and requirements-gpu.txt) nothing runs: each step is compiled for a device that need not be
+there, and a row says what it would hold, and the least times that it takes.
 """
 
 import argparse
@@ -149,8 +149,7 @@ def planned(args: argparse.Namespace) -> dict[str, Any]:
     from tokenformer_jax.devices.sharding import MESH_AXES, replicated, with_shardings
     from tokenformer_jax.nn.layers import count_params
     from tokenformer_jax.planning.hlo import read_program
-    from tokenformer_jax.planning.plan import compile_step, costs, devices_of, grown_tokens, lower_step
-    from tokenformer_jax.training.step import step_flops_per_token
+    from tokenformer_jax.planning.plan import compile_step, costs, devices_of, lower_step
     from tokenformer_jax.training.tasks import task_of
 
     jax.config.update("jax_platforms", "cpu")
@@ -167,9 +166,9 @@ def planned(args: argparse.Namespace) -> dict[str, Any]:
         cfg, small = config(args.preset, args.work == "plain", args)
         before = dataclasses.replace(cfg, model=small) if args.work == "new" else None
         cfg = dataclasses.replace(cfg, grow=dataclasses.replace(cfg.grow, train="new" if before else "all"))
-        lowered, _ = lower_step(cfg, devices, before)
-        params = count_params(task_of(cfg).abstract_model(cfg.model)[1])
-        flops, learn = step_flops_per_token(cfg, grown_tokens(cfg, before)), new_parameters(args) if before else params
+        lowered, step = lower_step(cfg, devices, before)
+        params, learn = count_params(step.abstract_state.params), count_params(step.learned)
+        flops = step.flops_per_token
     sizes, text = compile_step(lowered)
     model_flops = task_of(cfg).tokens_per_step(cfg) / len(devices) * flops
     found = costs(read_program(text, {axis: getattr(cfg.mesh, axis) for axis in MESH_AXES}), cfg, chip, model_flops)

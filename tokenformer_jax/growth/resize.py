@@ -31,7 +31,7 @@ from tokenformer_jax.storage.trained import newest_good, open_checkpoint
 from tokenformer_jax.storage.workdir import new_workdir, require_empty
 from tokenformer_jax.training import nested
 from tokenformer_jax.training.learned import alone
-from tokenformer_jax.training.schedule import new_tokens
+from tokenformer_jax.training.schedule import grown_tokens, new_tokens
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, make_step
 from tokenformer_jax.training.tasks import Prepared, task_of
@@ -241,8 +241,7 @@ def resize_checkpoint(
     check_successor(change, old_cfg, first, workdir, number)
     if first.grow.restart_schedule:
         record = dataclasses.replace(record, schedule_start=number)
-    growth = {"step": number, "from": old_cfg.model.tokens, "to": first.model.tokens, "train": first.grow.train}
-    new = new_tokens(first, growth) if change.appends else None
+    new = grown_tokens(first, old_cfg.model, number) if change.appends else None
     former = new_tokens(old_cfg, record.growth[-1]) if record.growth else None
     step = make_step(first, make_mesh(first.mesh), record.schedule_start, new_tokens=new)
     resize = Resize(change, number, first, old_cfg, step, make_step(old_cfg, step.mesh, new_tokens=former))

@@ -21,7 +21,7 @@ from tokenformer_jax.devices.sharding import MESH_AXES, make_mesh
 from tokenformer_jax.errors import UserError
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.planning.hlo import Program, read_program
-from tokenformer_jax.training.schedule import NewTokens, new_tokens
+from tokenformer_jax.training.schedule import NewTokens, grown_tokens
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, make_step
 from tokenformer_jax.training.tasks import task_of
@@ -97,23 +97,18 @@ def _gpus(name: str, shape: str) -> list[Any]:
     return list(found.devices)
 
 
-def grown_tokens(cfg: Config, before: Config | None) -> NewTokens | None:
+def tokens_of_stage(cfg: Config, before: Config | None) -> NewTokens | None:
     """The tokens of a stage that grows from the one before, if they learn in a way of their own."""
-    if not before:
-        return None
-    growth = {"step": 0, "from": before.model.tokens, "to": cfg.model.tokens, "train": cfg.grow.train}
-    return new_tokens(cfg, growth)
+    return grown_tokens(cfg, before.model, 0) if before else None
 
 
 def step_on(cfg: Config, devices: list[Any], before: Config | None = None) -> Step:
     """The training step of a stage, which may grow from the one before."""
-    return make_step(cfg, make_mesh(cfg.mesh, devices), new_tokens=grown_tokens(cfg, before))
+    return make_step(cfg, make_mesh(cfg.mesh, devices), new_tokens=tokens_of_stage(cfg, before))
 
 
-def lower_step(
-    cfg: Config, devices: list[Any], before: Config | None = None
-) -> tuple[jax.stages.Lowered, dict[str, float]]:
-    """The config's training step for those devices, and the bytes of its state on each.
+def lower_step(cfg: Config, devices: list[Any], before: Config | None = None) -> tuple[jax.stages.Lowered, Step]:
+    """The config's training step for those devices, lowered and as it is.
 
     Raises:
       UserError: the mesh is not one of all devices.
@@ -126,7 +121,7 @@ def lower_step(
         )
     step = step_on(cfg, devices, before)
     batch = task_of(cfg).abstract_batch(cfg, step.batch)
-    return step.train.lower(step.abstract_state, batch), state_bytes(step.abstract_state)
+    return step.train.lower(step.abstract_state, batch), step
 
 
 def state_bytes(state: TrainState) -> dict[str, float]:
@@ -182,7 +177,8 @@ def make_plan(cfg: Config, topology: str, slices: int = 1, before: Config | None
         "packages": _versions("jax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
         "chip": chip._asdict(),
     }
-    lowered, of_state = lower_step(cfg, devices, before)
+    lowered, step = lower_step(cfg, devices, before)
+    of_state = state_bytes(step.abstract_state)
     held = dict(of_state)
     try:
         sizes, text = compile_step(lowered)
@@ -199,7 +195,6 @@ def make_plan(cfg: Config, topology: str, slices: int = 1, before: Config | None
     )
     total = sum(held.values())
     program = read_program(text, plan["mesh"])
-    step = step_on(cfg, devices, before)
     model_flops = task_of(cfg).tokens_per_step(cfg) / len(devices) * step.flops_per_token
     return plan | {
         "compile_seconds": round(time.monotonic() - began, 1),

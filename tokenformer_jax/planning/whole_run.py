@@ -15,7 +15,7 @@ from tokenformer_jax.growth.ladder import stages, with_budget
 from tokenformer_jax.growth.recipes import check_growth
 from tokenformer_jax.nn.layers import count_params
 from tokenformer_jax.planning.fit import changes, find_fit, meshes
-from tokenformer_jax.planning.plan import describe, devices_of, grown_tokens, make_plan
+from tokenformer_jax.planning.plan import describe, devices_of, make_plan, tokens_of_stage
 from tokenformer_jax.storage.trained import newest_good, open_checkpoint
 from tokenformer_jax.training.step import step_flops_per_token
 from tokenformer_jax.training.tasks import task_of
@@ -92,12 +92,12 @@ def plan_run(
 
 def run_stages(cfg: Config, since: Since) -> list[Config]:
     step, before = since.step, since.grows_from
-    plan = with_budget(stages(cfg), 0, step, since.tokens, since.flops) if before else with_budget(stages(cfg))
     if step and cfg.budget and not before:
         raise UserError(
             f"--from_step={step}: what was spent until there is not known, which config.{cfg.budget} counts; "
             f"use --source=W, or config.steps and config.{cfg.budget} = 0"
         )
+    plan = with_budget(stages(cfg), 0, step, since.tokens, since.flops)
     if not 0 <= step < plan[-1].steps:
         if before:
             raise UserError(f"--source: is at step {step} already; use more than config.steps = {plan[-1].steps}")
@@ -148,7 +148,7 @@ def bill(
         task = task_of(stage)
         steps = max(0, stage.steps - began)
         began = max(began, stage.steps)
-        step_flops = task.tokens_per_step(stage) * step_flops_per_token(stage, grown_tokens(stage, before))
+        step_flops = task.tokens_per_step(stage) * step_flops_per_token(stage, tokens_of_stage(stage, before))
         before = stage
         step_seconds = step_flops / (devices * chip.flops * mfu)
         rows.append(

@@ -28,7 +28,7 @@ from tokenformer_jax.storage.metrics_file import Row
 from tokenformer_jax.storage.record import Record
 from tokenformer_jax.storage.workdir import load_config, require_empty, require_whole
 from tokenformer_jax.training.non_finite import SPIKE_WINDOW, BadStep
-from tokenformer_jax.training.schedule import new_tokens
+from tokenformer_jax.training.schedule import grown_tokens, new_tokens
 from tokenformer_jax.training.state import TrainState
 from tokenformer_jax.training.step import Step, make_step
 from tokenformer_jax.training.tasks import Prepared, task_of
@@ -271,8 +271,7 @@ def next_rung(run: Run) -> Run:
     record = run.record_at(n)
     if cfg.grow.restart_schedule:
         record = dataclasses.replace(record, schedule_start=n)
-    growth = {"step": n, "from": old_cfg.model.tokens, "to": cfg.model.tokens, "train": cfg.grow.train}
-    new = new_tokens(cfg, growth)
+    new = grown_tokens(cfg, old_cfg.model, n)
     step = make_step(cfg, make_mesh(cfg.mesh), record.schedule_start, end_of_schedule(plan, rung, cfg), new)
     old_step = make_step(old_cfg, step.mesh, new_tokens=run.step.new_tokens)
     resize = Resize(Growing(cfg.grow.recipe), n, cfg, old_cfg, step, old_step)

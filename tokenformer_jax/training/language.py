@@ -68,10 +68,7 @@ class Language:
         self, corpus: Corpus, cfg: Config, mesh: Mesh, examples: Sequence[int]
     ) -> Iterator[tuple[Batch, str]]:
         for batch in batches.training_examples(corpus.train, cfg, examples, **this_process(mesh)):
-            yield (
-                batch,
-                corpus.tokenizer.decode(batch.tokens_BL[0].tolist()),
-            )  # on process 0 its row is the first
+            yield batch, corpus.tokenizer.decode(batch.tokens_BL[0].tolist())  # on process 0 its row is the first
 
     def tokens_per_step(self, cfg: Config) -> int:
         return cfg.batch_size * cfg.model.context_length

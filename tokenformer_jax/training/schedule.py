@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tokenformer_jax.config import Config, OptimizerConfig
+from tokenformer_jax.config import Config, ModelConfig, OptimizerConfig
 from tokenformer_jax.nn.layers import Params
 
 
@@ -30,6 +30,11 @@ def new_tokens(cfg: Config, growth: Mapping[str, Any]) -> NewTokens | None:
         return None
     older = {name: n for name, n in growth["from"].items() if growth["to"][name] > n}
     return NewTokens(older, growth["step"], *own, alone)
+
+
+def grown_tokens(cfg: Config, old: ModelConfig, step: int) -> NewTokens | None:
+    """The same of the growth by which the old model becomes the config's at a step."""
+    return new_tokens(cfg, {"step": step, "from": old.tokens, "to": cfg.model.tokens, "train": cfg.grow.train})
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int, start: int = 0) -> optax.Schedule:
